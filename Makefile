@@ -1,0 +1,56 @@
+# Which Python: PYTHON=..., else the shell's python3. One inside a virtual or conda environment is used as it is (conda's
+# base is not: too much is installed here); any other makes .venv, which is used from then on.
+PYTHON ?= python3
+ACTIVE := $(shell $(PYTHON) -c 'import os, sys; has = lambda name: os.path.isdir(os.path.join(sys.prefix, name)); \
+  own = sys.prefix != sys.base_prefix or (has("conda-meta") and not has("condabin")); near = os.path.relpath(sys.prefix); \
+  print("" if not own else sys.prefix if near.startswith("..") else near)' 2>/dev/null)
+ENV := $(or $(ACTIVE),.venv)
+PY := $(if $(ACTIVE),$(PYTHON),.venv/bin/python)
+# One stamp for each environment and checkout: a copied or moved checkout is installed anew.
+INSTALLED := $(ENV)/.semidetr-lite-$(shell pwd | cksum | cut -d' ' -f1)
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+
+.PHONY: help install demo test check lab notebooks
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@echo "PYTHON=...   the interpreter that makes .venv, or one inside an environment of yours (now: $(ENV))"
+	@echo "PIP_ARGS=... goes to pip, for instance the index of the CPU-only torch"
+
+install: $(INSTALLED)  ## the package and what it needs, into your active environment or .venv; again if pyproject.toml changed
+
+demo: $(INSTALLED)  ## the main job: train with 10 % of the labels, print the table, write the page
+	$(PY) -m semidetr_lite demo
+
+test: $(INSTALLED)  ## unit tests, then every notebook, its outputs compared with the saved ones
+	$(PY) -m pytest tests
+ifneq ($(NOTEBOOKS),)
+	$(PY) -m pytest --nbval --nbval-current-env notebooks
+endif
+
+check: $(INSTALLED)  ## ruff and the unit tests
+	$(PY) -m ruff check .
+	$(PY) -m pytest tests
+
+lab: $(INSTALLED)  ## JupyterLab on the notebooks
+	$(PY) -m jupyterlab --notebook-dir=notebooks
+
+# Normal form: no times, no widget state, no Python version; cell tags and the kernel's name stay.
+notebooks: $(INSTALLED)  ## run every notebook from a clean kernel and save it in normal form
+	$(if $(NOTEBOOKS),,$(error there is no notebooks/*.ipynb to run))
+	$(PY) -m nbconvert --to notebook --execute --inplace \
+	  --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.store_widget_state=False \
+	  --ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.clear_cell_metadata=False \
+	  --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec $(NOTEBOOKS)
+
+$(INSTALLED): pyproject.toml $(if $(ACTIVE),,| .venv/bin/pip)
+	$(PY) -m pip install $(PIP_ARGS) -e '.[dev]'
+	@touch $@
+
+.venv/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "error: $(PYTHON) is not a Python 3.10 or newer; name one: make install PYTHON=python3.11" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "error: $(PYTHON) cannot make a virtual environment: install the system's python3-venv package," \
+	    "or activate an environment of your own, and run make again" >&2; exit 2; }
+	$(PYTHON) -m venv .venv

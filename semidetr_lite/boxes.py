@@ -1,0 +1,48 @@
+"""Box formats, their one border, and overlaps that broadcast.
+
+Dicts hold xyxy boxes in pixels of the image beside them; detectors speak cxcywh in [0, 1]. `to_model` and `to_pixels` are the only
+two places where one becomes the other. The overlaps below take any leading dimensions, which torchvision.ops does not.
+"""
+
+import torch
+from torchvision.ops import box_convert
+
+
+def to_model(boxes: torch.Tensor, size) -> torch.Tensor:
+    """xyxy pixels (..., 4) of an image of `size` (H, W) -> cxcywh in [0, 1]."""
+    return box_convert(boxes / _whwh(size, boxes), "xyxy", "cxcywh")
+
+
+def to_pixels(pred_boxes: torch.Tensor, size) -> torch.Tensor:
+    """cxcywh in [0, 1] (..., 4) -> xyxy pixels of an image of `size` (H, W)."""
+    return box_convert(pred_boxes, "cxcywh", "xyxy") * _whwh(size, pred_boxes)
+
+
+def _whwh(size, boxes: torch.Tensor) -> torch.Tensor:
+    """(H, W) as (W, H, W, H); a tensor of sizes (..., 2) is given a dimension to broadcast over the boxes of each image."""
+    if isinstance(size, torch.Tensor):
+        return torch.cat([size, size], -1).flip(-1).to(boxes).unsqueeze(-2)
+    height, width = size
+    return boxes.new_tensor([width, height, width, height])
+
+
+def inverse_sigmoid(x: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
+    """The logit of x, with x clamped to [eps, 1 - eps]."""
+    return torch.logit(x, eps=eps)
+
+
+def overlaps(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(IoU, GIoU) of xyxy boxes a (..., 4) and b (..., 4), element by element with broadcasting; empty boxes overlap by 0."""
+    top_left = torch.maximum(a[..., :2], b[..., :2])
+    bottom_right = torch.minimum(a[..., 2:], b[..., 2:])
+    common = (bottom_right - top_left).clamp(min=0).prod(-1)
+    areas = (a[..., 2:] - a[..., :2]).clamp(min=0).prod(-1) + (b[..., 2:] - b[..., :2]).clamp(min=0).prod(-1)
+    union = areas - common
+    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    iou = common / union.clamp(min=1e-9)
+    return iou, iou - (hull - union) / hull.clamp(min=1e-9)
+
+
+def pairwise_overlaps(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(IoU, GIoU) of every pair of a (..., N, 4) and b (..., M, 4): two (..., N, M)."""
+    return overlaps(a.unsqueeze(-2), b.unsqueeze(-3))

@@ -1,0 +1,227 @@
+"""Weak, strong and labelled views of an image, each with the 3x3 matrix that says where every pixel went.
+
+The teacher reads the weak view, the student the strong one, and a box found in one is carried into the other by
+`strong["matrix"] @ inverse(weak["matrix"])` (paper section 3.1; released code: detr_ssod/datasets/pipelines/geo_utils.py). Pixels and boxes move
+by the same matrix: there is one warp, and one `map_boxes`.
+
+Matrices act on columns (x, y, 1) in continuous pixel coordinates: the centre of the first pixel is (0.5, 0.5), so mirroring is x -> W - x.
+Randomness comes in as a numpy generator; nothing here keeps state.
+
+Differences from the released code: boxes that leave the view are dropped (there they stay as zero-width targets), and the
+shear factor is the tangent of its angle (there the hyperbolic tangent).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as nnf
+from torchvision.transforms.v2 import functional as F
+
+FILL = 125 / 255  # grey of what lies outside the image and of erased patches, as in the released code
+
+
+@dataclass(frozen=True)
+class ViewSettings:
+    """How far the views may go. Fractions are of the image's side, angles in degrees, ranges symmetric unless given as pairs."""
+
+    short_sides: tuple[int, ...] = ()  # one is drawn and the image resized to it; empty: the size stays
+    long_side: int = 1333
+    flip: bool = True
+    zoom: tuple[float, float] = (1.0, 1.0)  # about the centre, canvas kept, log-uniform
+    shift: float = 0.0
+    strong_shift: float = 0.1
+    strong_rotation: float = 30.0
+    strong_shear: float = 30.0
+    patches: int = 4  # at most so many erased patches ...
+    patch_side: float = 0.2  # ... of at most this fraction of the side
+    visible: float = 0.25  # a box of which less remains in view is dropped
+
+
+def map_boxes(boxes: torch.Tensor, matrix: torch.Tensor, size) -> tuple[torch.Tensor, torch.Tensor]:
+    """Carry boxes through a matrix.
+
+    Args:
+        boxes: (T, 4) xyxy pixels; or (B, T, 4).
+        matrix: (3, 3), acting on columns (x, y, 1); or (B, 3, 3).
+        size: (H, W) of the image the boxes arrive in; or a tensor (B, 2).
+
+    Returns:
+        (T, 4) the axis-parallel hulls of the mapped corners, clamped to the image; (T,) bool, False where nothing of the box is left.
+    """
+    hull = _hulls(boxes, matrix)
+    size = torch.as_tensor(size, dtype=hull.dtype, device=hull.device)
+    limit = torch.cat([size, size], -1).flip(-1).unsqueeze(-2)  # (..., 1, 4) W, H, W, H
+    clamped = torch.minimum(hull.clamp(min=0), limit)
+    return clamped, (clamped[..., 2:] - clamped[..., :2] > 1e-3).all(-1)
+
+
+def _hulls(boxes: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """(..., T, 4) hulls of the four mapped corners, not clamped."""
+    corners = boxes[..., [0, 1, 2, 1, 2, 3, 0, 3]].unflatten(-1, (4, 2))  # (..., T, 4 corners, xy)
+    corners = torch.cat([corners, torch.ones_like(corners[..., :1])], -1)
+    mapped = corners @ matrix.to(boxes).mT.unsqueeze(-3)  # (..., T, 4 corners, 3)
+    mapped = mapped[..., :2] / mapped[..., 2:]
+    return torch.cat([mapped.amin(-2), mapped.amax(-2)], -1)
+
+
+def map_target(target: dict, matrix: torch.Tensor, size: tuple[int, int], visible: float = 0.0) -> dict:
+    """The same target in another view: every per-box entry follows, boxes out of view (or less than `visible` of them in it) are dropped."""
+    moved = {key: value for key, value in target.items() if key not in PER_BOX and key != "truth"}
+    moved["size"] = (int(size[0]), int(size[1]))
+    moved["matrix"] = matrix.float() @ target.get("matrix", torch.eye(3))
+    if "boxes" in target:
+        boxes, keep = map_boxes(target["boxes"], matrix, size)
+        keep &= _areas(boxes) >= visible * _areas(_hulls(target["boxes"], matrix))
+        moved["boxes"] = boxes[keep]
+        moved.update({key: target[key][keep] for key in PER_BOX if key in target and key not in ("boxes", "area")})
+        if "area" in target:
+            scale = float(torch.linalg.det(matrix[:2, :2].double()).abs())
+            moved["area"] = target["area"][keep] * scale
+    if "truth" in target:
+        moved["truth"] = map_target(target["truth"], matrix, size)
+    return moved
+
+
+PER_BOX = ("boxes", "labels", "scores", "crowd", "difficult", "area")
+
+
+def _areas(boxes: torch.Tensor) -> torch.Tensor:
+    return (boxes[:, 2:] - boxes[:, :2]).prod(1)
+
+
+def warp(image: torch.Tensor, matrix: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Move a float image (3, H, W) by `matrix` onto a canvas of `size` (H', W'), bilinear, grey outside."""
+    height, width = size
+    to_source = torch.linalg.inv(matrix.double()).float()
+    ys, xs = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    source = torch.stack([xs, ys, torch.ones_like(xs)], -1) @ to_source.T  # (H', W', 3)
+    grid = 2 * source[..., :2] / source.new_tensor([image.shape[2], image.shape[1]]) - 1
+    moved = nnf.grid_sample(image[None] - FILL, grid[None], mode="bilinear", padding_mode="zeros", align_corners=False)
+    return moved[0] + FILL
+
+
+def labelled_view(image: torch.Tensor, target: dict, rng: np.random.Generator, settings: ViewSettings) -> tuple[torch.Tensor, dict]:
+    """What the student sees of a labelled image: base geometry and one colour operation."""
+    image, target = weak_view(image, target, rng, settings)
+    return recolour(image, rng), target
+
+
+def weak_view(image: torch.Tensor, target: dict, rng: np.random.Generator, settings: ViewSettings) -> tuple[torch.Tensor, dict]:
+    """What the teacher sees of an unlabelled image: base geometry only. image (3, H, W) uint8 or float -> float in [0, 1]."""
+    image = F.to_dtype(image, torch.float32, scale=True)
+    size, resize = _resize_matrix(target["size"], rng, settings)
+    if size != tuple(image.shape[-2:]):
+        image = F.resize(image, list(size), antialias=True)
+    geometry = _base_matrix(size, rng, settings)
+    if not torch.equal(geometry, torch.eye(3)):
+        image = warp(image, geometry, size)
+    return image, map_target(target, geometry @ resize, size, settings.visible)
+
+
+def strong_view(image: torch.Tensor, target: dict, rng: np.random.Generator, settings: ViewSettings) -> tuple[torch.Tensor, dict]:
+    """What the student sees of an unlabelled image: base geometry, one more geometric operation, one colour operation, erased patches."""
+    image = F.to_dtype(image, torch.float32, scale=True)
+    size, resize = _resize_matrix(target["size"], rng, settings)
+    if size != tuple(image.shape[-2:]):
+        image = F.resize(image, list(size), antialias=True)
+    geometry = _strong_matrix(size, rng, settings) @ _base_matrix(size, rng, settings)
+    if rng.random() < 0.5:  # geometry and colour in either order, as in the released code
+        image = warp(recolour(image, rng), geometry, size)
+    else:
+        image = recolour(warp(image, geometry, size), rng)
+    return erase(image, rng, settings), map_target(target, geometry @ resize, size, settings.visible)
+
+
+def _resize_matrix(size: tuple[int, int], rng: np.random.Generator, settings: ViewSettings) -> tuple[tuple[int, int], torch.Tensor]:
+    """(new size, matrix): the short side is drawn from the settings, the long side bounded."""
+    height, width = size
+    if not settings.short_sides:
+        return (height, width), torch.eye(3)
+    new = resized(size, int(rng.choice(settings.short_sides)), settings.long_side)
+    return new, _matrix([new[1] / width, 0, 0], [0, new[0] / height, 0])
+
+
+def resized(size: tuple[int, int], short_side: int, long_side: int) -> tuple[int, int]:
+    """(H, W) scaled to the short side, or less if the long side would exceed its bound; at least 1 pixel each."""
+    scale = min(short_side / min(size), long_side / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def _base_matrix(size: tuple[int, int], rng: np.random.Generator, settings: ViewSettings) -> torch.Tensor:
+    """Zoom about the centre, shift and (where it is allowed) mirror, on the same canvas."""
+    height, width = size
+    zoom = float(np.exp(rng.uniform(*np.log(settings.zoom))))
+    dx, dy = rng.uniform(-settings.shift, settings.shift, 2) * (width, height)
+    matrix = _about_centre(_matrix([zoom, 0, 0], [0, zoom, 0]), size)
+    matrix = _matrix([1, 0, dx], [0, 1, dy]) @ matrix
+    if settings.flip and rng.random() < 0.5:
+        matrix = _matrix([-1, 0, width], [0, 1, 0]) @ matrix
+    return matrix
+
+
+def _strong_matrix(size: tuple[int, int], rng: np.random.Generator, settings: ViewSettings) -> torch.Tensor:
+    """One of: shift along x, shift along y, rotate, shear; as in the released code."""
+    height, width = size
+    kind = rng.integers(4)
+    amount = rng.uniform(-1, 1)
+    if kind < 2:
+        dx, dy = (amount * settings.strong_shift * width, 0.0) if kind == 0 else (0.0, amount * settings.strong_shift * height)
+        return _matrix([1, 0, dx], [0, 1, dy])
+    if kind == 2:
+        angle = np.deg2rad(amount * settings.strong_rotation)
+        cos, sin = float(np.cos(angle)), float(np.sin(angle))
+        return _about_centre(_matrix([cos, sin, 0], [-sin, cos, 0]), size)
+    along_x, along_y = np.tan(np.deg2rad(np.array([amount, rng.uniform(-1, 1)]) * settings.strong_shear))
+    shear = _matrix([1, along_x, 0], [0, 1, 0])
+    return _about_centre(_matrix([1, 0, 0], [along_y, 1, 0]) @ shear, size)
+
+
+def _matrix(first, second) -> torch.Tensor:
+    """The affine (3, 3) with these two rows."""
+    return torch.tensor(np.array([first, second, [0, 0, 1]]), dtype=torch.float32)
+
+
+def _about_centre(matrix: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """The linear map `matrix` with the image's centre kept in place."""
+    centre = torch.tensor([size[1] / 2, size[0] / 2])
+    matrix = matrix.clone()
+    matrix[:2, 2] = centre - matrix[:2, :2] @ centre
+    return matrix
+
+
+def recolour(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """One of nine colour operations at a magnitude m of 1..9, each equally likely (released code: rand_aug.py:57-61)."""
+    magnitude = int(rng.integers(1, 10))
+    factor = 0.18 * magnitude + 0.1
+    operations = (
+        lambda x: x,
+        F.autocontrast,
+        lambda x: _on_bytes(F.equalize, x),
+        lambda x: F.solarize(x, min(25.6 * magnitude, 255) / 255),
+        lambda x: F.adjust_saturation(x, factor),
+        lambda x: F.adjust_contrast(x, factor),
+        lambda x: F.adjust_brightness(x, factor),
+        lambda x: F.adjust_sharpness(x, factor),
+        lambda x: _on_bytes(lambda y: F.posterize(y, 4 - int(0.4 * magnitude)), x),
+    )
+    return operations[int(rng.integers(len(operations)))](image.clamp(0, 1))
+
+
+def _on_bytes(operation, image: torch.Tensor) -> torch.Tensor:
+    """Apply an operation that is only defined on bytes."""
+    return F.to_dtype(operation(F.to_dtype(image, torch.uint8, scale=True)), torch.float32, scale=True)
+
+
+def erase(image: torch.Tensor, rng: np.random.Generator, settings: ViewSettings) -> torch.Tensor:
+    """One to `patches` grey patches, each with sides of the same random fraction of the image's sides."""
+    if not settings.patches:
+        return image
+    image = image.clone()
+    height, width = image.shape[-2:]
+    for _ in range(int(rng.integers(1, settings.patches + 1))):
+        side = rng.uniform(0, settings.patch_side)
+        h, w = int(side * height), int(side * width)
+        top, left = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
+        image[:, top : top + h, left : left + w] = FILL
+    return image

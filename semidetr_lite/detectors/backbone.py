@@ -1,0 +1,108 @@
+"""Backbones: images (B, 3, H, W) in, a list of feature maps at strides 8, 16 and 32 out.
+
+`tiny` is a small residual network for the embedded data, trained from scratch. Any torchvision ResNet goes by its name, with BatchNorm frozen as in
+every DETR. No backbone uses live batch statistics: GroupNorm here, frozen BatchNorm there.
+"""
+
+import torch
+import torchvision
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from semidetr_lite.errors import UserError
+
+
+def make_backbone(backbone: str | nn.Module, weights: str | None = None) -> nn.Module:
+    """A backbone by name ("tiny" or a torchvision ResNet), or the module given.
+
+    Args:
+        backbone: "tiny", "resnet18" ... "resnet152", or a module with `channels` and `sees_padding`.
+        weights: name of torchvision weights ("IMAGENET1K_V1"), a path of a torchvision state dict, or None for random ones.
+    """
+    if isinstance(backbone, nn.Module):
+        return backbone
+    if backbone == "tiny":
+        return Tiny()
+    if backbone.startswith("resnet") and hasattr(torchvision.models, backbone):
+        return ResNet(backbone, weights)
+    raise UserError(f"no backbone called {backbone!r}: give 'tiny' or the name of a torchvision ResNet such as 'resnet50'")
+
+
+class Residual(nn.Module):
+    """Two 3x3 convolutions with GroupNorm around a shortcut."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.GroupNorm(8, channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.GroupNorm(8, channels),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x + self.layers(x))
+
+
+class Tiny(nn.Module):
+    """A residual network for images of about 100 pixels: strides 2 and 4 are short, the work is done at stride 8.
+
+    Args:
+        widths: channels at strides 2, 4, 8, 16 and 32.
+    """
+
+    sees_padding = False  # images of different sizes are run apart, so that GroupNorm never sees a padded border
+
+    def __init__(self, widths: tuple[int, ...] = (24, 48, 96, 128, 128)):
+        super().__init__()
+        self.channels = widths[2:]
+        self.stages = nn.ModuleList()
+        for before, width in zip((3, *widths), widths, strict=False):
+            down = [nn.Conv2d(before, width, 3, stride=2, padding=1, bias=False), nn.GroupNorm(8, width), nn.ReLU(inplace=True)]
+            self.stages.append(nn.Sequential(*down, *([Residual(width)] if before != 3 else [])))
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        maps, x = [], images
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps[2:]
+
+
+class ResNet(nn.Module):
+    """A torchvision ResNet without its classifier; stem and first stage are not trained (as in the DETR family)."""
+
+    sees_padding = True
+
+    def __init__(self, name: str, weights: str | None = None):
+        super().__init__()
+        net = getattr(torchvision.models, name)(norm_layer=FrozenBatchNorm2d)
+        if weights is not None:
+            net.load_state_dict(_resnet_weights(name, weights), strict=False)  # the frozen norm has no batch counter
+        self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
+        self.layers = nn.ModuleList([net.layer1, net.layer2, net.layer3, net.layer4])
+        last_convs = [[part for part in layer.modules() if isinstance(part, nn.Conv2d)][-1] for layer in self.layers]
+        self.channels = tuple(conv.out_channels for conv in last_convs[1:])
+        for part in (self.stem, self.layers[0]):
+            part.requires_grad_(False)
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        maps, x = [], self.stem(images)
+        for layer in self.layers:
+            x = layer(x)
+            maps.append(x)
+        return maps[1:]
+
+
+def _resnet_weights(name: str, weights: str) -> dict:
+    """A torchvision state dict, from a local file or by torchvision's name (downloaded once)."""
+    try:
+        if weights.endswith((".pth", ".pt")):
+            return torch.load(weights, map_location="cpu", weights_only=True)
+        return torchvision.models.get_weight(f"{torchvision.models.get_model_weights(name).__name__}.{weights}").get_state_dict()
+    except Exception as problem:
+        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+        raise UserError(
+            f"cannot get the {name} weights {weights!r} ({reason}): give the path of a .pth file, or 'none' for random weights"
+        ) from None

@@ -1,0 +1,142 @@
+"""What all detectors do alike: take images as they come, batch them, and turn outputs into detections.
+
+A detector has `encode(images) -> Memory` and `decode(memory, groups) -> outputs`; `detect` is `decode(encode(images))` read as boxes in pixels of the images given.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torchvision.ops import batched_nms
+
+from semidetr_lite.boxes import to_pixels
+from semidetr_lite.data.views import resized
+from semidetr_lite.detectors.transformer import Memory
+from semidetr_lite.errors import UserError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Detector(nn.Module):
+    """Base of the detectors: normalisation, batching, `detect`.
+
+    Args:
+        mean, std: of the images in [0, 1], per channel.
+        test_size: (short side, longest long side) that `detect` resizes to, or None to take images as they are.
+    """
+
+    def __init__(self, mean=IMAGENET_MEAN, std=IMAGENET_STD, test_size: tuple[int, int] | None = None):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.test_size = test_size
+        self.nms: float | None = None  # the IoU at which detections of one class suppress each other; set by the training stage
+
+    def encode(self, images) -> Memory:
+        raise NotImplementedError
+
+    def decode(self, memory: Memory, groups: Sequence = ()) -> dict:
+        raise NotImplementedError
+
+    def forward(self, images, groups: Sequence = ()) -> dict:
+        """images: a list of (3, H, W) or a tensor (B, 3, H, W), uint8 or float in [0, 1] -> outputs."""
+        return self.decode(self.encode(images), groups)
+
+    def normalised(self, images) -> list[torch.Tensor]:
+        """Images as a list of normalised float tensors on the detector's device."""
+        ready = []
+        for image in images:
+            image = image.to(self.mean.device)
+            image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
+            ready.append((image - self.mean) / self.std)
+        return ready
+
+    @torch.no_grad()
+    def detect(self, images, score: float = 0.0, top: int = 100, nms: float | None = None, at_once: int = 50) -> list[dict]:
+        """Find objects.
+
+        Args:
+            images: one image or a list of them; each a tensor (3, H, W), a PIL image or a path.
+            score: the least score of a detection.
+            top: at most so many detections an image.
+            nms: IoU over which the lower scored of two boxes of one class is dropped; None: what the training stage of the weights needs.
+            at_once: images run together.
+
+        Returns:
+            One target dict an image with "boxes" (T, 4) in pixels of the image given, "labels", "scores" (falling) and "size".
+
+        Raises:
+            UserError: a path that is no readable image.
+        """
+        alone = isinstance(images, (str, Path, Image.Image)) or (isinstance(images, torch.Tensor) and images.dim() == 3)
+        originals = [as_tensor(image) for image in ([images] if alone else images)]
+        inputs = [self._at_test_size(image) for image in originals]
+        found: list[dict] = [{}] * len(inputs)
+        for chunk in same_size_chunks(inputs, at_once):
+            outputs = self([inputs[index] for index in chunk])
+            sizes = torch.tensor([originals[index].shape[-2:] for index in chunk])
+            boxes, scores, labels, valid = best_boxes(outputs, sizes, top, score, self.nms if nms is None else nms)
+            for row, index in enumerate(chunk):
+                keep = valid[row]
+                entries = {"boxes": boxes[row][keep].cpu(), "labels": labels[row][keep].cpu(), "scores": scores[row][keep].cpu()}
+                found[index] = {**entries, "size": tuple(originals[index].shape[-2:])}
+        return found
+
+    def _at_test_size(self, image: torch.Tensor) -> torch.Tensor:
+        if self.test_size is None:
+            return image
+        size = resized(tuple(image.shape[-2:]), *self.test_size)
+        image = image.float() / 255 if image.dtype == torch.uint8 else image
+        return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+
+
+def as_tensor(image) -> torch.Tensor:
+    """A tensor, PIL image or path as (3, H, W); paths and PIL images come out as uint8 RGB."""
+    if isinstance(image, torch.Tensor):
+        return image
+    if not isinstance(image, Image.Image):
+        try:
+            with Image.open(image) as opened:
+                image = opened.convert("RGB")
+        except (OSError, SyntaxError, ValueError) as problem:
+            raise UserError(f"{image}: cannot be read as an image ({problem}); give a .jpg or .png file") from None
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def same_size_chunks(images: Sequence[torch.Tensor], at_most: int) -> list[list[int]]:
+    """Indices of the images in chunks of one size."""
+    by_size: dict[tuple, list[int]] = {}
+    for index, image in enumerate(images):
+        by_size.setdefault(tuple(image.shape[-2:]), []).append(index)
+    return [group[start : start + at_most] for group in by_size.values() for start in range(0, len(group), at_most)]
+
+
+def best_boxes(outputs: dict, sizes: torch.Tensor, top: int, score: float = 0.0, nms: float | None = None):
+    """The best (query, class) pairs of each image, as tensors of one length; nothing leaves the device.
+
+    Args:
+        outputs: with "pred_logits" (B, Q, C) and "pred_boxes" (B, Q, 4).
+        sizes: (B, 2) the (H, W) whose pixels the boxes are wanted in.
+        top: how many pairs are looked at, K = min(top, Q * C).
+        score: the least score.
+        nms: class-wise suppression at this IoU, or None.
+
+    Returns:
+        boxes (B, K, 4) xyxy pixels, scores (B, K) falling, labels (B, K), valid (B, K) bool.
+    """
+    scores = outputs["pred_logits"].float().sigmoid()
+    classes = scores.shape[-1]
+    scores, order = scores.flatten(1).topk(min(top, scores.shape[1] * classes), dim=1)
+    labels = order % classes
+    pixels = to_pixels(outputs["pred_boxes"].float(), sizes.to(scores.device))
+    boxes = pixels.gather(1, (order // classes)[..., None].expand(-1, -1, 4))
+    valid = scores >= score
+    if nms is not None:
+        groups = labels + classes * torch.arange(len(scores), device=scores.device)[:, None]
+        kept = batched_nms(boxes.flatten(0, 1), torch.where(valid, scores, -1.0).flatten(), groups.flatten(), nms)
+        valid = valid & torch.zeros_like(valid).flatten().index_fill_(0, kept, True).view_as(valid)
+    return boxes, scores, labels, valid

@@ -1,0 +1,107 @@
+"""What every detection transformer here shares: positions, small networks, one encoder and one decoder layer, and the two dicts of queries.
+
+Shapes: B images, Q queries, S tokens, D channels, L levels, M heads, P points. Batch first everywhere, no dropout (as in DINO).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Memory(NamedTuple):
+    """What the encoder leaves for the decoder."""
+
+    tokens: torch.Tensor  # (B, S, D), the levels one after the other
+    mask: torch.Tensor | None  # (B, S) bool, True = padding; None if nothing is padded
+    shapes: list[tuple[int, int]]  # (H, W) of each level
+    valid_ratios: torch.Tensor  # (B, L, 2): share of each level's width and height that is image
+    features: list[torch.Tensor]  # the projected maps (B, D, H, W) before the encoder
+    proposals: dict | None  # two-stage: outputs dict of the chosen tokens
+
+    def rows(self, rows: slice) -> "Memory":
+        """The same for some images of the batch."""
+        tokens, mask, shapes, ratios, features, proposals = self
+        return Memory(
+            tokens[rows],
+            None if mask is None else mask[rows],
+            shapes,
+            ratios[rows],
+            [level[rows] for level in features],
+            None if proposals is None else {key: value[rows] for key, value in proposals.items()},
+        )
+
+
+class QueryGroup(NamedTuple):
+    """Extra queries for the decoder, in `copies` parts of equal length that do not see each other."""
+
+    content: torch.Tensor  # (B, N, D)
+    boxes: torch.Tensor  # (B, N, 4) cxcywh in [0, 1]
+    copies: int
+    valid: torch.Tensor  # (B, N) bool, False = filled up to the longest image
+
+
+def sine_positions(coordinates: torch.Tensor, dim: int, temperature: float = 20.0) -> torch.Tensor:
+    """Sine and cosine of each coordinate at `dim` / 2 frequencies: (..., K) in [0, 1] -> (..., K * dim)."""
+    frequencies = temperature ** (2 * torch.arange(dim // 2, device=coordinates.device, dtype=torch.float32) / dim)
+    angles = coordinates.float().unsqueeze(-1) * (2 * math.pi) / frequencies  # (..., K, dim / 2)
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(-3)
+
+
+def map_positions(mask: torch.Tensor, dim: int, temperature: float = 20.0) -> torch.Tensor:
+    """Positions of the cells of a map: mask (B, H, W), True = padding -> (B, H, W, dim), the first half y, the second x."""
+    inside = (~mask).float()
+    y, x = inside.cumsum(1), inside.cumsum(2)
+    y, x = y / (y[:, -1:] + 1e-6), x / (x[:, :, -1:] + 1e-6)
+    return sine_positions(torch.stack([y, x], -1), dim // 2, temperature)
+
+
+class MLP(nn.Sequential):
+    """`layers` linear layers with ReLU between them."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, layers: int):
+        widths = [inputs] + [hidden] * (layers - 1) + [outputs]
+        modules: list[nn.Module] = []
+        for before, after in zip(widths, widths[1:], strict=False):
+            modules += [nn.Linear(before, after), nn.ReLU()]
+        super().__init__(*modules[:-1])
+
+
+class FeedForward(nn.Module):
+    """Two linear layers around a ReLU, a shortcut, a LayerNorm."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.linear1, self.linear2, self.norm = nn.Linear(dim, hidden), nn.Linear(hidden, dim), nn.LayerNorm(dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x + self.linear2(F.relu(self.linear1(x))))
+
+
+class QuerySelfAttention(nn.Module):
+    """Queries look at each other; positions enter keys and queries, never values."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, content, positions, blocked=None, padding=None, context=None) -> torch.Tensor:
+        """content, positions (B, N, D); blocked (N, K) bool; padding (B, K) bool; context: (content, positions) of further keys behind the N."""
+        keys, values = content + positions, content
+        if context is not None:
+            keys, values = torch.cat([keys, sum(context)], 1), torch.cat([values, context[0]], 1)
+        seen = self.attention(content + positions, keys, values, key_padding_mask=padding, attn_mask=blocked, need_weights=False)[0]
+        return self.norm(content + seen)
+
+
+def output_rows(outputs: dict, rows: slice) -> dict:
+    """An outputs dict for some images of the batch, query groups left out."""
+    part = {key: value[rows] for key, value in outputs.items() if isinstance(value, torch.Tensor)}
+    part["aux_outputs"] = [{key: value[rows] for key, value in layer.items()} for layer in outputs["aux_outputs"]]
+    if outputs.get("encoder"):
+        part["encoder"] = {key: value[rows] for key, value in outputs["encoder"].items()}
+    part["context"] = [(content[rows], positions[rows]) for content, positions in outputs["context"]]
+    return part

@@ -1,0 +1,183 @@
+"""How good detections are: COCO's twelve figures, and box by box what is a hit, a false alarm or a miss.
+
+The figures are pycocotools' own, so that a number from here may stand beside a published one. A detection is right at
+an IoU threshold t when it overlaps a truth box of its class, not yet taken by a higher score, by IoU >= t. AP is the
+area under the precision-recall curve, averaged over the classes and over t = 0.50, 0.55 ... 0.95; AR is the recall
+reached with at most 1, 10 or 100 detections of a class in an image, averaged the same way. Small boxes have an area
+under 32 x 32 pixels, medium ones under 96 x 96.
+
+A crowd region ("crowd") is truth nobody has to find: detections inside it are neither right nor wrong.
+"""
+
+import io
+import os
+from contextlib import redirect_stdout
+
+import numpy as np
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torchvision.ops import box_area, box_iou
+
+from semidetr_lite.data.coco import is_numbers, read_coco, read_json
+from semidetr_lite.errors import UserError
+
+FIGURES = (
+    *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
+    *("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large"),
+)
+TOP = 100  # detections per image that are looked at
+
+
+def evaluate(detections, targets) -> dict[str, float]:
+    """COCO's twelve figures, each in 0..1, nan where there is no truth to measure it on.
+
+    `detections` and `targets` are lists of dicts in the same order, one per image, boxes in pixels of the same image.
+    The `TOP` highest scores of an image are looked at; a detection that is not finite is none. A truth box without
+    "area" has its own. Or they are the paths of two json files, COCO results and COCO ground truth, whose contents
+    reach pycocotools as they are; detections on images that the ground truth does not list are passed over.
+    Raises UserError for a file that cannot be used, ValueError for lists of unequal length.
+    """
+    if isinstance(detections, str | os.PathLike) and isinstance(targets, str | os.PathLike):
+        truth = read_coco(targets)
+        found = _detections_of_file(detections, truth)
+    else:
+        if len(detections) != len(targets):
+            raise ValueError(f"{len(detections)} detections for {len(targets)} targets: one dict per image in each")
+        truth, found = _truth_of_dicts(targets), _detections_of_dicts(detections)
+    return _figures(truth, found)
+
+
+def to_coco_json(detections: list[dict], image_ids: list[int], categories: list[dict]) -> list[dict]:
+    """Detections as a COCO results file has them: [{"image_id", "category_id", "bbox" [x, y, width, height], "score"}].
+
+    One detection dict per image id; `categories` [{"id", "name"}] in the order of the labels. Boxes are in pixels,
+    rounded to a thousandth.
+    """
+    rows = []
+    for image_id, detection in zip(image_ids, detections, strict=True):
+        boxes, labels, scores = (detection[key].tolist() for key in ("boxes", "labels", "scores"))
+        for (x1, y1, x2, y2), label, score in zip(boxes, labels, scores):
+            box = [round(value, 3) for value in (x1, y1, x2 - x1, y2 - y1)]
+            row = {"image_id": image_id, "category_id": categories[label]["id"], "bbox": box, "score": round(score, 6)}
+            rows.append(row)
+    return rows
+
+
+def box_errors(detection: dict, truth: dict, iou: float = 0.5) -> dict[str, torch.Tensor]:
+    """Which boxes of one image are right: "hits" and "false_alarms" index `detection`, "misses" index `truth`.
+
+    From the highest score down, a detection takes the free truth box of its label that it overlaps best, if by at
+    least `iou`. One that finds none but lies in a crowd region of its label (the share `iou` of its own area at least)
+    is left out of both lists, and a crowd region is never missed. Hits and false alarms come by falling score, misses
+    in the order of the truth; all are int64 on the CPU.
+    """
+    boxes, labels = detection["boxes"].double().cpu(), detection["labels"].cpu()
+    true_boxes, true_labels = truth["boxes"].double().cpu(), truth["labels"].cpu()
+    crowd = truth["crowd"].cpu().bool() if "crowd" in truth else torch.zeros(len(true_boxes), dtype=torch.bool)
+    same = labels[:, None] == true_labels[None]
+    overlap = (box_iou(boxes, true_boxes).nan_to_num() * (same & ~crowd)).numpy()  # (N, T)
+    in_crowd = ((_covered(boxes, true_boxes) >= iou) & same & crowd).any(1).tolist()
+
+    free = np.ones(len(true_boxes), dtype=bool)
+    hits, false_alarms = [], []
+    for index in detection["scores"].argsort(descending=True, stable=True).tolist():
+        candidates = np.where(free, overlap[index], 0)
+        best = int(candidates.argmax()) if len(candidates) else -1
+        if best >= 0 and candidates[best] >= iou:
+            free[best] = False
+            hits.append(index)
+        elif not in_crowd[index]:
+            false_alarms.append(index)
+    misses = np.flatnonzero(free & ~crowd.numpy()).tolist()
+    lists = {"hits": hits, "false_alarms": false_alarms, "misses": misses}
+    return {name: torch.tensor(indices, dtype=torch.int64) for name, indices in lists.items()}
+
+
+def _covered(boxes: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
+    """The share of each box (N, 4) that lies inside each region (T, 4): (N, T)."""
+    corner = torch.maximum(boxes[:, None, :2], regions[None, :, :2])
+    opposite = torch.minimum(boxes[:, None, 2:], regions[None, :, 2:])
+    inside = (opposite - corner).clamp(min=0).prod(-1)
+    return inside / box_area(boxes)[:, None].clamp(min=1e-9)
+
+
+def _truth_of_dicts(targets: list[dict]) -> dict:
+    """Our targets as one COCO ground truth; images are numbered by their place, labels are the category ids."""
+    rows = []
+    for image_id, target in enumerate(targets):
+        boxes = target["boxes"].double().cpu()
+        crowd = target["crowd"].int() if "crowd" in target else torch.zeros(len(boxes), dtype=torch.int)
+        area = target["area"].double() if "area" in target else box_area(boxes)
+        fields = (_xywh(boxes), target["labels"].tolist(), crowd.tolist(), area.tolist())
+        for box, label, iscrowd, size in zip(*fields):
+            rows.append({"image_id": image_id, "category_id": label, "bbox": box, "iscrowd": iscrowd, "area": size})
+    return {"images": [{"id": image_id} for image_id in range(len(targets))], "annotations": rows}
+
+
+def _detections_of_dicts(detections: list[dict]) -> list[dict]:
+    """The `TOP` highest scores of each image, as rows of a COCO results file."""
+    rows = []
+    for image_id, detection in enumerate(detections):
+        scores, boxes = detection["scores"].double().cpu(), detection["boxes"].double().cpu()
+        finite = (boxes.isfinite().all(1) & scores.isfinite()).nonzero()[:, 0]
+        chosen = finite[scores[finite].argsort(descending=True, stable=True)[:TOP]]
+        fields = (_xywh(boxes[chosen]), detection["labels"].cpu()[chosen].tolist(), scores[chosen].tolist())
+        for box, label, score in zip(*fields):
+            rows.append({"image_id": image_id, "category_id": label, "bbox": box, "score": score})
+    return rows
+
+
+def _xywh(boxes: torch.Tensor) -> list[list[float]]:
+    """Boxes (N, 4) xyxy as COCO writes them: x, y, width, height."""
+    return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()
+
+
+def _detections_of_file(path, truth: dict) -> list[dict]:
+    """The rows of a COCO results file that lie on images of the truth."""
+    rows = read_json(path)
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: not a COCO results file: it holds no list of detections")
+    keys = ("bbox", "image_id", "category_id", "score")
+    images, known = {image["id"] for image in truth["images"]}, {category["id"] for category in truth["categories"]}
+    kept = []
+    for place, row in enumerate(rows, 1):
+        box, *others = [row.get(key) if isinstance(row, dict) else None for key in keys]
+        if not is_numbers(box, 4) or not is_numbers(others, 3):
+            raise UserError(f'{path}: detection number {place} needs a "bbox" of 4 numbers and numbers as {keys[1:]}')
+        if row["category_id"] not in known:
+            raise UserError(f"{path}: detection number {place} has a category_id unknown to the truth, {others[1]}")
+        if row["image_id"] in images:
+            kept.append({key: row[key] for key in keys})
+    return kept
+
+
+def _figures(truth: dict, found: list[dict]) -> dict[str, float]:
+    """Ask pycocotools, in silence."""
+    # A class without truth has no AP and would only cost time.
+    measured = sorted({row["category_id"] for row in truth["annotations"]})
+    if not measured:
+        return dict.fromkeys(FIGURES, float("nan"))
+    with redirect_stdout(io.StringIO()):
+        indexed = [_index(truth["images"], measured, rows) for rows in (truth["annotations"], found)]
+        judge = COCOeval(*indexed, iouType="bbox")
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+    values = [float(value) if value >= 0 else float("nan") for value in judge.stats]
+    return dict(zip(FIGURES, values))
+
+
+def _index(images: list[dict], categories: list, rows: list[dict]) -> COCO:
+    """pycocotools' view of some rows, which are completed in place where they say nothing of crowd and area.
+
+    They are numbered anew from 1: pycocotools takes a match with the id 0 for no match.
+    """
+    for number, row in enumerate(rows, 1):
+        row["id"] = number
+        row.setdefault("iscrowd", 0)
+        row.setdefault("area", row["bbox"][2] * row["bbox"][3])
+    coco = COCO()
+    coco.dataset = {"images": images, "categories": [{"id": category} for category in categories], "annotations": rows}
+    coco.createIndex()
+    return coco

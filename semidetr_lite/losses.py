@@ -1,0 +1,159 @@
+"""From pairs to losses: class, L1 and GIoU, for every decoder layer, the encoder's proposals and the denoising groups.
+
+One-to-one (DINO; released code: dino_detr_ssod_head.py:751-804): focal loss, weighted 2, over the number of pairs; L1 (5) and GIoU (2) of the pairs over the same.
+One-to-many (paper section 3.2; released code: dino_detr_ssod_head.py:665-749): quality focal loss, weighted 2, over the sum of the soft targets; L1 and GIoU weighted
+by the soft targets, over the same sum. Every normaliser is that of the whole batch and at least 1.
+
+Difference from the released code: L1 counts once (there a key meant for the log doubles it; the COCO presets pass l1_weight=10).
+Proposals of the encoder are trained class-agnostically, on channel 0, as there.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torchvision.ops import box_convert
+
+from semidetr_lite.boxes import overlaps
+from semidetr_lite.detectors.denoising import Answers
+from semidetr_lite.matching import PaddedTargets, assign_one_to_many, assign_one_to_one, batched_cost, pad_targets
+
+
+def quality_focal_loss(logits: torch.Tensor, quality: torch.Tensor, gamma: float = 2.0) -> torch.Tensor:
+    """sum |y - p|^gamma * BCE(p, y) with p = sigmoid(logits) and soft targets y in [0, 1]; logits, quality (N, C) -> scalar sum."""
+    return _quality_focal(logits, quality, gamma).sum()
+
+
+def _quality_focal(logits, quality, gamma: float = 2.0) -> torch.Tensor:
+    logits = logits.float()
+    return (quality - logits.sigmoid()).abs() ** gamma * F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
+
+
+def _focal(logits, positive, alpha: float = 0.25, gamma: float = 2.0) -> torch.Tensor:
+    logits = logits.float()
+    weight = torch.where(positive > 0, alpha, 1 - alpha)
+    return weight * (positive - logits.sigmoid()).abs() ** gamma * F.binary_cross_entropy_with_logits(logits, positive, reduction="none")
+
+
+class LossWeights(NamedTuple):
+    """Of the three losses. The matching cost keeps 2 / 5 / 2."""
+
+    class_weight: float = 2.0
+    l1_weight: float = 5.0
+    giou_weight: float = 2.0
+
+
+def layer_loss(logits, pred_boxes, targets: list[dict], stage: str, candidates: int = 13, weights: LossWeights = LossWeights()) -> dict:
+    """The loss of one layer.
+
+    Args:
+        logits, pred_boxes: (B, Q, C) and (B, Q, 4) cxcywh in [0, 1].
+        targets: B target dicts; crowd regions are left out.
+        stage: "one_to_many" or "one_to_one".
+        candidates: of the one-to-many matching.
+
+    Returns:
+        {"class", "l1", "giou"}, weighted and normalised over the batch.
+    """
+    padded = pad_targets(targets, logits.device)
+    if stage == "one_to_many":
+        assigned, quality = assign_one_to_many(logits, pred_boxes, padded, candidates=candidates)
+    else:
+        costs = batched_cost(logits, pred_boxes, padded.boxes, padded.labels).detach()
+        assigned = torch.from_numpy(assign_one_to_one(to_host(costs), to_host(padded.valid))).to(logits.device)
+        quality = (assigned >= 0).float()
+    return dense_loss(logits, pred_boxes, padded, assigned, quality, stage, weights)
+
+
+def to_host(values: torch.Tensor):
+    """The one place where a step waits for the device: a tensor as a numpy array."""
+    return values.detach().cpu().numpy()
+
+
+def dense_loss(logits, pred_boxes, targets: PaddedTargets, assigned, quality, stage: str, weights: LossWeights = LossWeights(), seen=None) -> dict:
+    """Losses of finished assignments, without leaving the device.
+
+    Args:
+        logits, pred_boxes: (B, Q, C), (B, Q, 4); or (L, B, Q, ...) for several layers, each normalised by itself and then summed.
+        assigned: (..., B, Q) index of the target, -1 for none.
+        quality: (..., B, Q) soft class target, 0 where unassigned.
+        seen: (B, Q) bool, queries that count at all; None for all.
+    """
+    index = assigned.clamp(min=0)
+    if targets.valid.shape[1]:
+        labels = targets.labels.expand(*assigned.shape[:-2], -1, -1).gather(-1, index)
+        boxes = targets.boxes.expand(*assigned.shape[:-2], -1, -1, -1).gather(-2, index[..., None].expand(*index.shape, 4))
+    else:
+        labels, boxes = index, torch.full_like(pred_boxes, 0.5, dtype=torch.float32)
+    wanted = torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, labels[..., None], quality[..., None].float())
+    each = (_quality_focal if stage == "one_to_many" else _focal)(logits, wanted)
+    if seen is not None:
+        each = each * seen[..., None]
+    norm = quality.float().sum((-2, -1)).clamp(min=1.0)  # one per layer
+    l1 = (pred_boxes.float() - boxes).abs().sum(-1)
+    giou = 1 - overlaps(box_convert(pred_boxes.float(), "cxcywh", "xyxy"), box_convert(boxes, "cxcywh", "xyxy"))[1]
+    return {
+        "class": (weights.class_weight * each.sum((-3, -2, -1)) / norm).sum(),
+        "l1": (weights.l1_weight * (l1 * quality).sum((-2, -1)) / norm).sum(),
+        "giou": (weights.giou_weight * (giou * quality).sum((-2, -1)) / norm).sum(),
+    }
+
+
+class Layers(NamedTuple):
+    """All layers of an outputs dict, stacked: the decoder's, first to last, then the encoder's proposals if there are any."""
+
+    logits: torch.Tensor  # (L, B, Q, C)
+    boxes: torch.Tensor  # (L, B, Q, 4)
+    encoder: bool  # whether the last entry is the encoder's
+
+    def rows(self, rows: slice) -> "Layers":
+        """The same layers for some images of the batch."""
+        return Layers(self.logits[:, rows], self.boxes[:, rows], self.encoder)
+
+
+def stack_layers(outputs: dict) -> Layers:
+    """outputs -> Layers."""
+    layers = [*outputs["aux_outputs"], outputs, *([outputs["encoder"]] if outputs.get("encoder") else [])]
+    return Layers(
+        torch.stack([layer["pred_logits"] for layer in layers]), torch.stack([layer["pred_boxes"] for layer in layers]), bool(outputs.get("encoder"))
+    )
+
+
+def layer_costs(layers: Layers, targets: PaddedTargets) -> torch.Tensor:
+    """Matching costs (L, B, Q, T) of all layers; the encoder's proposals are priced as class 0."""
+    return batched_cost(layers.logits.detach(), layers.boxes.detach(), targets.boxes, _layer_labels(layers, targets))
+
+
+def _layer_labels(layers: Layers, targets: PaddedTargets) -> torch.Tensor:
+    """(L, B, T) labels as each layer sees them."""
+    labels = targets.labels.expand(len(layers.logits), -1, -1)
+    if layers.encoder:
+        labels = torch.cat([labels[:-1], torch.zeros_like(labels[-1:])])
+    return labels
+
+
+def detection_loss(layers: Layers, targets: PaddedTargets, stage: str, costs=None, valid=None, candidates: int = 13, weights: LossWeights = LossWeights()) -> dict:
+    """The sum over all layers of {"class", "l1", "giou"}.
+
+    Args:
+        layers, targets: of the same images.
+        stage: "one_to_many" or "one_to_one".
+        costs, valid: for one-to-one, on the host: numpy (L, B, Q, T) from `layer_costs`, and `targets.valid`.
+        candidates: for one-to-many.
+    """
+    labels = _layer_labels(layers, targets)
+    if stage == "one_to_many":
+        seen = PaddedTargets(targets.boxes, labels, targets.valid)
+        assigned, quality = assign_one_to_many(layers.logits, layers.boxes, seen, candidates=candidates)
+    else:
+        assigned = torch.from_numpy(assign_one_to_one(costs, valid)).to(layers.logits.device)
+        quality = (assigned >= 0).float()
+    each = PaddedTargets(targets.boxes.expand(len(labels), -1, -1, -1), labels, targets.valid)
+    return dense_loss(layers.logits, layers.boxes, each, assigned, quality, stage, weights)
+
+
+def denoising_loss(group: dict, answers: Answers, targets: PaddedTargets, weights: LossWeights = LossWeights()) -> dict:
+    """One-to-one losses of a denoising group whose answers are known, over the number of its positive questions."""
+    layers = stack_layers(group)
+    assigned = answers.targets.expand(len(layers.logits), -1, -1)
+    return dense_loss(layers.logits, layers.boxes, targets, assigned, (assigned >= 0).float(), "one_to_one", weights, answers.valid)

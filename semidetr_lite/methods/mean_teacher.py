@@ -1,0 +1,197 @@
+"""Mean teacher for detection transformers: a slow average of the student labels the images nobody labelled.
+
+    teacher(weak view) -> boxes over the score cut -> the strong view by matrix -> targets of student(strong view)
+
+This is the plain method of the comparison: one-to-one matching, no consistency, no mining ("DINO SSOD" in the paper's tables).
+
+Differences from the released code: buffers are averaged too, and the teacher stays in eval mode.
+"""
+
+import copy
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from semidetr_lite.boxes import to_model
+from semidetr_lite.data.views import map_boxes
+from semidetr_lite.detectors.detector import Detector, best_boxes
+from semidetr_lite.detectors.transformer import Memory, output_rows
+from semidetr_lite.losses import Layers, LossWeights, denoising_loss, detection_loss, layer_costs, stack_layers, to_host
+from semidetr_lite.matching import PaddedTargets, pad_targets
+
+LABELLED, UNLABELLED = range(2)  # separate streams of random numbers
+
+
+def ema_momentum(step: int, ceiling: float = 0.999) -> float:
+    """How much of itself the teacher keeps before iteration `step`: min(ceiling, 1 - 1 / (step + 1)) (released code: mean_teacher.py:37-50)."""
+    return min(ceiling, 1 - 1 / (step + 1))
+
+
+@torch.no_grad()
+def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * student, for parameters and floating-point buffers; other buffers are copied."""
+    ours, theirs = (list(module.parameters()) + [b for b in module.buffers() if b.is_floating_point()] for module in (teacher, student))
+    torch._foreach_lerp_(ours, theirs, 1 - momentum)
+    for buffer, source in zip(teacher.buffers(), student.buffers(), strict=True):
+        if not buffer.is_floating_point():
+            buffer.copy_(source)
+
+
+class Averaged(nn.Module):
+    """What all methods share: a student, its average (the teacher), and losses on labelled images.
+
+    Args:
+        student: the detector.
+        ema_ceiling: the teacher's horizon is about 1 / (1 - ema_ceiling) steps.
+        seed: of the denoising noise.
+        weights: of the losses.
+    """
+
+    def __init__(self, student: Detector, ema_ceiling: float = 0.999, seed: int = 0, weights: LossWeights = LossWeights()):
+        super().__init__()
+        self.student, self.teacher = student, copy.deepcopy(student).requires_grad_(False).eval()
+        self.ema_ceiling, self.seed, self.weights = ema_ceiling, seed, weights
+        self.stats: dict[str, float] = {}  # of the last step, for the log
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def after_step(self, step: int) -> None:
+        """Move the teacher; call it after the optimizer's step number `step`."""
+        ema_update(self.teacher, self.student, ema_momentum(step + 1, self.ema_ceiling))
+
+    def rngs(self, step: int, stream: int, count: int) -> list[np.random.Generator]:
+        """A generator for each image, from (seed, step, position) alone."""
+        return [np.random.default_rng([self.seed, 7, stream, step, position]) for position in range(count)]
+
+    def denoise(self, memory: Memory, outputs: dict, targets: PaddedTargets, step: int, stream: int) -> dict:
+        """Denoising losses of a batch, {} if it holds no box. The questions are decoded against the kept matching queries."""
+        made = self.student.denoising(*targets, self.rngs(step, stream, len(targets.labels)))
+        if made is None:
+            return {}
+        group, answers = made
+        return denoising_loss(self.student.decode_groups(memory, outputs, [group])[0], answers, targets, self.weights)
+
+
+def named(prefix: str, losses: dict, weight: float = 1.0) -> dict:
+    """{"class": x} -> {"prefix/class": weight * x}."""
+    return {f"{prefix}/{name}": weight * value for name, value in losses.items()}
+
+
+class PseudoBoxes(NamedTuple):
+    """The teacher's boxes on the weak views, at most K an image, best first."""
+
+    boxes: torch.Tensor  # (B, K, 4) xyxy pixels of the weak view
+    scores: torch.Tensor  # (B, K)
+    labels: torch.Tensor  # (B, K)
+    valid: torch.Tensor  # (B, K) bool
+
+    def carried(self, weak: list[dict], strong: list[dict]) -> PaddedTargets:
+        """The boxes in model coordinates of the strong views; those out of view are not valid."""
+        device = self.boxes.device
+        matrices = torch.stack([s["matrix"] @ torch.linalg.inv(w["matrix"]) for w, s in zip(weak, strong, strict=True)])
+        sizes = torch.tensor([target["size"] for target in strong], device=device)
+        boxes, keep = map_boxes(self.boxes, matrices.to(device), sizes)
+        return PaddedTargets(to_model(boxes, sizes), self.labels, self.valid & keep)
+
+
+def pseudo_boxes(outputs: dict, sizes: torch.Tensor, most: int, nms: float) -> PseudoBoxes:
+    """Teacher's outputs -> its at most `most` best boxes after class-wise suppression, scores over 0.01.
+
+    sizes: (B, 2) of the weak views. In both stages suppressed at IoU `nms` (released code: dino_detr_ssod_head.py:1371-1395).
+    """
+    boxes, scores, labels, valid = best_boxes(outputs, sizes, 3 * most, 0.01, nms)
+    first = valid.long().sort(dim=1, descending=True, stable=True).indices[:, :most]  # valid ones to the front, still by score
+    boxes = boxes.gather(1, first[..., None].expand(-1, -1, 4))
+    return PseudoBoxes(boxes, scores.gather(1, first), labels.gather(1, first), valid.gather(1, first))
+
+
+def target_sizes(targets: list[dict]) -> torch.Tensor:
+    """(B, 2) (H, W) of each image."""
+    return torch.tensor([target["size"] for target in targets])
+
+
+class MeanTeacher(Averaged):
+    """The method.
+
+    Args:
+        student, ema_ceiling, seed, weights: see Averaged.
+        score_cut: pseudo-boxes of at least this score are targets.
+        unlabelled_weight: of all losses on unlabelled images.
+        most: pseudo-boxes looked at in an image.
+        nms: IoU of the suppression of pseudo-boxes.
+    """
+
+    def __init__(self, student: Detector, score_cut: float = 0.4, unlabelled_weight: float = 4.0, most: int = 100, nms: float = 0.6, **shared):
+        super().__init__(student, **shared)
+        self.score_cut, self.unlabelled_weight, self.most, self.nms = score_cut, unlabelled_weight, most, nms
+
+    def forward(self, batch: dict, step: int) -> dict[str, torch.Tensor]:
+        """A batch with "labelled", "weak" and "strong" -> weighted losses."""
+        (images, truths), (weak_images, weak), (strong_images, strong) = (batch[key] for key in ("labelled", "weak", "strong"))
+        device = next(self.parameters()).device
+        with torch.no_grad():
+            pseudo = pseudo_boxes(self.teacher(weak_images), target_sizes(weak), self.most, self.nms)
+        carried = pseudo.carried(weak, strong)
+        confident = carried._replace(valid=carried.valid & (pseudo.scores >= self.score_cut))
+        targets = pad_targets(truths, device).join(confident)
+
+        memory = self.student.encode([*images, *strong_images])
+        outputs = self.student.decode(memory)
+        layers = stack_layers(outputs)
+        costs, valid = one_transfer(layer_costs(layers, targets), targets.valid)
+        self.stats = {"pseudo_per_image": float(valid[len(images) :].sum() / len(strong))}
+
+        losses = {}
+        for name, rows, stream, weight in (
+            ("labelled", slice(0, len(images)), LABELLED, 1.0),
+            ("pseudo", slice(len(images), None), UNLABELLED, self.unlabelled_weight),
+        ):
+            here = trimmed(PaddedTargets(*(entry[rows] for entry in targets)), valid[rows])
+            found = detection_loss(layers.rows(rows), here.targets, "one_to_one", costs[:, rows][..., here.columns], here.valid, weights=self.weights)
+            losses |= named(name, found, weight)
+            noise = self.denoise(memory.rows(rows), output_rows(outputs, rows), here.targets, step, stream)
+            losses |= named(f"{name} denoising", noise, weight)
+        return losses
+
+
+class Trimmed(NamedTuple):
+    """Targets without the columns nobody uses, on the device and on the host."""
+
+    targets: PaddedTargets
+    valid: np.ndarray  # (B, T)
+    columns: slice
+
+
+def trimmed(targets: PaddedTargets, valid: np.ndarray) -> Trimmed:
+    """Cut the filled-up columns behind the last valid one; `valid` is `targets.valid` on the host."""
+    used = np.flatnonzero(valid.any(0))
+    columns = slice(0, int(used[-1]) + 1 if len(used) else 0)
+    return Trimmed(PaddedTargets(*(entry[:, columns] for entry in targets)), valid[:, columns], columns)
+
+
+def one_transfer(*tensors: torch.Tensor) -> list[np.ndarray]:
+    """Several tensors to the host in one go, as numpy arrays of their own shapes; bools come back as bools."""
+    flat = to_host(torch.cat([tensor.detach().float().flatten() for tensor in tensors]))
+    pieces, start = [], 0
+    for tensor in tensors:
+        piece = flat[start : start + tensor.numel()].reshape(tensor.shape)
+        pieces.append(piece > 0.5 if tensor.dtype == torch.bool else piece)
+        start += tensor.numel()
+    return pieces
+
+
+def labelled_losses(method: Averaged, images: list, truths: list[dict], step: int) -> dict[str, torch.Tensor]:
+    """One-to-one and denoising losses of a labelled batch, as the supervised method and every baseline has them."""
+    device = next(method.parameters()).device
+    targets = pad_targets(truths, device)
+    memory = method.student.encode(images)
+    outputs = method.student.decode(memory)
+    layers: Layers = stack_layers(outputs)
+    costs, valid = one_transfer(layer_costs(layers, targets), targets.valid)
+    losses = named("labelled", detection_loss(layers, targets, "one_to_one", costs, valid, weights=method.weights))
+    return losses | named("labelled denoising", method.denoise(memory, outputs, targets, step, LABELLED))

@@ -1,0 +1,177 @@
+"""Semi-DETR (Zhang et al., CVPR 2023): stage-wise hybrid matching + cross-view query consistency + cost-based pseudo-label mining.
+
+One step, in the paper's words:
+
+    teacher(weak view)  -> pseudo-boxes                                                             (section 3.1)
+    student(labelled + strong views): one-to-many matching up to step `one_to_many_steps`, one-to-one after  (SHM, section 3.2)
+    pseudo-boxes the student finds cheap are mined by a mixture over matching costs                  (CPM, section 3.4)
+    confident and mined boxes ask both decoders the same question, the answers should agree          (CQC, section 3.3)
+
+Targets of the class and box losses are the boxes over the score cut alone; mined ones feed the consistency only. The backbone and encoder run once per image and
+network: matching queries never see the extra queries, so those are decoded afterwards against what was kept.
+
+Differences from the paper: consistency in stage one only (as in the released code, dino_detr_ssod.py:469). From the released code: boxes that leave the
+strong view are dropped, and a memory of past costs joins the mixture.
+"""
+
+import numpy as np
+import torch
+
+from semidetr_lite.boxes import to_model
+from semidetr_lite.detectors.detector import Detector
+from semidetr_lite.detectors.transformer import Memory, QueryGroup, output_rows
+from semidetr_lite.losses import Layers, detection_loss, layer_costs, stack_layers
+from semidetr_lite.matching import PaddedTargets, batched_cost, pad_targets
+from semidetr_lite.methods.cost_mining import matched_costs, reliable_threshold, remember
+from semidetr_lite.methods.mean_teacher import (
+    LABELLED,
+    UNLABELLED,
+    Averaged,
+    PseudoBoxes,
+    named,
+    one_transfer,
+    pseudo_boxes,
+    target_sizes,
+    trimmed,
+)
+from semidetr_lite.methods.query_consistency import Projector, consistency_loss
+
+
+class SemiDETR(Averaged):
+    """The method.
+
+    Args:
+        student, ema_ceiling, seed, weights: see Averaged.
+        one_to_many_steps: the step at which stage two begins.
+        score_cut: pseudo-boxes of at least this score are targets.
+        unlabelled_weight: of all losses on unlabelled images.
+        candidates: queries a target takes in stage one.
+        consistency_weight: of the consistency loss, before `unlabelled_weight`.
+        cost_memory: past matching costs that join the mixture.
+        most: pseudo-boxes looked at in an image.
+        nms: IoU of the suppression of pseudo-boxes, and of detections in stage one.
+    """
+
+    def __init__(
+        self,
+        student: Detector,
+        one_to_many_steps: int,
+        score_cut: float = 0.4,
+        unlabelled_weight: float = 4.0,
+        candidates: int = 13,
+        consistency_weight: float = 10.0,
+        cost_memory: int = 500,
+        most: int = 100,
+        nms: float = 0.6,
+        **shared,
+    ):
+        super().__init__(student, **shared)
+        self.one_to_many_steps, self.score_cut, self.unlabelled_weight = one_to_many_steps, score_cut, unlabelled_weight
+        self.candidates, self.consistency_weight, self.most, self.nms = candidates, consistency_weight, most, nms
+        self.projector = Projector(student.dim, hidden=4 * student.dim)
+        self.register_buffer("past_costs", torch.full((cost_memory,), torch.nan))
+
+    def stage(self, step: int) -> str:
+        """The matching of a step: "one_to_many" or "one_to_one"."""
+        return "one_to_many" if step < self.one_to_many_steps else "one_to_one"
+
+    def after_step(self, step: int) -> None:
+        """Move the teacher, and note whether detections of these weights need suppression."""
+        super().after_step(step)
+        self.student.nms = self.teacher.nms = self.nms if self.stage(step) == "one_to_many" else None
+
+    def forward(self, batch: dict, step: int) -> dict[str, torch.Tensor]:
+        """A batch with "labelled", "weak" and "strong" -> weighted losses."""
+        (images, truths), (weak_images, weak), (strong_images, strong) = (batch[key] for key in ("labelled", "weak", "strong"))
+        stage, device = self.stage(step), next(self.parameters()).device
+        with torch.no_grad():
+            teacher_memory = self.teacher.encode(weak_images)
+            teacher_outputs = self.teacher.decode(teacher_memory)
+            pseudo = pseudo_boxes(teacher_outputs, target_sizes(weak), self.most, self.nms)
+        pseudo = pseudo._replace(valid=pseudo.valid & above_mean_and_deviation(pseudo))
+        carried = pseudo.carried(weak, strong)
+
+        memory = self.student.encode([*images, *strong_images])
+        outputs = self.student.decode(memory)
+        layers = stack_layers(outputs)
+        labelled, unlabelled = slice(0, len(images)), slice(len(images), None)
+        targets = pad_targets(truths, device)
+        found = self.decide(layers.rows(labelled), targets, layers.rows(unlabelled), carried, pseudo.scores, stage)
+
+        losses = {}
+        for name, rows, boxes, weight in (("labelled", labelled, targets, 1.0), ("pseudo", unlabelled, carried, self.unlabelled_weight)):
+            here = trimmed(boxes._replace(valid=torch.from_numpy(found[name]["valid"]).to(device)), found[name]["valid"])
+            costs = found[name]["costs"]
+            costs = None if costs is None else costs[..., here.columns]
+            part = detection_loss(layers.rows(rows), here.targets, stage, costs, here.valid, self.candidates, self.weights)
+            losses |= named(name, part, weight)
+            if name == "labelled" or stage == "one_to_one":
+                stream = LABELLED if name == "labelled" else UNLABELLED
+                noise = self.denoise(memory.rows(rows), output_rows(outputs, rows), here.targets, step, stream)
+                losses |= named(f"{name} denoising", noise, weight)
+        if stage == "one_to_many":
+            student = (memory.rows(unlabelled), output_rows(outputs, unlabelled))
+            loss = self.consistency(student, (teacher_memory, teacher_outputs), pseudo, carried, weak, found["asked"])
+            losses["consistency"] = self.unlabelled_weight * self.consistency_weight * loss
+        return losses
+
+    def decide(self, labelled: Layers, targets: PaddedTargets, unlabelled: Layers, carried: PaddedTargets, scores, stage: str) -> dict:
+        """Everything that is decided on the host, after the step's one transfer: which pseudo-boxes are targets, which are mined, and the costs of one-to-one matching."""
+        last = -2 if unlabelled.encoder else -1  # the decoder's last layer
+        prices = batched_cost(unlabelled.logits[last].detach(), unlabelled.boxes[last].detach(), carried.boxes, carried.labels)
+        further = [layer_costs(labelled, targets), layer_costs(unlabelled, carried)] if stage == "one_to_one" else []
+        prices, scores, valid, truth_valid, past, *costs = one_transfer(
+            prices, scores, carried.valid, targets.valid, self.past_costs, *further
+        )
+        matched = matched_costs(prices, valid)
+        threshold = reliable_threshold(np.concatenate([past, matched.ravel()]))
+        self.past_costs = remember(self.past_costs, matched.ravel())
+        confident = valid & (scores >= self.score_cut)
+        mined = valid & (np.nan_to_num(matched, nan=np.inf) <= threshold)
+        self.stats = {
+            "pseudo_per_image": float(confident.sum() / len(valid)),
+            "mined_per_image": float(mined.sum() / len(valid)),
+            "cost_threshold": threshold,
+        }
+        costs = costs or [None, None]
+        return {
+            "labelled": {"valid": truth_valid, "costs": costs[0]},
+            "pseudo": {"valid": confident, "costs": costs[1]},
+            "asked": confident | mined,
+        }
+
+    def consistency(self, student: tuple[Memory, dict], teacher: tuple[Memory, dict], pseudo: PseudoBoxes, carried: PaddedTargets, weak, asked) -> torch.Tensor:
+        """The consistency loss over the boxes `asked` (B, K) bool, on the host."""
+        if not asked.any():
+            return sum(parameter.sum() * 0.0 for parameter in self.projector.parameters())  # every process has a gradient
+        device = carried.boxes.device
+        rows, columns = np.nonzero(asked)
+        places = np.concatenate([np.arange(count) for count in asked.sum(1)])
+        rows, columns, places = (torch.from_numpy(index).to(device) for index in (rows, columns, places))
+        sizes = target_sizes(weak).to(device)
+        features = teacher[0].features
+        height, width = int(sizes[:, 0].max()), int(sizes[:, 1].max())
+        strides = [(height / level.shape[-2], width / level.shape[-1]) for level in features]
+        contents = self.projector(features, strides, rows, pseudo.boxes[rows, columns])
+        shape = (len(asked), int(asked.sum(1).max()))
+        valid = torch.zeros(shape, dtype=torch.bool, device=device).index_put((rows, places), torch.tensor(True, device=device))
+        content = contents.new_zeros(*shape, contents.shape[1]).index_put((rows, places), contents)
+
+        def group(boxes):
+            filled = boxes.new_full((*shape, 4), 0.5).index_put((rows, places), boxes[rows, columns])
+            return QueryGroup(content, filled, 1, valid)
+
+        ours = self.student.decode_groups(*student, [group(carried.boxes)])[0]
+        with torch.no_grad():
+            theirs = self.teacher.decode_groups(*teacher, [group(to_model(pseudo.boxes, sizes))])[0]
+        embeddings = ([layer["queries"] for layer in (*outputs["aux_outputs"], outputs)] for outputs in (ours, theirs))
+        return consistency_loss(*embeddings, valid)
+
+
+def above_mean_and_deviation(pseudo: PseudoBoxes) -> torch.Tensor:
+    """(B, K) bool: boxes scored at least the mean plus one deviation of their image's scores (released code: dino_detr_ssod.py:918-939)."""
+    count = pseudo.valid.sum(1, keepdim=True)
+    scores = torch.where(pseudo.valid, pseudo.scores, 0.0)
+    mean = scores.sum(1, keepdim=True) / count.clamp(min=1)
+    spread = (torch.where(pseudo.valid, scores - mean, 0.0).square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    return pseudo.valid & (pseudo.scores >= mean + spread)

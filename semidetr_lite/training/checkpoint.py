@@ -1,0 +1,91 @@
+"""Files of a run: written whole or not at all, read without running anything in them.
+
+Weights are safetensors with what is needed to build the detector in their header; `last.pt` holds everything a resume needs.
+"""
+
+import json
+import os
+import random
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from semidetr_lite.detectors.detector import Detector
+from semidetr_lite.errors import UserError
+from semidetr_lite.training.presets import make_detector
+
+
+def write_whole(path: Path, write) -> None:
+    """Let `write(temporary path)` make a file, then put it in place of `path` at once. A full disk leaves the old file as it was."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{random.randrange(10**6)}.part")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as problem:
+        reason = str(problem).splitlines()[0]
+        raise UserError(f"{path}: cannot be written ({reason}); free some space or choose another --out, then use --resume") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_weights(path: Path, detector: Detector, name: str, arguments: dict, categories: list[dict]) -> None:
+    """A detector as safetensors, with its name, arguments, categories and suppression in the header."""
+    header = {"detector": name, "arguments": arguments, "categories": categories, "nms": detector.nms, "test_size": detector.test_size}
+    tensors = {key: value.detach().cpu().contiguous() for key, value in detector.state_dict().items()}
+    write_whole(path, lambda where: save_file(tensors, where, {"semidetr_lite": json.dumps(header)}))
+
+
+def load_detector(path, weights: str = "teacher") -> Detector:
+    """A trained detector, in eval mode, with `.categories` [{"id", "name"}].
+
+    Args:
+        path: a run folder or a .safetensors file.
+        weights: of a run folder, "student" or "teacher" (its average).
+
+    Raises:
+        UserError: no such file, or not weights of this package.
+    """
+    path = Path(path)
+    if weights not in ("student", "teacher"):
+        raise UserError(f"weights must be 'student' or 'teacher', got {weights!r}")
+    file = path / f"{weights}.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"{file}: no such weights; give a run folder made by `semidetr train` or a .safetensors file")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header = json.loads((opened.metadata() or {}).get("semidetr_lite", "null"))
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}
+    except (SafetensorError, OSError, ValueError) as problem:
+        raise UserError(f"{file}: not a weights file ({str(problem).splitlines()[0]})") from None
+    if header is None:
+        raise UserError(f"{file}: weights of another program; only files written by semidetr-lite can be read")
+    arguments = {**header["arguments"], "backbone_weights": None}
+    detector = make_detector(header["detector"], len(header["categories"]), arguments)
+    fill(detector, tensors, file)
+    detector.categories, detector.nms = header["categories"], header["nms"]
+    detector.test_size = tuple(header["test_size"]) if header["test_size"] else None
+    return detector.eval()
+
+
+def fill(module: torch.nn.Module, tensors: dict, file: Path) -> None:
+    """Load a state dict, whole; one line if it belongs to another model."""
+    own = module.state_dict()
+    wrong = [key for key in own if key not in tensors or tensors[key].shape != own[key].shape] + [key for key in tensors if key not in own]
+    if wrong:
+        raise UserError(f"{file}: weights of another model ({len(wrong)} entries differ, first {wrong[0]!r})")
+    module.load_state_dict(tensors)
+
+
+def load_state(file: Path) -> dict:
+    """What `last.pt` holds; nothing in it is executed."""
+    if not Path(file).is_file():
+        raise UserError(f"{file}: no checkpoint there; start without --resume")
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as problem:
+        raise UserError(f"{file}: not a checkpoint of semidetr-lite ({str(problem).splitlines()[0][:80]})") from None

@@ -1,0 +1,67 @@
+"""What is measured during training: AP, and the teacher's pseudo-boxes against the truth that training never sees."""
+
+import torch
+
+from semidetr_lite.data.splits import Dataset
+from semidetr_lite.detectors.detector import Detector
+from semidetr_lite.evaluate import box_errors, evaluate
+from semidetr_lite.methods.cost_mining import matched_costs
+from semidetr_lite.methods.mean_teacher import MeanTeacher, PseudoBoxes, pseudo_boxes, target_sizes
+from semidetr_lite.matching import matching_cost
+
+
+def measure(detector: Detector, dataset: Dataset, images: int | None = None) -> dict:
+    """The twelve COCO figures of a detector on the first `images` images of a dataset."""
+    pairs = [dataset[index] for index in range(min(len(dataset), images or len(dataset)))]
+    detections = []
+    for start in range(0, len(pairs), 200):
+        detections += detector.detect([image for image, _ in pairs[start : start + 200]])
+    return evaluate(detections, [target for _, target in pairs])
+
+
+@torch.no_grad()
+def plain_pseudo_boxes(method: MeanTeacher, images: list) -> PseudoBoxes:
+    """The teacher's boxes on images as they are, all of one size."""
+    return pseudo_boxes(method.teacher(images), torch.tensor([image.shape[-2:] for image in images]), method.most, method.nms)
+
+
+def pseudo_quality(method: MeanTeacher, dataset: Dataset, images: int = 100) -> dict:
+    """Precision and recall (IoU 0.5, right class) of the boxes over the score cut; {} where no truth is known."""
+    hits = boxes = objects = 0
+    for index in range(min(images, len(dataset))):
+        image, target = dataset[index]
+        if "truth" not in target:
+            return {}
+        pseudo = plain_pseudo_boxes(method, [image])
+        keep = pseudo.valid[0] & (pseudo.scores[0] >= method.score_cut)
+        detection = {"boxes": pseudo.boxes[0][keep].cpu(), "labels": pseudo.labels[0][keep].cpu(), "scores": pseudo.scores[0][keep].cpu()}
+        hits += len(box_errors(detection, target["truth"])["hits"])
+        boxes, objects = boxes + int(keep.sum()), objects + len(target["truth"]["labels"])
+    return {"pseudo_precision": round(hits / max(boxes, 1), 4), "pseudo_recall": round(hits / max(objects, 1), 4)}
+
+
+@torch.no_grad()
+def watched_boxes(method: MeanTeacher, dataset: Dataset, step: int, images: int = 8) -> list[dict]:
+    """Lines of pseudo_boxes.jsonl: the teacher's boxes on a few fixed images, what the student would pay for each, and what becomes of them."""
+    lines = []
+    for index in range(min(images, len(dataset))):
+        image, target = dataset[index]
+        pseudo = plain_pseudo_boxes(method, [image])
+        outputs = method.student([image])
+        found = {"boxes": pseudo.boxes[0], "labels": pseudo.labels[0], "size": tuple(image.shape[-2:])}
+        costs = matching_cost(outputs["pred_logits"][0], outputs["pred_boxes"][0], found)
+        valid = pseudo.valid[0].cpu().numpy()
+        matched = matched_costs(costs[None].cpu().numpy(), valid[None])[0][valid]
+        scores = pseudo.scores[0].cpu().numpy()[valid]
+        threshold = method.stats.get("cost_threshold")
+        lines.append({
+            "step": step,
+            "image_id": target["image_id"],
+            "boxes": [[round(float(x), 2) for x in box] for box in pseudo.boxes[0].cpu().numpy()[valid]],
+            "scores": [round(float(score), 4) for score in scores],
+            "labels": pseudo.labels[0].cpu().numpy()[valid].tolist(),
+            "cost": [None if cost != cost else round(float(cost), 4) for cost in matched],
+            "kept": [bool(score >= method.score_cut) for score in scores],
+            "mined": [threshold is not None and bool(cost <= threshold) for cost in matched],
+        })  # fmt: skip
+    return lines

@@ -1,0 +1,277 @@
+"""The training loop: one for every method, since a method is `losses = method(batch, step)` and `method.after_step(step)`.
+
+    train(config, out)    config: see new_config; writes config.json, log.jsonl, pseudo_boxes.jsonl, last.pt, student.safetensors, teacher.safetensors
+
+A run may start from another one (`burn_in`): it takes over weights, average and optimizer, and its step count goes on.
+"""
+
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from semidetr_lite.data.batches import Batches
+from semidetr_lite.data.splits import Splits
+from semidetr_lite.errors import UserError
+from semidetr_lite.methods.mean_teacher import Averaged
+from semidetr_lite.training.checkpoint import fill, load_state, save_weights, write_whole
+from semidetr_lite.training.measure import measure, pseudo_quality, watched_boxes
+from semidetr_lite.training.presets import DETECTORS, METHODS, PRESETS, Recipe, load_splits, make_detector, make_method, make_recipe, recipe_as_dict
+
+
+def new_config(
+    preset: str = "digits",
+    method: str = "semi-detr",
+    detector: str = "dino",
+    data: str = "digits",
+    images: str | None = None,
+    unlabelled: str | None = None,
+    validation: str | None = None,
+    percent: float = 10,
+    fold: int = 1,
+    seed: int = 0,
+    steps: int | None = None,
+    burn_in: str | None = None,
+    **changes,
+) -> dict:
+    """The settings of a run, complete, as they go to config.json. `changes` replace fields of the preset's Recipe."""
+    for kind, name, known in (("preset", preset, PRESETS), ("method", method, METHODS), ("detector", detector, DETECTORS)):
+        if name not in known:
+            raise UserError(f"no {kind} called {name!r}: choose from {', '.join(known)}")
+    recipe = recipe_as_dict(PRESETS[preset])
+    unknown = sorted(set(changes) - set(recipe))
+    if unknown:
+        raise UserError(f"no field {unknown[0]!r} in a preset: choose from {', '.join(recipe)}")
+    recipe |= changes
+    steps = recipe["steps"] if steps is None else steps
+    if steps < 1:
+        raise UserError(f"steps must be at least 1, got {steps}")
+    return {
+        "preset": preset, "method": method, "detector": detector, "data": data, "images": images, "unlabelled": unlabelled,
+        "validation": validation, "percent": percent, "fold": fold, "seed": seed, "steps": steps, "burn_in": burn_in,
+        "recipe": json.loads(json.dumps(recipe)), **_origin(),
+    }  # fmt: skip
+
+
+def _origin() -> dict:
+    """Where the numbers of this run come from."""
+    try:
+        found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+        commit = found.stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        commit = None
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, torch {torch.__version__}"
+    return {"commit": commit, "machine": machine, "command": "semidetr " + " ".join(sys.argv[1:])}
+
+
+class Run:
+    """A run folder in the making.
+
+    Args:
+        config: from new_config.
+        out: the run folder.
+        resume: go on from `last.pt` in it.
+        splits: the data, if already loaded.
+        workers: processes that load data; 0 loads in this one.
+        quiet: no progress bar, no lines.
+    """
+
+    def __init__(self, config: dict, out, resume: bool = False, splits: Splits | None = None, workers: int = 1, quiet: bool = False):
+        self.out, self.workers, self.quiet = Path(out), workers, quiet
+        state = load_state(self.out / "last.pt") if resume else None
+        if state:
+            config = json.loads(state["config"])
+        elif (self.out / "last.pt").exists():
+            raise UserError(f"{self.out}: holds a run already; choose another --out, or go on with --resume")
+        self.recipe: Recipe = make_recipe(config)
+        self.splits = splits or load_splits(config)
+        self.config = {**config, "categories": self.splits.categories}
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.step, self.seconds, self.offset = 0, 0.0, 0
+        self._build(state)
+        self.last_good = f"{self.out / 'last.pt'} (step {self.step})" if state else "none yet"
+
+    def _build(self, state: dict | None) -> None:
+        """Student, method and optimizer; from a checkpoint, from a burn-in run, or new."""
+        config = self.config
+        start = None
+        if state is None and config["burn_in"]:
+            start = load_state(Path(config["burn_in"]) / "last.pt")
+            self.offset = start["offset"] + start["step"]
+        elif state is not None:
+            self.step, self.seconds, self.offset = state["step"], state["seconds"], state["offset"]
+        self.arguments = dict(self.recipe.detector)
+        torch.manual_seed(config["seed"])
+        arguments = {**self.arguments, "backbone_weights": None} if state or start else self.arguments
+        student = make_detector(config["detector"], len(self.splits.categories), arguments)
+        self.method: Averaged = make_method(config["method"], student, self.recipe, config["steps"], self.offset, config["seed"]).to(self.device)
+        self.optimizer = make_optimizer(self.method, self.recipe)
+        if state:
+            fill(self.method, state["method"], self.out / "last.pt")
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.method.student.nms = self.method.teacher.nms = state["nms"]
+        elif start:
+            file = Path(config["burn_in"]) / "last.pt"
+            for part in ("student", "teacher"):
+                own = {key[len(part) + 1 :]: value for key, value in start["method"].items() if key.startswith(f"{part}.")}
+                fill(getattr(self.method, part), own, file)
+
+    def go(self) -> dict:
+        """Train to the end; returns the last log line, with the AP on the test split under "test"."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._drop_later_lines()
+        write_whole(self.out / "config.json", lambda where: where.write_text(json.dumps(self.config, indent=1)))
+        bar = tqdm(total=self.config["steps"], initial=self.step, disable=self.quiet, desc=self.config["method"], mininterval=2, dynamic_ncols=True)
+        began, line = time.perf_counter(), {}
+        for batch in self._loader():
+            losses = self.train_step(batch)
+            self.step += 1
+            bar.update()
+            if self._due(self.recipe.log_every):
+                before, self.seconds, began = self.seconds, self.seconds + time.perf_counter() - began, time.perf_counter()
+                line = self._log(losses, self.seconds - before)
+                began = time.perf_counter()
+        bar.close()
+        return line
+
+    def train_step(self, batch: dict) -> dict[str, float]:
+        """One optimizer step; the losses as floats."""
+        step = self.offset + self.step
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * learning_rate_factor(self.step, self.config["steps"], self.recipe)
+        self.method.train()
+        losses = self.method(batch, step)
+        total = sum(losses.values())
+        self.optimizer.zero_grad(set_to_none=True)
+        values = dict(zip(losses, torch.stack([loss.detach() for loss in losses.values()]).tolist(), strict=True))
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            raise UserError(f"loss {bad[0]!r} is {values[bad[0]]} at step {self.step}; the last good checkpoint is {self.last_good}")
+        total.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in self.method.parameters() if p.requires_grad], self.recipe.clip)
+        self.optimizer.step()
+        self.method.after_step(step)
+        return values
+
+    def _loader(self):
+        """The batches of the steps that are left."""
+        unlabelled = 0 if self.config["method"] == "supervised" else self.recipe.unlabelled
+        batches = Batches(self.splits, self.recipe.labelled, unlabelled, self.recipe.views, self.config["seed"])
+        steps = range(self.offset + self.step, self.offset + self.config["steps"])
+        return torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, num_workers=self.workers, prefetch_factor=4 if self.workers else None)
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.config["steps"]
+
+    def _log(self, losses: dict, seconds: float) -> dict:
+        """Measure, write one line to the log, save."""
+        count = self.recipe.labelled + (0 if self.config["method"] == "supervised" else self.recipe.unlabelled)
+        steps = self.step % self.recipe.log_every or self.recipe.log_every
+        line = {
+            "step": self.step,
+            "losses": {name: round(value, 5) for name, value in losses.items()},
+            **self.method.stats,
+            "images_per_second": round(count * steps / max(seconds, 1e-9), 2),
+            "seconds": round(self.seconds, 1),
+        }
+        if self._due(self.recipe.evaluate_every):
+            line |= self._measure()
+        self._append("log.jsonl", [line])
+        if not self.quiet:
+            tqdm.write(summary(self.config["method"], line))
+        self.save()
+        return line
+
+    def _measure(self) -> dict:
+        """AP on the tune split, quality of the pseudo-boxes on watched images, and at the end AP on the test split."""
+        line = {}
+        for part in ("student", "teacher"):
+            found = measure(getattr(self.method, part), self.splits.tune, self.recipe.evaluate_images)
+            line |= {f"AP_{part}": round(found["AP"], 4), f"AP50_{part}": round(found["AP50"], 4)}
+        if self.config["method"] != "supervised":
+            line |= pseudo_quality(self.method, self.splits.unlabelled)
+            self._append("pseudo_boxes.jsonl", watched_boxes(self.method, self.splits.unlabelled, self.step))
+        if self.step == self.config["steps"]:
+            line["test"] = {part: measure(getattr(self.method, part), self.splits.test) for part in ("student", "teacher")}
+        return line
+
+    def save(self) -> None:
+        """Weights and everything a resume needs, each file whole or not at all."""
+        for part in ("student", "teacher"):
+            file = self.out / f"{part}.safetensors"
+            save_weights(file, getattr(self.method, part), self.config["detector"], self.arguments, self.splits.categories)
+        state = {
+            "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step, "offset": self.offset,
+            "seconds": self.seconds, "nms": self.method.student.nms, "config": json.dumps(self.config),
+        }  # fmt: skip
+        write_whole(self.out / "last.pt", lambda where: torch.save(state, where))
+        self.last_good = f"{self.out / 'last.pt'} (step {self.step})"
+
+    def _append(self, name: str, lines: list[dict]) -> None:
+        text = "".join(json.dumps(_plain(line)) + "\n" for line in lines)
+        try:
+            with open(self.out / name, "a") as file:
+                file.write(text)
+        except OSError as problem:
+            raise UserError(f"{self.out / name}: cannot be written ({problem}); the last good checkpoint is {self.last_good}") from None
+
+    def _drop_later_lines(self) -> None:
+        """Lines of steps after the checkpoint (or of a run that never saved) are written again; drop them."""
+        for name in ("log.jsonl", "pseudo_boxes.jsonl"):
+            file = self.out / name
+            if file.exists():
+                kept = [line for line in file.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= self.step]
+                write_whole(file, lambda where, kept=kept: where.write_text("".join(line + "\n" for line in kept)))
+
+
+def _plain(line):
+    """Numbers as json has them: no nan."""
+    if isinstance(line, dict):
+        return {key: _plain(value) for key, value in line.items()}
+    return None if isinstance(line, float) and not math.isfinite(line) else line
+
+
+def train(config: dict, out, resume: bool = False, **how) -> dict:
+    """Train a run to its end; see Run. Returns its last log line."""
+    if not shutil.os.path.isdir(out) and os.path.exists(out):
+        raise UserError(f"{out}: is a file; --out must be a folder")
+    return Run(config, out, resume, **how).go()
+
+
+def make_optimizer(method: Averaged, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW, the backbone at its own rate."""
+    backbone, rest = [], []
+    for name, parameter in method.named_parameters():
+        if parameter.requires_grad:
+            (backbone if ".backbone." in name else rest).append(parameter)
+    groups = [{"params": rest, "lr": recipe.learning_rate}, {"params": backbone, "lr": recipe.learning_rate * recipe.backbone_factor}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
+
+
+def learning_rate_factor(step: int, steps: int, recipe: Recipe) -> float:
+    """Linear warm-up, constant, linear fall to zero over the last `decay` share of the steps."""
+    rising = min(1.0, (step + 1) / (recipe.warm_up + 1))
+    falling = min(1.0, (steps - step) / (recipe.decay * steps)) if recipe.decay else 1.0
+    return rising * falling
+
+
+def summary(method: str, line: dict) -> str:
+    """A log line for people."""
+    parts = [f"{method} step {line['step']}", f"loss {sum(line['losses'].values()):.2f}"]
+    if "pseudo_per_image" in line:
+        parts.append(f"pseudo-boxes {line['pseudo_per_image']:.1f} an image")
+    if "AP_teacher" in line:
+        parts.append(f"AP student {100 * line['AP_student']:.1f}, teacher {100 * line['AP_teacher']:.1f}")
+    parts.append(f"{line['images_per_second']:.0f} images/s")
+    return " | ".join(parts)
