@@ -76,7 +76,7 @@ def box_errors(detection: dict, truth: dict, iou: float = 0.5) -> dict[str, torc
     true_boxes, true_labels = truth["boxes"].double().cpu(), truth["labels"].cpu()
     crowd = truth["crowd"].cpu().bool() if "crowd" in truth else torch.zeros(len(true_boxes), dtype=torch.bool)
     same = labels[:, None] == true_labels[None]
-    overlap = (box_iou(boxes, true_boxes).nan_to_num() * (same & ~crowd)).numpy()  # (N, T)
+    overlap = (box_iou(boxes, true_boxes) * (same & ~crowd)).numpy()  # (N, T)
     in_crowd = ((_covered(boxes, true_boxes) >= iou) & same & crowd).any(1).tolist()
 
     free = np.ones(len(true_boxes), dtype=bool)
@@ -134,22 +134,19 @@ def _xywh(boxes: torch.Tensor) -> list[list[float]]:
 
 
 def _detections_of_file(path, truth: dict) -> list[dict]:
-    """The rows of a COCO results file that lie on images of the truth."""
+    """The rows of a COCO results file. Those on images without truth may stay: pycocotools never asks for them."""
     rows = read_json(path)
     if not isinstance(rows, list):
         raise UserError(f"{path}: not a COCO results file: it holds no list of detections")
     keys = ("bbox", "image_id", "category_id", "score")
-    images, known = {image["id"] for image in truth["images"]}, {category["id"] for category in truth["categories"]}
-    kept = []
+    known = {category["id"] for category in truth["categories"]}
     for place, row in enumerate(rows, 1):
         box, *others = [row.get(key) if isinstance(row, dict) else None for key in keys]
         if not is_numbers(box, 4) or not is_numbers(others, 3):
             raise UserError(f'{path}: detection number {place} needs a "bbox" of 4 numbers and numbers as {keys[1:]}')
         if row["category_id"] not in known:
             raise UserError(f"{path}: detection number {place} has a category_id unknown to the truth, {others[1]}")
-        if row["image_id"] in images:
-            kept.append({key: row[key] for key in keys})
-    return kept
+    return [{key: row[key] for key in keys} for row in rows]
 
 
 def _figures(truth: dict, found: list[dict]) -> dict[str, float]:

@@ -31,15 +31,17 @@ from semidetr_lite.visualize import (
     show_hits,
     show_pseudo_boxes,
     show_targets,
+    unbroken,
 )
 
 FIGURES = {"AP": "AP", "AP50": "AP50", "AP75": "AP75", "AP_small": "small", "AP_medium": "medium", "AP_large": "large"}
 FRAMES = 6  # steps of the pseudo-box timeline
 POOL = 200  # test images among which the largest differences are looked for
-BATCH = 16  # images a detector gets at once
+BATCH = 50  # images a detector gets at once
 UNITS = (
     "All figures in %, on the test split; small, medium and large by the area of the object (32 x 32, 96 x 96 pixels). "
-    "The teacher holds the averaged weights of the student. A small number is the difference to the first run."
+    "The teacher holds the averaged weights of the student. A small number is the difference to the first run. "
+    "Steps and time include the burn-in."
 )
 MEANING = (
     "Unlabelled images as they are, not augmented. Kept boxes scored over the cut and are training targets; boxes that "
@@ -61,8 +63,9 @@ code { font-size: .85em; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th, td { text-align: left; padding: .3rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 600; }
-th:nth-child(n+7), .number { text-align: right; }
+th:nth-child(n+3), td:nth-child(n+3) { text-align: right; }
 tr.student td { color: var(--soft); }
+@media (max-width: 600px) { th, td { padding: .3rem .45rem; } }
 td small { display: block; font-size: .75rem; color: var(--soft); }
 img { display: block; max-width: 100%; height: auto; border-radius: 4px; }
 .plots { display: flex; flex-wrap: wrap; gap: 1rem; margin: .6rem 0; }
@@ -79,6 +82,7 @@ figcaption b { color: var(--ink); }
 .card img, .timeline img { width: 100%; }
 .timeline { display: grid; gap: .8rem; overflow-x: auto; }
 .timeline { grid-template-columns: repeat(var(--columns), minmax(160px, 210px)); }
+.timeline b { display: block; }
 .timeline.single { grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); }
 .slider input { width: min(24rem, 60%); vertical-align: middle; }
 .legend span { margin-right: 1.2rem; font-size: .85rem; white-space: nowrap; }
@@ -88,7 +92,7 @@ i.truth { border: 2px solid #fff; outline: 1px solid #000; box-shadow: inset 0 0
 i.hit { border: 2px solid #56b4e9; }
 i.kept { border: 3px solid #56b4e9; }
 i.mined { border: 2px dashed #56b4e9; }
-i.dropped { border: 1.5px dotted #9a9a9a; }
+i.dropped { border: 1.5px dotted #8a8a8a; }
 i.missed { border: 3px solid #e3001b; }
 i.false_alarm { border: 2px solid #e69f00; }
 i.false_alarm { background: repeating-linear-gradient(135deg, #e69f00 0 2px, transparent 2px 6px); }
@@ -111,8 +115,8 @@ for (const bar of document.querySelectorAll(".slider")) {
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a run folder holds, as read from disk."""
+class Record:
+    """What a run folder holds, as read from disk. Steps and seconds count the burn-in, if there was one."""
 
     folder: Path
     name: str  # the folder's name, and the method where that does not mention it
@@ -120,6 +124,7 @@ class Run:
     log: list[dict]
     pseudo_lines: list[dict]
     weights: tuple[str, ...]  # of "teacher" and "student", those whose file exists
+    before: int  # steps of the burn-in
 
 
 def write_report(runs, out, images: int = 8, score: float = 0.3) -> Path:
@@ -134,13 +139,13 @@ def write_report(runs, out, images: int = 8, score: float = 0.3) -> Path:
     if not runs:
         raise UserError("no run to report on: give at least one run folder")
     _check_same_data(runs)
-    splits = presets.load_splits(runs[0].config)
+    splits = _splits(runs[0])
     detections: dict = {}
     figures = {run.folder: _test_figures(run, splits, detections) for run in runs}
     sections = [
         _accuracy_section(runs, figures),
         _curve_section(runs),
-        *[_timeline_section(run, splits if run is runs[0] else presets.load_splits(run.config)) for run in runs],
+        *_timeline_sections(runs, splits),
         _gallery_section(runs, splits, detections, images, score),
         _footer(runs, figures),
     ]
@@ -156,21 +161,50 @@ def write_report(runs, out, images: int = 8, score: float = 0.3) -> Path:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_run(folder) -> Run:
+def read_run(folder) -> Record:
     """The run in a folder. Raises UserError where there is none, or where one of its files is damaged."""
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no config.json, so this is no run folder; give a folder that a training run wrote")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError:
-        config = None
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / 'config.json'}: not a JSON object; the run folder is damaged")
+    config = _read_config(folder)
+    steps, seconds = _burn_in(folder, config)
+    log = [_later(line, steps, seconds) for line in _lines(folder / "log.jsonl")]
+    pseudo_lines = [_later(line, steps, seconds) for line in _lines(folder / "pseudo_boxes.jsonl")]
     method, name = str(config.get("method", "")), folder.resolve().name
     name = name if method in name else f"{name} ({method})"
     weights = tuple(which for which in ("teacher", "student") if (folder / f"{which}.safetensors").is_file())
-    return Run(folder, name, config, _lines(folder / "log.jsonl"), _lines(folder / "pseudo_boxes.jsonl"), weights)
+    return Record(folder, name, config, log, pseudo_lines, weights, steps)
+
+
+def _read_config(folder: Path) -> dict:
+    """The settings of the run in a folder."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"{folder}: no config.json, so this is no run folder; give a folder that a training run wrote")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"{file}: not a JSON object; the run folder is damaged")
+    return config
+
+
+def _burn_in(folder: Path, config: dict) -> tuple[int, float]:
+    """Steps and seconds of the run that this one started from, with those before it; nothing if it is not on disk."""
+    earlier = config.get("burn_in")
+    if not earlier:
+        return 0, 0.0
+    for place in (Path(earlier), folder.parent / Path(earlier).name):
+        if (place / "config.json").is_file():
+            steps, seconds = _burn_in(place, _read_config(place))
+            log = _lines(place / "log.jsonl")
+            return steps + (_last(log, "step") or 0), seconds + (_last(log, "seconds") or 0.0)
+    return 0, 0.0
+
+
+def _later(line: dict, steps: int, seconds: float) -> dict:
+    """A line of a log, counted from an earlier start."""
+    moved = {"step": steps, "seconds": seconds}
+    return {key: value + moved[key] if key in moved and value is not None else value for key, value in line.items()}
 
 
 def _lines(path: Path) -> list[dict]:
@@ -186,16 +220,24 @@ def _lines(path: Path) -> list[dict]:
     return found
 
 
-def _check_same_data(runs: list[Run]) -> None:
+def _check_same_data(runs: list[Record]) -> None:
     """Figures of different data must not stand side by side."""
     for run in runs[1:]:
-        for key in ("data", "categories"):
+        for key in ("data", "validation", "categories"):
             if run.config.get(key) != runs[0].config.get(key):
                 both = f"{run.folder} and {runs[0].folder}"
                 raise UserError(f'{both} differ in "{key}" of config.json; compare runs on the same data')
 
 
-def _test_figures(run: Run, splits, detections: dict) -> dict:
+def _splits(run: Record):
+    """The data a run was trained and tested on."""
+    try:
+        return presets.load_splits(run.config)
+    except KeyError as missing:
+        raise UserError(f"{run.folder / 'config.json'}: no {missing}; the run folder is damaged") from None
+
+
+def _test_figures(run: Record, splits, detections: dict) -> dict:
     """{"student": COCO's figures, "teacher": ..., "origin": "recorded" or "live"} on the test split, or {}."""
     recorded = [line["test"] for line in run.log if line.get("test")]
     if recorded:
@@ -207,7 +249,7 @@ def _test_figures(run: Run, splits, detections: dict) -> dict:
     return {**measured, "origin": "live"}
 
 
-def _detect(run: Run, weights: str, splits, detections: dict, count: int) -> list[dict]:
+def _detect(run: Record, weights: str, splits, detections: dict, count: int) -> list[dict]:
     """What a run finds on the first `count` test images; `detections` keeps what was computed before."""
     known = detections.setdefault((run.folder, weights), [])
     if len(known) < count:
@@ -221,7 +263,7 @@ def _detect(run: Run, weights: str, splits, detections: dict, count: int) -> lis
 # ---- the sections ----------------------------------------------------------------------------------------------------
 
 
-def _accuracy_section(runs: list[Run], figures: dict) -> str:
+def _accuracy_section(runs: list[Record], figures: dict) -> str:
     """The table: a line for the teacher and one for the student of each run, with the difference to the first run's."""
     lines = []
     for run in runs:
@@ -229,7 +271,7 @@ def _accuracy_section(runs: list[Run], figures: dict) -> str:
             if which in figures[run.folder]:
                 base = {} if run is runs[0] else figures[runs[0].folder].get(which, {})
                 lines.append(_table_line(run, which, figures[run.folder][which], base))
-    names = ("run", "method", "labels", "steps", "time", "weights", *FIGURES.values())
+    names = ("run", "weights", *FIGURES.values(), "labels", "steps", "time")
     head = "".join(f"<th>{name}</th>" for name in names)
     table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
     without = [run.name for run in runs if not figures[run.folder]]
@@ -238,19 +280,20 @@ def _accuracy_section(runs: list[Run], figures: dict) -> str:
     return _section(_accuracy_finding(runs, figures), body + _paragraphs(notes))
 
 
-def _table_line(run: Run, which: str, values: dict, base: dict) -> str:
+def _table_line(run: Record, which: str, values: dict, base: dict) -> str:
     """One line of the table; `base` holds the figures it is compared with."""
-    texts = [run.name, run.config.get("method", "–"), _labels(run.config)]
-    texts += [_count(_last(run.log, "step")), _duration(_last(run.log, "seconds")), which]
-    cells = [f"<td>{escape(str(text))}</td>" for text in texts]
+    numbers = []
     for key in FIGURES:
-        value, other = values.get(key), base.get(key)
-        change = f"<small>{100 * (value - other):+.1f}</small>" if _measured(value) and _measured(other) else ""
-        cells.append(f'<td class="number">{_percent(value)}{change}</td>')
-    return f'<tr class="{which}">{"".join(cells)}</tr>'
+        value, other, change = values.get(key), base.get(key), ""
+        if _measured(value) and _measured(other):
+            change = f"<small>{round(100 * (value - other), 1) + 0.0:+.1f}</small>"  # + 0.0 turns -0.0 into 0.0
+        numbers.append(f"{_percent(value)}{change}")
+    numbers += [_labels(run.config), _count(_last(run.log, "step")), _duration(_last(run.log, "seconds"))]
+    cells = f"<td>{escape(run.name)}</td><td>{which}</td>" + "".join(f"<td>{number}</td>" for number in numbers)
+    return f'<tr class="{which}">{cells}</tr>'
 
 
-def _accuracy_finding(runs: list[Run], figures: dict) -> str:
+def _accuracy_finding(runs: list[Record], figures: dict) -> str:
     """The heading of the table: the best run, and how far ahead of the first one."""
     best = []
     for run in runs:
@@ -264,7 +307,7 @@ def _accuracy_finding(runs: list[Run], figures: dict) -> str:
     return text if top[1] == first_name else f"{text}, {top[0] - first:.1f} more than {first_name}"
 
 
-def _curve_section(runs: list[Run]) -> str:
+def _curve_section(runs: list[Record]) -> str:
     """AP over steps and over minutes, and the losses of each run, folded."""
     heading, logs = "How they got there", {run.name: run.log for run in runs if run.log}
     notes = [f"{run.name}: no log.jsonl, so no curve." for run in runs if not run.log]
@@ -281,11 +324,17 @@ def _curve_section(runs: list[Run]) -> str:
     return _section(heading, body + _paragraphs(notes))
 
 
-def _timeline_section(run: Run, splits) -> str:
+def _timeline_sections(runs: list[Record], splits) -> list[str]:
+    """A timeline for every run that recorded pseudo-boxes, and a sentence about the others."""
+    taught = [run for run in runs if run.pseudo_lines]
+    sections = [_timeline_section(run, splits if run is runs[0] else _splits(run)) for run in taught]
+    others = [f"{run.name}: no pseudo-box was recorded, so no timeline." for run in runs if run not in taught]
+    return [*sections, _paragraphs(others)]
+
+
+def _timeline_section(run: Record, splits) -> str:
     """The watched unlabelled images over training: a row per image, a column per step."""
     heading = f"What the teacher of {run.name} taught"
-    if not run.pseudo_lines:
-        return _section(heading, _paragraphs(["No pseudo-box was recorded: it learnt from labelled images only."]))
     steps = sorted({line["step"] for line in run.pseudo_lines})
     steps = [steps[place] for place in np.unique(np.linspace(0, len(steps) - 1, FRAMES).round().astype(int))]
     by_place = {(line["image_id"], line["step"]): line for line in run.pseudo_lines}
@@ -329,7 +378,7 @@ def _watched(splits, ids: list) -> dict:
     return found
 
 
-def _gallery_section(runs: list[Run], splits, detections: dict, images: int, score: float) -> str:
+def _gallery_section(runs: list[Record], splits, detections: dict, images: int, score: float) -> str:
     """The same test images as truth and as each run sees them: the first ones, and those where the runs differ most."""
     seeing, heading = [run for run in runs if run.weights], "What they see"
     notes = [f"{run.name}: no weights, so no detections." for run in runs if not run.weights]
@@ -353,7 +402,7 @@ def _gallery_section(runs: list[Run], splits, detections: dict, images: int, sco
     return section + _section("Where they differ most", _paragraphs([note]) + (legend + _cards(cards) if cards else ""))
 
 
-def _differences(runs: list[Run], errors, images: int) -> tuple[list[int], str]:
+def _differences(runs: list[Record], errors, images: int) -> tuple[list[int], str]:
     """The test images with the largest difference in errors, and a sentence on how often which run errs least."""
     counts = [[len(error["misses"]) + len(error["false_alarms"]) for error in mine] for mine in errors]
     wrong = np.array(counts)  # (runs, images)
@@ -367,7 +416,7 @@ def _differences(runs: list[Run], errors, images: int) -> tuple[list[int], str]:
     return chosen, f"Chosen for their difference, so not typical. Of {wrong.shape[1]} images, {said}; {ties} are ties."
 
 
-def _card(index: int, splits, runs: list[Run], found, errors, score: float) -> str:
+def _card(index: int, splits, runs: list[Record], found, errors, score: float) -> str:
     """One test image: its truth, then each run."""
     image, truth = splits.test[index]
     objects = len(truth["boxes"])
@@ -381,7 +430,7 @@ def _card(index: int, splits, runs: list[Run], found, errors, score: float) -> s
     return f'<article class="{kind}"><h3>test image {index}</h3><div>{"".join(cells)}</div></article>'
 
 
-def _footer(runs: list[Run], figures: dict) -> str:
+def _footer(runs: list[Record], figures: dict) -> str:
     """Where every number came from."""
     origins = {"recorded": "recorded in that log", "live": "live, measured while this page was written"}
     rows = []
@@ -403,17 +452,17 @@ def _footer(runs: list[Run], figures: dict) -> str:
 # ---- HTML ------------------------------------------------------------------------------------------------------------
 
 
-def _page(runs: list[Run], body: str) -> str:
+def _page(runs: list[Record], body: str) -> str:
     """The whole file."""
     title = "Runs side by side: " + ", ".join(run.name for run in runs) if len(runs) > 1 else f"The run {runs[0].name}"
-    lead = _paragraphs([" ".join(_trained(run) for run in runs)])
+    lead = _paragraphs(_trained(run) for run in runs)
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     head += f"<title>{escape(title)}</title><style>{CSS}</style>"
     content = f"<main><h1>{escape(title)}</h1>{lead}{body}</main><script>{SCRIPT}</script>"
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>\n{content}\n</body></html>\n'
 
 
-def _trained(run: Run) -> str:
+def _trained(run: Record) -> str:
     """What was trained, in a sentence."""
     config = run.config
     data = config.get("data") or config.get("preset") or "unnamed data"
@@ -421,7 +470,8 @@ def _trained(run: Run) -> str:
     if config.get("percent") is not None:
         text += f", {_labels(config)} of the labels (fold {config.get('fold', '–')})"
     steps = config.get("steps")
-    return text + (f", {steps:,} steps" if isinstance(steps, int) else "") + "."
+    text += f", {steps:,} steps" if isinstance(steps, int) else ""
+    return text + (f" after {run.before:,} steps of burn-in ({config['burn_in']})" if run.before else "") + "."
 
 
 def _section(heading: str, body: str) -> str:
@@ -439,6 +489,7 @@ def _cards(cards: list[str]) -> str:
 def _figure(picture: str, text: str, name: str = "", frame: int | None = None) -> str:
     """A picture over its caption; `frame` is its place on the timeline."""
     mark = "" if frame is None else f' data-frame="{frame}"'
+    text = unbroken(text)
     return f"<figure{mark}>{picture}<figcaption><b>{escape(name)}</b> {escape(text)}</figcaption></figure>"
 
 

@@ -58,7 +58,7 @@ STYLES = {
     "mined": (None, 1.6, "--", None),
     "dropped": (GREY, 0.9, ":", None),
 }
-LABEL_POINTS = 7
+LABEL_POINTS, MOST_LABELS = 7, 12
 WIDTH, EDGE, DPI = 9.0, 0.1, 80  # inches, inches, pixels an inch
 
 
@@ -100,8 +100,9 @@ def draw_boxes(ax, image, target=None, truth=None, categories=None, style="predi
     """Draw an image (3, H, W) on `ax` with the boxes of `target` over those of `truth`, in pixels of the image.
 
     `style` is a key of STYLES, or a list with one key per box of `target`. A box of `target` carries its class name
-    (from `categories`, else the number of its label) and its score if there is one; `truth` is named only where it
-    stands alone. A target without boxes (an unlabelled one) draws nothing.
+    (from `categories`, else the number of its label) and its score if there is one; of many boxes only the
+    MOST_LABELS with the highest scores do. `truth` is named only where it stands alone. A target without boxes (an
+    unlabelled one) draws nothing.
     """
     pixels = _pixels(image)
     height, width = pixels.shape[:2]
@@ -116,8 +117,10 @@ def draw_boxes(ax, image, target=None, truth=None, categories=None, style="predi
         labels.append(_draw_box(ax, box, "truth", label, _name(label, categories) if alone else ""))
     rows = _rows(target)
     styles = [style] * len(rows) if isinstance(style, str) else style
-    for (box, label, score), key in zip(rows, styles):
-        text = "" if key == "dropped" else f"{_name(label, categories)} {_decimals(score)}".strip()
+    ranked = sorted((-1 if score != score else -score, place) for place, (_, _, score) in enumerate(rows))
+    named = {place for _, place in [pair for pair in ranked if styles[pair[1]] != "dropped"][:MOST_LABELS]}
+    for place, ((box, label, score), key) in enumerate(zip(rows, styles)):
+        text = f"{_name(label, categories)} {_decimals(score)}".strip() if place in named else ""
         labels.append(_draw_box(ax, box, key, label, text))
     _write_labels(ax, labels, (height, width))
 
@@ -275,7 +278,7 @@ def count_hits(detection: dict, truth: dict, score=0.3) -> dict:
 def hit_sentence(*errors: dict) -> str:
     """The counts of one or several `count_hits` in words: "3 hits · 1 false alarm · 0 missed"."""
     hits, alarms, misses = (sum(len(error[key]) for error in errors) for key in ("hits", "false_alarms", "misses"))
-    return f"{hits} {_plural('hit', hits)} · {alarms} {_plural('false alarm', alarms)} · {misses} missed"
+    return f"{hits:,} {_plural('hit', hits)} · {alarms:,} {_plural('false alarm', alarms)} · {misses:,} missed"
 
 
 def show_pseudo_boxes(image, line, truth=None, categories=None, title=None, legend=True) -> Picture:
@@ -356,9 +359,13 @@ def _page(sizes, columns, titles=None, title="", legend=(), cell=2.2, gap=0.1) -
 
 
 def _wrap(text: str | None, inches: float, points: int) -> str:
-    """Break a line so that it fits a width, never between a number and what it counts."""
-    text = re.sub(r"(?<=\d) ", "\u00a0", text or "")
-    return textwrap.fill(text, max(12, int(inches / (0.0082 * points))))  # a letter is about 0.6 points wide per point
+    """Break a line so that it fits a width; a letter is about 0.6 times as wide as its size."""
+    return textwrap.fill(unbroken(text or ""), max(12, int(inches / (0.0082 * points))))
+
+
+def unbroken(text: str) -> str:
+    """The text with spaces that do not break between a number and what it counts, and before a separating dot."""
+    return re.sub(r"(?<=\d) | (?=·)", "\u00a0", text)
 
 
 def _draw_legend(figure, keys, columns: int) -> None:
@@ -623,6 +630,7 @@ def _label_ends(ax, ends) -> None:
     for place, value, text, color in sorted(ends, key=lambda end: end[1]):
         previous = max(value, previous + step)
         style = {"fontsize": 8, "color": color, "va": "center", "parse_math": False, "annotation_clip": False}
+        style["bbox"] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
         ax.annotate(text, (place, previous), (6, 0), textcoords="offset points", **style)
 
 

@@ -343,12 +343,10 @@ class TestLoad:
         val = make(tmp_path, document(4), "b.json", images="b")
         splits = load(train, images=tmp_path / "one", validation=val)
         assert len(splits.test) == 4 and len(splits.labelled) + len(splits.unlabelled) == 6
-        assert splits.test.folder == tmp_path / "one"  # the folder that is given comes first
-        (tmp_path / "one" / "0.png").rename(tmp_path / "one" / "moved.png")
-        content = document(6)
-        content["images"][0]["file_name"] = "moved.png"
-        write(train, content)
-        assert load(train, images=tmp_path / "one", validation=val).test.folder == tmp_path / "b"
+        # Images of the same names in two folders: the folder named as the json is the one meant.
+        assert splits.test.folder == tmp_path / "b"
+        splits = load(train, images=tmp_path / "one", validation=val.rename(tmp_path / "c.json"))
+        assert splits.test.folder == tmp_path / "one"
 
     def test_a_folder_of_unlabelled_images(self, tmp_path):
         train = make(tmp_path / "data", document(6))
@@ -375,6 +373,8 @@ class TestLoad:
         splits = load(tmp_path, unlabelled=tmp_path / "link", percent=100)
         assert [path.name for path in splits.unlabelled.datasets[1].paths] == ["new.png"]
         assert "10 of its 11 images" in capsys.readouterr().err
+        splits = load(tmp_path, images=tmp_path / "link", unlabelled=tmp_path / "images", percent=100)
+        assert len(splits.unlabelled) == 1
         (tmp_path / "images" / "new.png").unlink()
         bad_load(tmp_path / "link", "none is left", data=tmp_path, unlabelled=tmp_path / "link")
 
@@ -383,7 +383,7 @@ class TestLoad:
         bad_load(tmp_path / "none", "No such file", data=tmp_path / "none")
         path = make(tmp_path, images="hidden")
         bad_load(path, "0.png", data=tmp_path)
-        bad_load(tmp_path / "nowhere", "no such folder", data=tmp_path, images=tmp_path / "nowhere")
+        bad_load(tmp_path / "nowhere", "nowhere: no such folder", data=tmp_path, images=tmp_path / "nowhere")
         bad_load(
             tmp_path / "v.json",
             "No such file",

@@ -41,6 +41,8 @@ def load(data, images=None, unlabelled=None, percent: float = 10, fold: int = 1,
     """
     annotations, found = _find_annotations(Path(data))
     validation = found if validation is None else Path(validation)
+    if images and not Path(images).is_dir():
+        raise UserError(f"{images}: no such folder of images")
     near = [] if images else [annotations]
     train = whole = CocoDataset(annotations, _image_folders(annotations, images, around=near))
     opened = [whole]
@@ -177,7 +179,7 @@ def read_image(path) -> torch.Tensor:
             pixels = np.array(file.convert("RGB"))
     except Exception as problem:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and more, by format
         raise _unreadable(path, problem) from problem
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (H, W, 3) -> (3, H, W)
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))  # (H, W, 3) -> (3, H, W)
 
 
 def read_json(path):
@@ -261,11 +263,10 @@ def _boxes_in_image(xywh: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np
 
     Returns float32 xyxy (A, 4), usable (A,) bool, and cut (A,) bool: usable and shortened by more than a pixel.
     """
-    finite = np.isfinite(xywh).all(1)
-    xywh = np.where(finite[:, None], xywh, 0)
+    xywh = np.where(np.isfinite(xywh).all(1, keepdims=True), xywh, 0)  # what is not finite becomes empty
     xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
     boxes = np.clip(xyxy, 0, sizes[:, [1, 0, 1, 0]]).astype(np.float32)
-    usable = finite & (boxes[:, 2:] > boxes[:, :2]).all(1)
+    usable = (boxes[:, 2:] > boxes[:, :2]).all(1)
     return boxes, usable, usable & (np.abs(xyxy - boxes).max(1, initial=0) > 1)
 
 
@@ -327,13 +328,12 @@ def _find_annotations(data: Path) -> tuple[Path, Path | None]:
 
 
 def _image_folders(annotations: Path, images, around: list[Path]) -> list[Path]:
-    """Where the images of a json may lie: in the folder given, then around these jsons."""
+    """Where the images of a json may lie: in the folder given or around these jsons; folders of its name come first."""
     part = annotations.stem.removeprefix("instances_")  # as in train2017
-    folders = [Path(images), Path(images) / part] if images else []
-    for path in around:
-        root = path.parent.parent if path.parent.name == "annotations" else path.parent
-        folders += [root / part, root / "images" / part, root / "images", root]
-    return folders
+    bases = [Path(images)] if images else []
+    bases += [path.parent.parent if path.parent.name == "annotations" else path.parent for path in around]
+    named = [folder for base in bases for folder in (base / part, base / "images" / part)]
+    return named + [folder for base in bases for folder in (base, base / "images")]
 
 
 def _set_aside(whole: CocoDataset, annotations: Path) -> tuple[Subset, Subset]:

@@ -31,7 +31,8 @@ SIZES, SIZE_ODDS = [(96, 96), (96, 128), (128, 96)], [0.6, 0.8, 1.0]
 EMPTY, CROWDED, LOOK_ALIKES, FAINT = 0.05, 0.10, 0.15, 0.10
 DIGIT_SIZE, ROTATION, ASPECT = (0.11, 0.38), 17.0, (0.75, 1.2)  # of the shorter side; degrees; width over height
 COVER, CROWDED_COVER = 0.25, (0.25, 0.50)  # how much of a neighbour's box a digit may cover
-OPACITY, FAINT_OPACITY, NOISE, CONTRAST = (0.75, 1.0), (0.30, 0.45), (2.0, 12.0), 70.0
+OPACITY, FAINT_OPACITY, NOISE = (0.75, 1.0), (0.30, 0.45), (2.0, 10.0)
+DIMMED, BRIGHT, CONTRAST = (0.35, 0.75), 110.0, 70.0  # photographs are dimmed, digits are bright: at least so much lighter than what is under them
 INK = 0.35  # opacity of the pasted shape over which a pixel counts as ink
 
 
@@ -98,32 +99,31 @@ def _place(rng: np.random.Generator, shape: Shape, size: tuple[int, int], taken:
 
 
 def _paste(rng: np.random.Generator, scene: np.ndarray, shape: Shape, box: np.ndarray, opacity: float) -> None:
-    """Blend the shape into the scene in a colour that stands off from what lies under it."""
+    """Blend the shape into the scene in a colour brighter than what lies under it."""
     top, left = box[1] - shape.hull[1], box[0] - shape.hull[0]
-    mask = np.zeros(scene.shape[:2])
     rows = slice(max(top, 0), min(top + shape.mask.shape[0], scene.shape[0]))
     columns = slice(max(left, 0), min(left + shape.mask.shape[1], scene.shape[1]))
     mask = shape.mask[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
     under = scene[rows, columns]
     grey = np.array([0.299, 0.587, 0.114])
     behind = under.mean((0, 1)) @ grey
-    colour = rng.uniform(0, 255, 3)
+    colour = rng.uniform(BRIGHT, 255, 3)
     for _ in range(20):
-        if abs(colour @ grey - behind) >= CONTRAST:
+        if colour @ grey - behind >= CONTRAST:
             break
-        colour = rng.uniform(0, 255, 3)
+        colour = rng.uniform(BRIGHT, 255, 3)
     alpha = (mask * opacity)[..., None]
     under[...] = under * (1 - alpha) + colour * alpha
 
 
 def _background(rng: np.random.Generator, photos: list[np.ndarray], split: str, size: tuple[int, int]) -> np.ndarray:
-    """A crop of a photograph inside the split's region, mirrored half of the time."""
+    """A dimmed crop of a photograph inside the split's region, mirrored half of the time."""
     photo = photos[rng.integers(len(photos))]
     first, last = COLUMN_RANGES[split]
     top = rng.integers(0, photo.shape[0] - size[0] + 1)
     left = rng.integers(first, last - size[1] + 1)
     crop = photo[top : top + size[0], left : left + size[1]]
-    return (crop[:, ::-1] if rng.random() < 0.5 else crop).copy()
+    return (crop[:, ::-1] if rng.random() < 0.5 else crop) * rng.uniform(*DIMMED)
 
 
 def scene(index: int, split: str = "train", seed: int = 0) -> tuple[torch.Tensor, dict]:

@@ -46,7 +46,7 @@ class Residual(nn.Module):
 
 
 class Tiny(nn.Module):
-    """A residual network for images of about 100 pixels: strides 2 and 4 are short, the work is done at stride 8.
+    """A residual network for images of about 100 pixels: one strided convolution and one residual block at strides 4, 8 and 16, the convolution alone at 2 and 32.
 
     Args:
         widths: channels at strides 2, 4, 8, 16 and 32.
@@ -54,13 +54,13 @@ class Tiny(nn.Module):
 
     sees_padding = False  # images of different sizes are run apart, so that GroupNorm never sees a padded border
 
-    def __init__(self, widths: tuple[int, ...] = (24, 48, 96, 128, 128)):
+    def __init__(self, widths: tuple[int, ...] = (24, 48, 96, 96, 96)):
         super().__init__()
         self.channels = widths[2:]
         self.stages = nn.ModuleList()
-        for before, width in zip((3, *widths), widths, strict=False):
+        for number, (before, width) in enumerate(zip((3, *widths), widths, strict=False)):
             down = [nn.Conv2d(before, width, 3, stride=2, padding=1, bias=False), nn.GroupNorm(8, width), nn.ReLU(inplace=True)]
-            self.stages.append(nn.Sequential(*down, *([Residual(width)] if before != 3 else [])))
+            self.stages.append(nn.Sequential(*down, *([Residual(width)] if 1 <= number <= 3 else [])))
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         maps, x = [], images

@@ -38,7 +38,7 @@ class DINO(Detector):
         backbone: "tiny", a torchvision ResNet by name, or a module with `channels` and `sees_padding`.
         backbone_weights: see `make_backbone`.
         anchor_size: side of the encoder's anchors on the first level, as a share of the image; doubles with each level.
-        denoising_queries: about how many positive denoising queries an image gets.
+        denoising_queries, label_noise: see Denoising.
         mean, std, test_size: see Detector.
     """
 
@@ -57,6 +57,7 @@ class DINO(Detector):
         backbone_weights: str | None = None,
         anchor_size: float = 0.05,
         denoising_queries: int = 100,
+        label_noise: float = 0.25,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
         test_size: tuple[int, int] | None = None,
@@ -77,7 +78,7 @@ class DINO(Detector):
         self.proposal = nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim))
         self.proposal_class, self.proposal_box = nn.Linear(dim, num_classes), MLP(dim, dim, 4, 3)
         self.class_head, self.box_head = nn.Linear(dim, num_classes), MLP(dim, dim, 4, 3)  # shared by the decoder's layers
-        self.denoising = Denoising(num_classes, dim, denoising_queries)
+        self.denoising = Denoising(num_classes, dim, denoising_queries, label_noise)
         self._start()
 
     def _start(self) -> None:

@@ -113,6 +113,7 @@ class Run:
         arguments = {**self.arguments, "backbone_weights": None} if state or start else self.arguments
         student = make_detector(config["detector"], len(self.splits.categories), arguments)
         self.method: Averaged = make_method(config["method"], student, self.recipe, config["steps"], self.offset, config["seed"]).to(self.device)
+        self.method.train()
         self.optimizer = make_optimizer(self.method, self.recipe)
         if state:
             fill(self.method, state["method"], self.out / "last.pt")
@@ -147,7 +148,6 @@ class Run:
         step = self.offset + self.step
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * learning_rate_factor(self.step, self.config["steps"], self.recipe)
-        self.method.train()
         losses = self.method(batch, step)
         total = sum(losses.values())
         self.optimizer.zero_grad(set_to_none=True)
@@ -253,7 +253,7 @@ def make_optimizer(method: Averaged, recipe: Recipe) -> torch.optim.Optimizer:
         if parameter.requires_grad:
             (backbone if ".backbone." in name else rest).append(parameter)
     groups = [{"params": rest, "lr": recipe.learning_rate}, {"params": backbone, "lr": recipe.learning_rate * recipe.backbone_factor}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=True)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer

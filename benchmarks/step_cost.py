@@ -1,0 +1,86 @@
+"""What a step costs: Semi-DETR against supervised in turn, and the share of matching and losses.
+
+    python benchmarks/step_cost.py [--steps 20] [--threads 2]
+
+Each step loads its batch in this process, so that data loading and views are counted. Prints medians, the ratio of each pair's median, and seconds spent in
+matching, costs and losses (forward) inside a step.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+from contextlib import contextmanager
+
+import torch
+
+from semidetr_lite import losses
+from semidetr_lite.data.batches import Batches
+from semidetr_lite.methods import mean_teacher, semi_detr
+from semidetr_lite.training.train import Run, new_config
+
+TIMED = ("detection_loss", "denoising_loss", "layer_costs", "batched_cost", "stack_layers", "one_transfer", "matched_costs", "reliable_threshold")
+
+
+@contextmanager
+def counted(total: dict):
+    """Add up the time spent in matching and loss functions, outermost calls only."""
+    depth, kept = [0], []
+
+    def wrap(function):
+        def timed(*args, **kwargs):
+            depth[0] += 1
+            began = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                depth[0] -= 1
+                if depth[0] == 0:
+                    total["seconds"] += time.perf_counter() - began
+
+        return timed
+
+    for module in (losses, mean_teacher, semi_detr):
+        for name in TIMED:
+            if hasattr(module, name):
+                kept.append((module, name, getattr(module, name)))
+                setattr(module, name, wrap(getattr(module, name)))
+    yield
+    for module, name, function in kept:
+        setattr(module, name, function)
+
+
+def main() -> None:
+    """Time both methods in turn."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    stages = {"supervised": ("supervised", {}), "one-to-many": ("semi-detr", {"one_to_many_share": 1.0}), "one-to-one": ("semi-detr", {"one_to_many_share": 0.0})}
+    runs, loaders, times, shares = {}, {}, {}, {}
+    for name, (method, changes) in stages.items():
+        runs[name] = Run(new_config(method=method, steps=10_000, score_cut=0.05, **changes), "unused", quiet=True, workers=0)
+        recipe = runs[name].recipe
+        loaders[name] = Batches(runs[name].splits, recipe.labelled, 0 if method == "supervised" else recipe.unlabelled, recipe.views, 0)
+        times[name], shares[name] = [], []
+    for step in range(options.steps + 3):
+        for name, run in runs.items():
+            spent = {"seconds": 0.0}
+            began = time.perf_counter()
+            with counted(spent):
+                run.train_step(loaders[name][step])
+            run.step += 1
+            if step >= 3:
+                times[name].append(time.perf_counter() - began)
+                shares[name].append(spent["seconds"] / times[name][-1])
+    print(f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}, {options.steps} steps in turn")
+    base = statistics.median(times["supervised"])
+    for name in stages:
+        ratio = statistics.median([a / b for a, b in zip(times[name], times["supervised"], strict=True)])
+        print(f"{name:<12} {statistics.median(times[name]):.3f} s a step, {ratio:.2f} x supervised, matching and loss {100 * statistics.median(shares[name]):.1f} %")
+    print(f"pseudo-boxes asked for an image: {runs['one-to-many'].method.stats} (supervised median {base:.3f} s)")
+
+
+if __name__ == "__main__":
+    main()

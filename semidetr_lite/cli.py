@@ -1,0 +1,226 @@
+"""The commands: demo, train, evaluate, predict, compare. Each is a plain function; its arguments are its options."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tqdm import tqdm
+
+from semidetr_lite.data.coco import IMAGE_SUFFIXES
+from semidetr_lite.detectors.detector import as_tensor
+from semidetr_lite.errors import UserError
+from semidetr_lite.evaluate import evaluate as evaluate_detections
+from semidetr_lite.evaluate import to_coco_json
+from semidetr_lite.report import write_report
+from semidetr_lite.training.checkpoint import load_detector, write_whole
+from semidetr_lite.training.measure import measure
+from semidetr_lite.training.presets import load_splits
+from semidetr_lite.training.train import Run, new_config
+from semidetr_lite.visualize import png, show_targets
+
+Folder = Annotated[Path, tyro.conf.Positional]
+Folders = Annotated[tuple[Path, ...], tyro.conf.Positional]
+Weights = Literal["student", "teacher"]
+
+DEMO_STEPS = {"supervised": 1000, "semi-detr": 500, "control": 1200, "mean-teacher": 500}
+
+
+def demo(
+    out: Path = Path("runs/demo"), seed: int = 0, control: bool = False, mean_teacher: bool = False, quick: bool = False, workers: int = 1
+) -> None:
+    """Semi-DETR with 10 % of the labels, on handwritten digits in photographs; nothing to download.
+
+    Trains a supervised detector on the 200 labelled scenes, goes on from it with Semi-DETR and 1,800 unlabelled ones, prints the AP of both on the
+    test scenes and writes a page with pictures. Called again, it goes on where it was stopped.
+
+    Args:
+        out: folder of the runs and the page.
+        seed: of weights, views and noise.
+        control: also go on with the labelled scenes alone, for as long as Semi-DETR takes.
+        mean_teacher: also go on with the plain mean teacher.
+        quick: a few steps of everything, to see that it works (accuracy means nothing).
+        workers: processes that load data.
+    """
+    arms = [("supervised", "supervised", None), ("semi-detr", "semi-detr", "supervised")]
+    arms += [("control", "supervised", "supervised")] * control + [("mean-teacher", "mean-teacher", "supervised")] * mean_teacher
+    for name, method, start in arms:
+        changes = {"log_every": 2, "evaluate_every": 4, "evaluate_images": 20} if quick else {}
+        config = new_config(
+            "digits", method, seed=seed, steps=4 if quick else DEMO_STEPS[name], burn_in=start and str(out / start), **changes
+        )
+        _continue(config, out / name, workers)
+    runs = [out / name for name, _, _ in arms]
+    page = write_report(runs, out)
+    print(_table(runs))
+    print(f"\npage with pictures: {page}")
+
+
+def _continue(config: dict, out: Path, workers: int) -> None:
+    """Train a run to its end, from wherever it stands."""
+    run = Run(config, out, resume=(out / "last.pt").exists(), workers=workers)
+    if run.step < run.config["steps"]:
+        print(f"{out}: {config['method']}, {run.config['steps']} steps, {len(run.splits.labelled)} labelled images")
+        run.go()
+
+
+def _table(runs: list[Path]) -> str:
+    """AP on the test split of finished runs, averaged weights, without suppression unless the stage asks for it."""
+    lines = [f"{'run':<16}{'steps':>7}{'minutes':>9}{'AP':>7}{'AP50':>7}{'AP75':>7}"]
+    for run in runs:
+        last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+        found = last["test"]["teacher"]
+        figures = "".join(f"{100 * found[key]:>7.1f}" for key in ("AP", "AP50", "AP75"))
+        lines.append(f"{run.name:<16}{last['step']:>7}{last['seconds'] / 60:>9.1f}{figures}")
+    return "\n".join(lines)
+
+
+def train(
+    out: Path,
+    preset: Literal["digits", "coco-10pct"] = "digits",
+    method: Literal["supervised", "mean-teacher", "semi-detr"] = "semi-detr",
+    detector: Literal["dino"] = "dino",
+    data: str = "digits",
+    images: Path | None = None,
+    unlabelled: Path | None = None,
+    validation: Path | None = None,
+    percent: float = 10,
+    fold: int = 1,
+    seed: int = 0,
+    steps: int | None = None,
+    burn_in: Path | None = None,
+    resume: bool = False,
+    workers: int = 1,
+) -> None:
+    """Train a detector.
+
+    Args:
+        out: the run folder to write.
+        preset: named settings (sizes, views, weights, schedule).
+        method: how to learn.
+        detector: what to train.
+        data: "digits", a folder with COCO annotations and images, or a COCO json.
+        images: the folder of the json's images.
+        unlabelled: a folder of further images without labels.
+        validation: a COCO json to measure on; without one, a fifth of the images is set aside.
+        percent: share of the images whose labels are used.
+        fold: which draw of them.
+        seed: of weights, views and noise.
+        steps: optimizer steps; the preset's if not given.
+        burn_in: a finished run to start from.
+        resume: go on with the run in --out.
+        workers: processes that load data.
+    """
+    paths = {"images": images, "unlabelled": unlabelled, "validation": validation, "burn_in": burn_in}
+    paths = {name: None if path is None else str(path) for name, path in paths.items()}
+    config = new_config(preset, method, detector, data, percent=percent, fold=fold, seed=seed, steps=steps, **paths)
+    run = Run(config, out, resume, workers=workers)
+    print(f"{out}: {len(run.splits.labelled)} labelled, {len(run.splits.unlabelled)} unlabelled images, {len(run.splits.categories)} categories")
+    if run.step >= run.config["steps"]:
+        print(f"{out}: finished already, at step {run.step}")
+        return
+    last = run.go()
+    for part, found in last["test"].items():
+        print(f"{part}: AP {100 * found['AP']:.1f}, AP50 {100 * found['AP50']:.1f} on the test split")
+
+
+def evaluate(
+    run: Annotated[Path | None, tyro.conf.Positional] = None,
+    weights: Weights = "teacher",
+    truth: Path | None = None,
+    detections: Path | None = None,
+) -> None:
+    """Measure a run on its test split, or a detections json against a truth json: the twelve COCO figures.
+
+    Args:
+        run: a run folder.
+        weights: the student's, or its average's (the teacher's).
+        truth: a COCO annotation json.
+        detections: a COCO results json.
+    """
+    if truth and detections:
+        found = evaluate_detections(str(detections), str(truth))
+    elif run is not None:
+        detector = load_detector(run, weights)
+        found = measure(detector, load_splits(read_config(run)).test)
+    else:
+        raise UserError("evaluate: give a run folder, or --truth and --detections")
+    for name, value in found.items():
+        print(f"{name:<10} {value:.10f}" if truth else f"{name:<10} {100 * value:5.1f}")
+
+
+def read_config(run: Path) -> dict:
+    """config.json of a run folder."""
+    try:
+        return json.loads((run / "config.json").read_text())
+    except FileNotFoundError:
+        raise UserError(f"{run}: no config.json there; give a run folder made by `semidetr train`") from None
+    except (OSError, ValueError) as problem:
+        raise UserError(f"{run / 'config.json'}: cannot be read ({problem})") from None
+
+
+def predict(run: Folder, images: Folders, out: Path, score: float = 0.3, weights: Weights = "teacher") -> None:
+    """Detect objects in images: writes a picture of each and detections.json in COCO's results format.
+
+    Args:
+        run: a run folder or a .safetensors file.
+        images: image files, or folders of them.
+        out: folder for the pictures and detections.json.
+        score: the least score of a box that is drawn or written.
+        weights: the student's, or its average's (the teacher's).
+    """
+    detector = load_detector(run, weights)
+    files = [file for path in images for file in _image_files(path)]
+    out.mkdir(parents=True, exist_ok=True)
+    found = []
+    for number, file in enumerate(tqdm(files, desc="predict", disable=len(files) < 20)):
+        image = as_tensor(file)
+        found += detector.detect([image], score)
+        picture = png(show_targets([image], found[-1:], detector.categories, [file.name], columns=1, style="prediction"))
+        write_whole(out / f"{number:05d}_{file.stem}.png", lambda where, picture=picture: where.write_bytes(picture))
+    rows = to_coco_json(found, list(range(len(files))), detector.categories)
+    listing = {"images": [{"id": number, "file_name": str(file)} for number, file in enumerate(files)]}
+    write_whole(out / "detections.json", lambda where: where.write_text(json.dumps(rows)))
+    write_whole(out / "images.json", lambda where: where.write_text(json.dumps(listing)))
+    print(f"{out}: {len(files)} pictures, {len(rows)} detections of at least {score:g} in detections.json (image ids in images.json)")
+
+
+def _image_files(path: Path) -> list[Path]:
+    """The path itself, or the images anywhere below a folder."""
+    if not path.exists():
+        raise UserError(f"{path}: no such image or folder")
+    if path.is_file():
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise UserError(f"{path}: no images in this folder ({', '.join(IMAGE_SUFFIXES)})")
+    return files
+
+
+def compare(runs: Folders, out: Path, images: int = 8, score: float = 0.3) -> None:
+    """Write one page about several runs: AP table, curves, pseudo-boxes over training, pictures side by side.
+
+    Args:
+        runs: run folders; the first is what the others are compared with.
+        out: folder for report.html.
+        images: pictures in the gallery.
+        score: the least score of a box that is drawn.
+    """
+    print(f"page with pictures: {write_report(list(runs), out, images, score)}")
+
+
+COMMANDS = {"demo": demo, "train": train, "evaluate": evaluate, "predict": predict, "compare": compare}
+
+
+def main() -> int:
+    """Run a command; 0 if it worked, 2 with one line if the user has to do something, 130 if it was stopped."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="semidetr", description=sys.modules["semidetr_lite"].__doc__)
+    except UserError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command with --resume (demo: without) goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,192 @@
+"""The batch of a step depends on seed and step alone; every pass shows every image once; a step has one shape."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from semidetr_lite.data.batches import Batches, Sampler
+from semidetr_lite.data.splits import Joined, Splits, Subset, Unlabelled
+from semidetr_lite.data.views import ViewSettings
+
+SQUARE, WIDE, TALL = (16, 16), (16, 24), (24, 16)
+VIEWS = ViewSettings(flip=True, shift=0.1, patches=2)
+
+
+class Noise:
+    """Images of random pixels, each with one box."""
+
+    def __init__(self, sizes: list[tuple[int, int]], first: int = 0):
+        self.sizes, self.first = sizes, first
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: int):
+        size = self.sizes[index]
+        generator = torch.Generator().manual_seed(self.first + index)
+        image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
+        boxes, labels = torch.tensor([[4.0, 4, 12, 12]]), torch.tensor([index % 3])
+        return image, {"boxes": boxes, "labels": labels, "size": size, "image_id": self.first + index}
+
+
+def some_splits(labelled: int = 10, unlabelled: int = 40) -> Splits:
+    shapes = [SQUARE, SQUARE, SQUARE, WIDE, TALL]
+    data = Noise([shapes[i % 5] for i in range(labelled)])
+    other = Noise([shapes[i % 5] for i in range(unlabelled)], first=1000)
+    return Splits(data, Unlabelled(other, list(range(unlabelled))), data, data, [], flip=True)
+
+
+def same(a: dict, b: dict) -> bool:
+    if a.keys() != b.keys():
+        return False
+    for key in a:
+        for ours, theirs in zip(a[key][0], b[key][0], strict=True):
+            if ours.shape != theirs.shape or not torch.equal(ours, theirs):
+                return False
+        for ours, theirs in zip(a[key][1], b[key][1], strict=True):
+            if ours["image_id"] != theirs["image_id"] or not torch.equal(ours["matrix"], theirs["matrix"]):
+                return False
+    return True
+
+
+# One step
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+    batches = Batches(some_splits(), 3, 4, VIEWS, seed=1)
+    later, first = batches[70], batches[0]
+    fresh = Batches(some_splits(), 3, 4, VIEWS, seed=1)
+    assert same(fresh[0], first) and same(fresh[70], later) and same(batches[0], first)
+    assert not same(first, batches[1])
+    assert not same(first, Batches(some_splits(), 3, 4, VIEWS, seed=2)[0])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_same_through_a_loader_with_any_number_of_workers(workers):
+    batches = Batches(some_splits(), 2, 2, VIEWS, seed=5)
+    steps = range(3, 8)  # resumed at step 3
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, num_workers=workers)
+    for step, batch in zip(steps, loader, strict=True):
+        assert same(batch, batches[step])
+
+
+def test_a_batch_as_the_methods_get_it():
+    batch = Batches(some_splits(), 3, 5, VIEWS, seed=0)[11]
+    assert {kind: (len(images), len(targets)) for kind, (images, targets) in batch.items()} == {
+        "labelled": (3, 3),
+        "weak": (5, 5),
+        "strong": (5, 5),
+    }
+    for images, targets in batch.values():
+        for image, target in zip(images, targets):
+            assert image.dtype == torch.float32 and tuple(image.shape[1:]) == target["size"]
+            assert target["matrix"].shape == (3, 3)
+    assert all("boxes" in target and "labels" in target for target in batch["labelled"][1])
+    for target in batch["weak"][1] + batch["strong"][1]:
+        assert set(target) == {"size", "image_id", "matrix", "truth"}
+        assert "boxes" in target["truth"]
+
+
+def test_weak_and_strong_are_two_views_of_one_image():
+    batch = Batches(some_splits(), 2, 6, VIEWS, seed=0)[4]
+    (weak_images, weak), (strong_images, strong) = batch["weak"], batch["strong"]
+    assert [target["image_id"] for target in weak] == [target["image_id"] for target in strong]
+    assert not any(torch.equal(*pair) for pair in zip(weak_images, strong_images))
+    assert len({tuple(target["matrix"].flatten().tolist()) for target in weak + strong}) > 8  # each view has its own
+
+
+def test_methods_see_the_same_labelled_images():
+    alone = Batches(some_splits(), 3, 0, VIEWS, seed=0)
+    both = Batches(some_splits(), 3, 4, VIEWS, seed=0)
+    for step in (0, 13, 140):
+        assert list(alone[step]) == ["labelled"]
+        assert same(alone[step], {"labelled": both[step]["labelled"]})
+
+
+# Shapes
+
+
+def shape_of(image: torch.Tensor) -> int:
+    return int(np.sign(image.shape[2] - image.shape[1]))
+
+
+def test_a_step_has_one_shape():
+    batches = Batches(some_splits(), 2, 3, ViewSettings(patches=0), seed=0)
+    seen = Counter()
+    for step in range(40):
+        shapes = {shape_of(image) for images, _ in batches[step].values() for image in images}
+        assert len(shapes) == 1
+        seen[shapes.pop()] += 1
+    assert set(seen) == {-1, 0, 1}
+
+
+def test_shapes_come_in_their_proportions():
+    batches = Batches(some_splits(), 2, 3, VIEWS, seed=0)
+    for cycle in (0, 3):
+        steps = range(cycle * batches.cycle, (cycle + 1) * batches.cycle)
+        shapes = Counter(batches.shape_and_turn(step)[0] for step in steps)
+        assert shapes == {0: 60, 1: 20, -1: 20}
+    orders = [[batches.shape_and_turn(100 * cycle + place)[0] for place in range(100)] for cycle in (0, 1)]
+    assert orders[0] != orders[1]
+
+
+def test_turns_of_a_shape_count_up_without_a_gap():
+    batches = Batches(some_splits(), 2, 3, VIEWS, seed=0)
+    turns = {-1: [], 0: [], 1: []}
+    for step in range(250):
+        shape, turn = batches.shape_and_turn(step)
+        turns[shape].append(turn)
+    assert all(found == list(range(len(found))) for found in turns.values())
+
+
+# Passes
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4, 25])
+def test_a_pass_shows_every_image_once(batch):
+    sampler = Sampler([SQUARE] * 7 + [WIDE] * 3, batch, seed=4)
+    for shape, pool in ((0, set(range(7))), (1, {7, 8, 9})):
+        drawn = [index for turn in range(30) for index in sampler.draw(shape, turn)]
+        assert all(len(sampler.draw(shape, turn)) == batch for turn in range(3))
+        passes = [drawn[start : start + len(pool)] for start in range(0, len(drawn) - len(pool) + 1, len(pool))]
+        assert len(passes) > 3 and all(set(once) == pool for once in passes)
+        assert len({tuple(once) for once in passes}) > 1  # reshuffled
+
+
+def test_no_image_falls_behind_over_many_steps():
+    splits = some_splits(labelled=20, unlabelled=30)
+    batches = Batches(splits, 2, 3, VIEWS, seed=0)
+    counts = {"labelled": Counter(), "unlabelled": Counter()}
+    for step in range(200):
+        shape, turn = batches.shape_and_turn(step)
+        counts["labelled"].update(batches.labelled.draw(shape, turn))
+        counts["unlabelled"].update(batches.unlabelled.draw(shape, turn))
+    for kind, expected in (("labelled", 20), ("unlabelled", 20)):
+        assert len(counts[kind]) == {"labelled": 20, "unlabelled": 30}[kind]
+        assert all(abs(count - expected) <= 1 for count in counts[kind].values())
+
+
+def test_a_shape_that_no_image_has_takes_any():
+    splits = some_splits(labelled=3, unlabelled=40)  # the labelled ones are all square
+    batches = Batches(splits, 2, 2, VIEWS, seed=0)
+    wide = next(step for step in range(100) if batches.shape_and_turn(step)[0] == 1)
+    batch = batches[wide]
+    assert len(batch["labelled"][0]) == 2 and {shape_of(image) for image in batch["weak"][0]} == {1}
+
+
+# Datasets made of datasets
+
+
+def test_subset_unlabelled_and_joined():
+    data = Noise([SQUARE, WIDE, TALL, SQUARE])
+    part = Subset(data, [2, 0])
+    assert part.sizes == [TALL, SQUARE] and part[0][1]["image_id"] == 2 and len(part) == 2
+    hidden = Unlabelled(data, [3, 1])[1][1]
+    assert hidden["truth"]["labels"].tolist() == [1] and set(hidden) == {"size", "image_id", "truth"}
+    joined = Joined([part, Subset(data, [1])])
+    assert joined.sizes == [TALL, SQUARE, WIDE] and len(joined) == 3
+    assert [joined[index][1]["image_id"] for index in (0, 1, 2, -1)] == [2, 0, 1, 1]
+    with pytest.raises(IndexError):
+        joined[3]

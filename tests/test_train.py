@@ -1,0 +1,152 @@
+"""Training: one step changes the student, resuming changes nothing, and nothing saved is ever lost."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from semidetr_lite import load_detector
+from semidetr_lite.data import digits
+from semidetr_lite.data.splits import Splits, Subset, Unlabelled
+from semidetr_lite.errors import UserError
+from semidetr_lite.methods.mean_teacher import Averaged
+from semidetr_lite.training import checkpoint
+from semidetr_lite.training.train import Run, learning_rate_factor, make_recipe, new_config
+
+DETECTOR = {
+    "num_queries": 12, "dim": 32, "heads": 2, "levels": 3, "points": 2, "hidden": 32, "encoder_layers": 1, "decoder_layers": 2,
+    "backbone": "tiny", "anchor_size": 0.1, "denoising_queries": 6,
+}  # fmt: skip
+SMALL = {"detector": DETECTOR, "labelled": 2, "unlabelled": 2, "log_every": 2, "evaluate_every": 4, "evaluate_images": 4, "most": 8}
+
+
+@pytest.fixture(scope="module")
+def splits() -> Splits:
+    train = digits.DigitScenes("train", 12)
+    few = Subset(digits.DigitScenes("test", 6), range(6))
+    return Splits(Subset(train, range(4)), Unlabelled(train, range(4, 12)), few, few, digits.CATEGORIES, flip=False)
+
+
+def small(method="semi-detr", steps=4, **changes) -> dict:
+    return new_config(method=method, steps=steps, **{**SMALL, **changes})
+
+
+def go(config, out, splits, **how) -> dict:
+    return Run(config, out, splits=splits, quiet=True, workers=0, **how).go()
+
+
+@pytest.mark.parametrize("method", ["supervised", "mean-teacher", "semi-detr"])
+def test_a_run_leaves_every_file_and_figure(method, splits, tmp_path):
+    last = go(small(method, score_cut=0.0), tmp_path / "run", splits)
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4] and lines[-1]["step"] == last["step"]
+    assert all(math.isfinite(value) for line in lines for value in line["losses"].values())
+    assert set(last["test"]) == {"student", "teacher"} and {"AP_student", "AP_teacher", "seconds"} <= set(lines[-1])
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["method"] == method and config["categories"] == digits.CATEGORIES
+    for part in ("student", "teacher"):
+        detector = load_detector(tmp_path / "run", weights=part)
+        assert detector.categories == digits.CATEGORIES and not detector.training
+        found = detector.detect([splits.test[0][0]])
+        assert found[0]["size"] == splits.test[0][1]["size"]
+    if method != "supervised":
+        assert {"pseudo_precision", "pseudo_recall", "pseudo_per_image"} <= set(lines[-1])
+        boxes = [json.loads(line) for line in (tmp_path / "run/pseudo_boxes.jsonl").read_text().splitlines()]
+        assert {"step", "image_id", "boxes", "scores", "labels", "cost", "kept", "mined"} <= set(boxes[0])
+        assert len(boxes[0]["boxes"]) == len(boxes[0]["kept"]) == len(boxes[0]["mined"]) == len(boxes[0]["cost"])
+
+
+@pytest.mark.parametrize("method", ["supervised", "semi-detr"])
+def test_a_stopped_and_resumed_run_ends_bit_identical(method, splits, tmp_path, monkeypatch):
+    go(small(method, steps=6), tmp_path / "whole", splits)
+    stopped = Run(small(method, steps=6), tmp_path / "parts", splits=splits, quiet=True, workers=0)
+    real, count = Run.train_step, iter(range(100))
+    monkeypatch.setattr(Run, "train_step", lambda self, batch: (_ for _ in ()).throw(KeyboardInterrupt) if next(count) == 3 else real(self, batch))
+    with pytest.raises(KeyboardInterrupt):
+        stopped.go()
+    monkeypatch.setattr(Run, "train_step", real)
+    (tmp_path / "parts/log.jsonl").open("a").write('{"step": 3, "half a li')
+    go({}, tmp_path / "parts", splits, resume=True)
+    ours, theirs = (torch.load(tmp_path / name / "last.pt", weights_only=True)["method"] for name in ("whole", "parts"))
+    assert all(torch.equal(ours[key].nan_to_num(), theirs[key].nan_to_num()) for key in ours)
+    timeless = [[{k: v for k, v in json.loads(line).items() if k not in ("seconds", "images_per_second")}
+                 for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("whole", "parts")]  # fmt: skip
+    assert timeless[0] == timeless[1]
+
+
+def test_a_run_goes_on_from_a_burn_in(splits, tmp_path):
+    go(small("supervised"), tmp_path / "first", splits)
+    run = Run(small(burn_in=str(tmp_path / "first")), tmp_path / "second", splits=splits, quiet=True, workers=0)
+    assert run.offset == 4 and run.method.one_to_many_steps == 4 + 2
+    first = load_detector(tmp_path / "first", "student").state_dict()
+    assert all(torch.equal(value, first[key]) for key, value in run.method.student.state_dict().items())
+    averaged = load_detector(tmp_path / "first", "teacher").state_dict()
+    assert all(torch.equal(value, averaged[key]) for key, value in run.method.teacher.state_dict().items())
+
+
+def test_stage_one_weights_ask_for_suppression_and_stage_two_weights_do_not(splits, tmp_path):
+    go(small(one_to_many_share=1.0), tmp_path / "one", splits)
+    go(small(one_to_many_share=0.5), tmp_path / "two", splits)
+    assert load_detector(tmp_path / "one").nms == 0.6 and load_detector(tmp_path / "two").nms is None
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_last_checkpoint(splits, tmp_path, monkeypatch):
+    run = Run(small("supervised", steps=6), tmp_path / "run", splits=splits, quiet=True, workers=0)
+    real = Averaged.denoise
+    monkeypatch.setattr(Averaged, "denoise", lambda self, *a: {n: v * (torch.nan if a[3] == 4 else 1) for n, v in real(self, *a).items()})
+    with pytest.raises(UserError, match=r"step 4; the last good checkpoint is .*last\.pt \(step 4\)"):
+        run.go()
+    state = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    assert state["step"] == 4 and all(value.isfinite().all() for key, value in state["method"].items() if key != "past_costs")
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    file = tmp_path / "last.pt"
+    file.write_text("old")
+
+    def full(where):
+        where.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match=r"last\.pt: cannot be written.*No space left"):
+        checkpoint.write_whole(file, full)
+    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_run_folder_is_not_overwritten(splits, tmp_path):
+    go(small("supervised", steps=2), tmp_path / "run", splits)
+    with pytest.raises(UserError, match="holds a run already"):
+        Run(small(), tmp_path / "run", splits=splits)
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("missing.safetensors", None, "no such weights"),
+    ("broken.safetensors", b"not a tensor", "not a weights file"),
+])  # fmt: skip
+def test_weights_that_cannot_be_read_are_named(tmp_path, name, content, message):
+    if content:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}: {message}"):
+        load_detector(tmp_path / name)
+
+
+def test_a_checkpoint_of_another_model_is_refused(splits, tmp_path):
+    go(small("supervised", steps=2), tmp_path / "first", splits)
+    other = small(detector={**DETECTOR, "dim": 64}, burn_in=str(tmp_path / "first"))
+    with pytest.raises(UserError, match=r"last\.pt: weights of another model"):
+        Run(other, tmp_path / "second", splits=splits)
+
+
+def test_the_learning_rate_rises_stays_and_falls_to_zero():
+    recipe = make_recipe(new_config(warm_up=9, decay=0.25))
+    factors = [learning_rate_factor(step, 100, recipe) for step in range(100)]
+    assert factors[0] == 0.1 and factors[9:76] == [1.0] * 67 and factors[-1] == pytest.approx(0.04)
+    assert all(a <= b for a, b in zip(factors, factors[1:9])) and all(a >= b for a, b in zip(factors[75:], factors[76:]))
+
+
+def test_unknown_names_list_what_there_is():
+    with pytest.raises(UserError, match="no method called 'magic': choose from supervised, mean-teacher, semi-detr"):
+        new_config(method="magic")
+    with pytest.raises(UserError, match="no field 'lr' in a preset"):
+        new_config(lr=1)

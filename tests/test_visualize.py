@@ -1,0 +1,343 @@
+"""What is drawn: boxes in the right place, style and number; errors told apart; findings that are true."""
+
+import struct
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_hex
+from matplotlib.patches import ConnectionPatch, Rectangle
+
+from semidetr_lite import visualize
+from semidetr_lite.errors import UserError
+from semidetr_lite.visualize import RED, Picture, class_color, draw_boxes, png
+
+CATEGORIES = [{"id": 7 * label, "name": name} for label, name in enumerate(("cat", "dog", "$cow$"))]
+HIGH = torch.randint(0, 256, (3, 128, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+WIDE = HIGH.transpose(1, 2).float() / 255
+
+
+def target(*boxes, labels=None, scores=None) -> dict:
+    made = {"boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)}
+    made["labels"] = torch.tensor(labels if labels is not None else [0] * len(boxes), dtype=torch.int64)
+    if scores is not None:
+        made["scores"] = torch.tensor(scores, dtype=torch.float32)
+    return made
+
+
+def drawn(ax) -> list[Rectangle]:
+    return [patch for patch in ax.patches if isinstance(patch, Rectangle)]
+
+
+def styles(ax) -> list[str]:
+    return [patch.get_gid() for patch in drawn(ax)]
+
+
+def words(figure) -> list[str]:
+    return [text.get_text() for ax in figure.axes for text in ax.texts]
+
+
+def size(data: bytes) -> tuple[int, int]:
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", data[16:24])
+
+
+def axes():
+    return Picture(figsize=(3, 3)).add_axes((0, 0, 1, 1))
+
+
+TRUTH = target((10, 10, 30, 30), (50, 50, 80, 90), (5, 60, 25, 80), labels=[0, 1, 2])
+FOUND = target(
+    *((11, 10, 30, 31), (50, 50, 80, 90), (60, 5, 90, 30), (5, 60, 25, 80)),
+    labels=[0, 2, 1, 2],
+    scores=[0.9, 0.8, 0.7, 0.1],
+)
+
+
+def test_boxes_lie_on_the_pixels_they_name():
+    ax = axes()
+    draw_boxes(ax, HIGH, target((0, 8, 96, 128)))
+    assert ax.images[0].get_extent() == [0, 96, 128, 0]
+    assert ax.images[0].get_array().shape == (128, 96, 3)
+    assert drawn(ax)[0].get_bbox().extents.tolist() == [0, 8, 96, 128]
+
+
+@pytest.mark.parametrize(
+    ("style", "color", "line"),
+    [("truth", "#ffffff", "-"), ("prediction", class_color(1), "-"), ("pseudo", class_color(1), "--")],
+)
+def test_each_style_has_its_own_line(style, color, line):
+    ax = axes()
+    draw_boxes(ax, HIGH, target((10, 10, 30, 30), labels=[1]), style=style)
+    patch = drawn(ax)[0]
+    assert to_hex(patch.get_edgecolor()) == to_hex(color)
+    assert patch.get_linestyle() == line
+
+
+def test_a_prediction_carries_class_and_score_and_silences_the_truth():
+    ax = axes()
+    draw_boxes(ax, WIDE, target((5, 5, 20, 20), labels=[2], scores=[0.876]), TRUTH, CATEGORIES)
+    assert words(ax.figure) == ["$cow$ .88"]
+    assert styles(ax) == ["truth"] * 3 + ["prediction"]
+    png(ax.figure)  # the dollar signs are text, not mathematics
+
+
+def test_truth_alone_is_named():
+    ax = axes()
+    draw_boxes(ax, WIDE, None, TRUTH, CATEGORIES)
+    assert words(ax.figure) == ["cat", "dog", "$cow$"]
+
+
+@pytest.mark.parametrize("empty", [None, {}, target(), {"boxes": [], "labels": [], "scores": []}])
+def test_nothing_to_draw(empty):
+    ax = axes()
+    draw_boxes(ax, HIGH, empty, empty)
+    assert drawn(ax) == [] and words(ax.figure) == []
+    png(ax.figure)
+
+
+def test_of_many_boxes_the_best_are_named():
+    ax = axes()
+    count = visualize.MOST_LABELS + 5
+    draw_boxes(
+        ax,
+        HIGH,
+        target(*[(4 * i, 4 * i, 4 * i + 9, 4 * i + 9) for i in range(count)], scores=[i / 20 for i in range(count)]),
+    )
+    assert len(drawn(ax)) == count
+    assert sorted(words(ax.figure))[0] == "0 .25" and len(words(ax.figure)) == visualize.MOST_LABELS
+
+
+def test_labels_do_not_cover_each_other():
+    ax = axes()
+    draw_boxes(ax, HIGH, target(*[(40, 50, 60, 70)] * 4, labels=[0, 1, 2, 3], scores=[0.5] * 4))
+    places = [text.get_window_extent().shrunk(0.9, 0.9) for text in ax.texts]
+    assert len(places) == 4
+    assert not any(a.overlaps(b) for i, a in enumerate(places) for b in places[:i])
+
+
+def test_labels_stay_inside_the_image():
+    ax = axes()
+    draw_boxes(ax, HIGH, target((0, 0, 4, 4), (92, 124, 96, 128), scores=[0.5, 0.5]))
+    for text in ax.texts:
+        x, y = text.get_position()
+        assert 0 < x < 96 and 0 < y < 128
+
+
+def test_an_image_of_another_shape_is_refused():
+    with pytest.raises(UserError, match=r"\(3, H, W\), got \(128, 96, 3\)"):
+        draw_boxes(axes(), HIGH.permute(1, 2, 0))
+
+
+def test_images_share_one_scale_and_the_page_its_width():
+    figure = visualize.show_targets([HIGH, WIDE, HIGH, WIDE, HIGH], [TRUTH, target(), TRUTH, {}, TRUTH], CATEGORIES)
+    width, height = size(png(figure))
+    assert width <= 720
+    scales = {round(ax.get_position().width * width / ax.get_xlim()[1], 2) for ax in figure.axes}
+    assert len(scales) == 1
+    assert figure.texts[0].get_text().replace("\u00a0", " ") == "9 objects on 5 images"
+    assert all(ax.get_position().y0 >= 0 and ax.get_position().x1 <= 1 for ax in figure.axes)
+    assert height < 2 * 128 / 96 * width
+
+
+def test_a_lone_image_without_words_fills_its_figure():
+    figure = visualize.show_targets([HIGH], [TRUTH], CATEGORIES, title="")
+    assert np.allclose(figure.axes[0].get_position().extents, [0, 0, 1, 1])
+
+
+def test_hits_false_alarms_and_misses_are_told_apart():
+    figure = visualize.show_hits([HIGH], [FOUND], [TRUTH], CATEGORIES)
+    ax = figure.axes[0]
+    # (50, 50, 80, 90) is found with the wrong class; the third object only under the score.
+    assert styles(ax) == ["missed", "missed", "false_alarm", "false_alarm", "hit"]
+    missed, alarm, hit = drawn(ax)[0], drawn(ax)[2], drawn(ax)[4]
+    assert to_hex(missed.get_edgecolor()) == RED.lower() and missed.get_bbox().extents.tolist() == [50, 50, 80, 90]
+    assert alarm.get_hatch() and not hit.get_hatch() and not missed.get_hatch()
+    assert to_hex(hit.get_edgecolor()) == to_hex(class_color(0))
+    assert words(figure) == ["dog", "$cow$", "$cow$ .80", "dog .70", "cat .90"]
+    assert ax.get_title(loc="left").replace("\u00a0", " ").replace("\n", " ") == "1 hit · 2 false alarms · 2 missed"
+    assert len(figure.legends[0].get_texts()) == 3
+
+
+def test_hits_with_nothing_found_and_nothing_true():
+    none = {**target(), "scores": torch.zeros(0)}
+    figure = visualize.show_hits([HIGH, WIDE], [none, FOUND], [TRUTH, target()], CATEGORIES, score=0.75)
+    assert styles(figure.axes[0]) == ["missed"] * 3
+    assert styles(figure.axes[1]) == ["false_alarm"] * 2
+    assert figure.texts[0].get_text().replace("\u00a0", " ") == "0 hits · 2 false alarms · 3 missed at score 0.75"
+
+
+def test_count_hits_points_into_the_whole_detection():
+    weak_first = {key: value.flip(0) for key, value in FOUND.items()}
+    errors = visualize.count_hits(weak_first, TRUTH, score=0.3)
+    assert {key: value.tolist() for key, value in errors.items()} == {
+        "hits": [3],
+        "false_alarms": [2, 1],
+        "misses": [1, 2],
+    }
+
+
+LINE = {
+    "step": 400,
+    "image_id": 3,
+    "boxes": [[10, 10, 30, 30], [50, 50, 80, 90], [1, 1, 9, 9], [2, 2, 20, 20]],
+    "scores": [0.9, 0.3, 0.2, 0.8],
+    "labels": [0, 1, 2, 2],
+    "cost": [-2.0, -1.5, None, 3.0],
+    "kept": [True, False, False, True],
+    "mined": [True, True, False, False],
+}
+
+
+def test_pseudo_boxes_are_kept_mined_or_dropped():
+    figure = visualize.show_pseudo_boxes(HIGH, LINE, TRUTH, CATEGORIES)
+    ax = figure.axes[0]
+    assert styles(ax) == ["truth"] * 3 + ["kept", "mined", "dropped", "kept"]
+    kept, mined, dropped = drawn(ax)[3:6]
+    assert [patch.get_linestyle() for patch in (kept, mined, dropped)] == ["-", "--", ":"]
+    assert kept.get_linewidth() > mined.get_linewidth() > dropped.get_linewidth()
+    assert words(figure) == ["cat .90", "dog .30", "$cow$ .80"]
+    title = ax.get_title(loc="left").replace("\u00a0", " ").replace("\n", " ")
+    assert title == "step 400: 2 kept (1 right) · 1 mined · 1 dropped"
+
+
+def test_pseudo_boxes_over_the_steps_without_truth():
+    none = {"step": 800, "boxes": [], "scores": [], "labels": [], "cost": [], "kept": [], "mined": []}
+    figure = visualize.show_pseudo_boxes(WIDE, [LINE, none], None, CATEGORIES)
+    assert [len(drawn(ax)) for ax in figure.axes] == [4, 0]
+    assert "right" not in figure.axes[0].get_title(loc="left")
+
+
+def test_views_join_the_boxes_that_arrive():
+    boxes = TRUTH["boxes"]
+    keep = torch.tensor([True, False, True])
+    figure = visualize.show_views(HIGH, WIDE, boxes, boxes + 3, keep)
+    weak, strong = figure.axes
+    assert styles(weak) == ["prediction", "dropped", "prediction"] and styles(strong) == ["prediction"] * 2
+    assert [text.get_text() for text in strong.texts] == ["1", "3"]
+    assert to_hex(drawn(weak)[2].get_edgecolor()) == to_hex(drawn(strong)[1].get_edgecolor())
+    lines = [artist for artist in figure.artists if isinstance(artist, ConnectionPatch)]
+    assert [list(line.xy1) for line in lines] == [[20, 20], [15, 70]]
+    assert [list(line.xy2) for line in lines] == [[23, 23], [18, 73]]
+    assert figure.texts[0].get_text().startswith("2\u00a0of 3\u00a0boxes")
+    png(visualize.show_views(HIGH, WIDE, torch.zeros(0, 4), torch.zeros(0, 4)))
+
+
+def log(final: float, steps=range(100, 500, 100)) -> list[dict]:
+    lines = [{"step": step, "seconds": 0.6 * step, "losses": {"class": 2 / step, "consistency": 0.0}} for step in steps]
+    for line in lines[1::2]:
+        share = line["step"] / steps[-1]
+        line |= {"AP_student": final * share, "AP_teacher": (final + 0.02) * share}
+    return lines
+
+
+def test_curves_hold_student_and_teacher_of_each_run():
+    logs = {"supervised": log(0.30), "semi-detr": log(0.40), "semi-detr again": log(0.38)}
+    figure = visualize.plot_curves(logs)
+    lines = {line.get_gid(): line for line in figure.axes[0].lines if " AP_" in (line.get_gid() or "")}
+    assert len(lines) == 6
+    teacher, student = lines["semi-detr AP_teacher"], lines["semi-detr AP_student"]
+    assert np.allclose(teacher.get_xydata(), [[200, 21], [400, 42]])
+    assert np.allclose(student.get_ydata(), [20, 40])
+    assert teacher.get_linestyle() == "-" and student.get_linestyle() != "-"
+    assert (
+        teacher.get_color() == visualize.METHOD_COLORS["semi-detr"] == lines["semi-detr again AP_teacher"].get_color()
+    )
+    assert teacher.get_marker() != lines["semi-detr again AP_teacher"].get_marker()
+    assert figure.axes[0].get_title(loc="left").replace("\u00a0", " ") == (
+        "semi-detr: the teacher ends at 42.0 AP, 10.0 above supervised"
+    )
+    minutes = visualize.plot_curves({"mine": log(0.3)}, x="minutes").axes[0].lines[0]
+    assert np.allclose(minutes.get_xdata(), [2, 4])
+
+
+def test_curves_without_an_evaluation():
+    lines = [{"step": 1, "seconds": 1.0, "losses": {}, "AP_teacher": float("nan")}]
+    assert visualize.plot_curves({"supervised": lines}).axes[0].get_title(loc="left") == "No evaluation yet"
+    assert visualize.plot_losses([]).axes[0].get_title(loc="left") == "No loss logged yet"
+    png(visualize.plot_losses([]))
+
+
+def test_losses_leave_out_zeros_and_name_the_largest_first():
+    lines = [{"step": 1, "losses": {"b": 1.0, "a": 0.5}}, {"step": 2, "losses": {"a": 4.0, "b": 0.0}}, {"step": 3}]
+    ax = visualize.plot_losses(lines).axes[0]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
+    assert np.isnan(ax.lines[1].get_ydata()[1]) and ax.lines[0].get_ydata().tolist() == [0.5, 4.0]
+    assert ax.get_title(loc="left").replace("\u00a0", " ") == "The total goes from 1.50 to 4.00"
+
+
+def test_pseudo_quality_reads_the_last_known_values():
+    lines = [
+        {"step": 1, "pseudo_per_image": 1.0, "mined_per_image": 0.5, "cost_threshold": None},
+        {"step": 2, "pseudo_precision": 0.8, "pseudo_recall": 0.45, "cost_threshold": -1.5},
+        {"step": 3, "cost_threshold": -1.0},
+    ]
+    figure = visualize.plot_pseudo_quality(lines)
+    assert "80 % of the pseudo-boxes are right; they find 45 %" in figure._suptitle.get_text()
+    assert figure.axes[2].lines[0].get_xydata().tolist() == [[2, -1.5], [3, -1.0]]
+    assert "No pseudo-box" in visualize.plot_pseudo_quality(lines[:1])._suptitle.get_text()
+
+
+def test_cost_mixture_counts_what_the_cut_mines():
+    costs = torch.tensor([-2.0, -1.9, -1.8, 0.5, 1.0, 1.5, 2.0, 2.5])
+    correct = [True, True, False, False, False, True, False, False]
+    settings = {"mixture_means": [1.5, -1.9], "mixture_vars": [0.5, 0.01], "mixture_weights": [0.6, 0.4]}
+    ax = visualize.plot_cost_mixture(costs, threshold=costs[2], correct=correct, **settings).axes[0]
+    title = ax.get_title(loc="left").replace("\u00a0", " ").replace("\n", " ")
+    assert title == "The cut mines 3 of 8 boxes; 67 % of these are right, against 38 % of all"
+    bars = [bar for bar in ax.patches if isinstance(bar, Rectangle)]
+    assert sum(bar.get_height() for bar in bars if bar.get_hatch()) == 5
+    assert sum(bar.get_height() for bar in bars) == 8
+    reliable, unreliable, cut = ax.lines
+    assert abs(reliable.get_xdata()[reliable.get_ydata().argmax()] + 1.9) < 0.05
+    assert unreliable.get_linestyle() == "--" and cut.get_xdata()[0] == pytest.approx(-1.8)
+    heights, places = reliable.get_ydata(), reliable.get_xdata()
+    area = heights.sum() * (places[1] - places[0]) / bars[0].get_width()  # in bars, so in boxes
+    assert area == pytest.approx(0.4 * 8, rel=0.2)
+    png(visualize.plot_cost_mixture([], [0, 1], [1, 1], [0.5, 0.5], 0.0, correct=[]))
+
+
+def test_matching_draws_pairs_by_quality():
+    boxes = torch.cat([TRUTH["boxes"], TRUTH["boxes"] + 2, TRUTH["boxes"][:2] - 2])
+    figure = visualize.plot_matching(HIGH, TRUTH, boxes, [0, 3, 1], [0, 0, 1], [1.0, 0.4, 0.9], categories=CATEGORIES)
+    left, right = figure.axes
+    assert styles(left) == ["truth"] * 3 + ["dropped"] * 5 + ["prediction"] * 3
+    assert drawn(left)[8].get_linewidth() > drawn(left)[9].get_linewidth()
+    assert to_hex(drawn(left)[9].get_edgecolor()) == to_hex(class_color(0))
+    pairs = [line for line in right.lines if len(line.get_xdata()) == 2]
+    assert len(pairs) == 3 and pairs[0].get_linewidth() > pairs[1].get_linewidth()
+    texts = [text.get_text() for text in right.texts]
+    assert "object 2: $cow$" in texts and "query 3  .40" in texts and "query 0" in texts
+    assert figure.texts[0].get_text() == "3 of 8 queries answer for 2 of 3 objects"
+    png(visualize.plot_matching(WIDE, target(), boxes, [], [], torch.zeros(0)))
+
+
+def test_attention_mask_shows_a_leak():
+    mask = torch.ones(9, 9, dtype=torch.bool)
+    mask[:, 4:] = False
+    mask[:2, :2] = mask[2:4, 2:4] = False
+    figure = visualize.plot_attention_mask(mask)
+    assert figure.axes[0].get_title(loc="left") == "No matching query sees a group"
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["group 1", "group 2", "matching"]
+    mask[6, 1] = False
+    leaking = visualize.plot_attention_mask(mask, queries=5)
+    assert (
+        leaking.axes[0].get_title(loc="left").replace("\u00a0", " ") == "The matching queries see 1 group query: a leak"
+    )
+    assert len(leaking.axes[0].get_xticklabels()) == 3
+
+
+def test_colours_of_classes():
+    first = [to_hex(class_color(label)) for label in range(30)]
+    assert len(set(first)) == 30
+    assert to_hex(RED) not in first and to_hex(visualize.ORANGE) not in first
+
+
+def test_a_figure_shows_itself_and_leaks_nothing():
+    import matplotlib.pyplot as plt
+
+    before = plt.get_fignums()
+    figure = visualize.plot_losses(log(0.3))
+    width, _ = size(figure._repr_png_())
+    assert width == 600 and size(png(figure, dpi=160))[0] == 1200
+    assert plt.get_fignums() == before
