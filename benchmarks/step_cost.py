@@ -2,8 +2,8 @@
 
     python benchmarks/step_cost.py [--steps 20] [--threads 2]
 
-Each step loads its batch in this process, so that data loading and views are counted. Prints medians, the ratio of each pair's median, and seconds spent in
-matching, costs and losses (forward) inside a step.
+Each step loads its batch in this process, so that data loading and views are counted. Prints medians, the ratio of
+each pair's median, and seconds spent in matching, costs and losses (forward) inside a step.
 """
 
 import argparse
@@ -19,7 +19,16 @@ from semidetr_lite.data.batches import Batches
 from semidetr_lite.methods import mean_teacher, semi_detr
 from semidetr_lite.training.train import Run, new_config
 
-TIMED = ("detection_loss", "denoising_loss", "layer_costs", "batched_cost", "stack_layers", "one_transfer", "matched_costs", "reliable_threshold")
+TIMED = (
+    "detection_loss",
+    "denoising_loss",
+    "layer_costs",
+    "batched_cost",
+    "stack_layers",
+    "one_transfer",
+    "matched_costs",
+    "reliable_threshold",
+)
 
 
 @contextmanager
@@ -57,12 +66,20 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    stages = {"supervised": ("supervised", {}), "one-to-many": ("semi-detr", {"one_to_many_share": 1.0}), "one-to-one": ("semi-detr", {"one_to_many_share": 0.0})}
+    stages = {
+        "supervised": ("supervised", {}),
+        "one-to-many": ("semi-detr", {"one_to_many_share": 1.0}),
+        "one-to-one": ("semi-detr", {"one_to_many_share": 0.0}),
+    }
     runs, loaders, times, shares = {}, {}, {}, {}
     for name, (method, changes) in stages.items():
-        runs[name] = Run(new_config(method=method, steps=10_000, score_cut=0.05, **changes), "unused", quiet=True, workers=0)
+        runs[name] = Run(
+            new_config(method=method, steps=10_000, score_cut=0.05, **changes), "unused", quiet=True, workers=0
+        )
         recipe = runs[name].recipe
-        loaders[name] = Batches(runs[name].splits, recipe.labelled, 0 if method == "supervised" else recipe.unlabelled, recipe.views, 0)
+        loaders[name] = Batches(
+            runs[name].splits, recipe.labelled, 0 if method == "supervised" else recipe.unlabelled, recipe.views, 0
+        )
         times[name], shares[name] = [], []
     for step in range(options.steps + 3):
         for name, run in runs.items():
@@ -78,7 +95,10 @@ def main() -> None:
     base = statistics.median(times["supervised"])
     for name in stages:
         ratio = statistics.median([a / b for a, b in zip(times[name], times["supervised"], strict=True)])
-        print(f"{name:<12} {statistics.median(times[name]):.3f} s a step, {ratio:.2f} x supervised, matching and loss {100 * statistics.median(shares[name]):.1f} %")
+        print(
+            f"{name:<12} {statistics.median(times[name]):.3f} s a step, {ratio:.2f} x supervised, "
+            f"matching and loss {100 * statistics.median(shares[name]):.1f} %"
+        )
     print(f"pseudo-boxes asked for an image: {runs['one-to-many'].method.stats} (supervised median {base:.3f} s)")
 
 

@@ -1,4 +1,6 @@
-"""semidetr-lite: a teaching and reproduction kit for Semi-DETR, semi-supervised object detection with detection transformers."""
+"""semidetr-lite: a teaching and reproduction kit for Semi-DETR, semi-supervised object detection with detection
+transformers.
+"""
 
 from semidetr_lite.training.checkpoint import load_detector
 

@@ -1,7 +1,8 @@
 """Box formats, their one border, and overlaps that broadcast.
 
-Dicts hold xyxy boxes in pixels of the image beside them; detectors speak cxcywh in [0, 1]. `to_model` and `to_pixels` are the only
-two places where one becomes the other. The overlaps below take any leading dimensions, which torchvision.ops does not.
+Dicts hold xyxy boxes in pixels of the image beside them; detectors speak cxcywh in [0, 1]. `to_model` and `to_pixels`
+are the only two places where one becomes the other. The overlaps below take any leading dimensions, which
+torchvision.ops does not.
 """
 
 import torch
@@ -19,7 +20,10 @@ def to_pixels(pred_boxes: torch.Tensor, size) -> torch.Tensor:
 
 
 def _whwh(size, boxes: torch.Tensor) -> torch.Tensor:
-    """(H, W) as (W, H, W, H); a tensor of sizes (..., 2) is given a dimension to broadcast over the boxes of each image."""
+    """(H, W) as (W, H, W, H).
+
+    A tensor of sizes (..., 2) is given a dimension to broadcast over the boxes of each image.
+    """
     if isinstance(size, torch.Tensor):
         return torch.cat([size, size], -1).flip(-1).to(boxes).unsqueeze(-2)
     height, width = size
@@ -32,7 +36,10 @@ def inverse_sigmoid(x: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
 
 
 def overlaps(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(IoU, GIoU) of xyxy boxes a (..., 4) and b (..., 4), element by element with broadcasting; empty boxes overlap by 0."""
+    """(IoU, GIoU) of xyxy boxes a (..., 4) and b (..., 4), element by element with broadcasting.
+
+    Empty boxes overlap by 0.
+    """
     top_left = torch.maximum(a[..., :2], b[..., :2])
     bottom_right = torch.minimum(a[..., 2:], b[..., 2:])
     common = (bottom_right - top_left).clamp(min=0).prod(-1)

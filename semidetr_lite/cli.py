@@ -24,16 +24,23 @@ Folder = Annotated[Path, tyro.conf.Positional]
 Folders = Annotated[tuple[Path, ...], tyro.conf.Positional]
 Weights = Literal["student", "teacher"]
 
-DEMO_STEPS = {"supervised": 1000, "semi-detr": 500, "control": 1200, "mean-teacher": 500}
+# name: (method, run it goes on from, steps). The control's steps take as long as those of Semi-DETR.
+ARMS = {
+    "supervised": ("supervised", None, 1000),
+    "semi-detr": ("semi-detr", "supervised", 600),
+    "control": ("supervised", "supervised", 1400),
+    "mean-teacher": ("mean-teacher", "supervised", 600),
+}
 
 
 def demo(
-    out: Path = Path("runs/demo"), seed: int = 0, control: bool = False, mean_teacher: bool = False, quick: bool = False, workers: int = 1
+    out: Path = Path("runs/demo"), seed: int = 0, control: bool = False, mean_teacher: bool = False, quick: bool = False
 ) -> None:
     """Semi-DETR with 10 % of the labels, on handwritten digits in photographs; nothing to download.
 
-    Trains a supervised detector on the 200 labelled scenes, goes on from it with Semi-DETR and 1,800 unlabelled ones, prints the AP of both on the
-    test scenes and writes a page with pictures. Called again, it goes on where it was stopped.
+    Trains a supervised detector on the 200 labelled scenes, goes on from it with Semi-DETR and 1,800 unlabelled ones,
+    prints the AP of both on the test scenes and writes a page with pictures. Called again, it goes on where it was
+    stopped.
 
     Args:
         out: folder of the runs and the page.
@@ -41,28 +48,25 @@ def demo(
         control: also go on with the labelled scenes alone, for as long as Semi-DETR takes.
         mean_teacher: also go on with the plain mean teacher.
         quick: a few steps of everything, to see that it works (accuracy means nothing).
-        workers: processes that load data.
     """
-    arms = [("supervised", "supervised", None), ("semi-detr", "semi-detr", "supervised")]
-    arms += [("control", "supervised", "supervised")] * control + [("mean-teacher", "mean-teacher", "supervised")] * mean_teacher
-    for name, method, start in arms:
-        changes = {"log_every": 2, "evaluate_every": 4, "evaluate_images": 20} if quick else {}
-        config = new_config(
-            "digits", method, seed=seed, steps=4 if quick else DEMO_STEPS[name], burn_in=start and str(out / start), **changes
-        )
-        _continue(config, out / name, workers)
-    runs = [out / name for name, _, _ in arms]
+    names = ["supervised", "semi-detr"] + ["control"] * control + ["mean-teacher"] * mean_teacher
+    changes = {"steps": 4, "log_every": 2, "evaluate_every": 4, "evaluate_images": 20} if quick else {}
+    runs = [train_arm(name, out, seed, **changes) for name in names]
     page = write_report(runs, out)
     print(_table(runs))
     print(f"\npage with pictures: {page}")
 
 
-def _continue(config: dict, out: Path, workers: int) -> None:
-    """Train a run to its end, from wherever it stands."""
-    run = Run(config, out, resume=(out / "last.pt").exists(), workers=workers)
+def train_arm(arm: str, out: Path, seed: int, name: str | None = None, **changes) -> Path:
+    """Train one of ARMS in `out` (from its start in `out`), to the end, from wherever it stands; returns its folder."""
+    method, start, steps = ARMS[arm]
+    folder = out / (name or arm)
+    settings = {"steps": steps, "burn_in": start and str(out / start), **changes}
+    run = Run(new_config("digits", method, seed=seed, **settings), folder, resume=(folder / "last.pt").exists(), workers=0)
     if run.step < run.config["steps"]:
-        print(f"{out}: {config['method']}, {run.config['steps']} steps, {len(run.splits.labelled)} labelled images")
+        print(f"{folder}: {method}, {run.config['steps']} steps, {len(run.splits.labelled)} labelled images")
         run.go()
+    return folder
 
 
 def _table(runs: list[Path]) -> str:
@@ -116,7 +120,10 @@ def train(
     paths = {name: None if path is None else str(path) for name, path in paths.items()}
     config = new_config(preset, method, detector, data, percent=percent, fold=fold, seed=seed, steps=steps, **paths)
     run = Run(config, out, resume, workers=workers)
-    print(f"{out}: {len(run.splits.labelled)} labelled, {len(run.splits.unlabelled)} unlabelled images, {len(run.splits.categories)} categories")
+    print(
+        f"{out}: {len(run.splits.labelled)} labelled, {len(run.splits.unlabelled)} unlabelled images, "
+        f"{len(run.splits.categories)} categories"
+    )
     if run.step >= run.config["steps"]:
         print(f"{out}: finished already, at step {run.step}")
         return
@@ -177,13 +184,18 @@ def predict(run: Folder, images: Folders, out: Path, score: float = 0.3, weights
     for number, file in enumerate(tqdm(files, desc="predict", disable=len(files) < 20)):
         image = as_tensor(file)
         found += detector.detect([image], score)
-        picture = png(show_targets([image], found[-1:], detector.categories, [file.name], columns=1, style="prediction"))
+        picture = png(
+            show_targets([image], found[-1:], detector.categories, [file.name], columns=1, style="prediction")
+        )
         write_whole(out / f"{number:05d}_{file.stem}.png", lambda where, picture=picture: where.write_bytes(picture))
     rows = to_coco_json(found, list(range(len(files))), detector.categories)
     listing = {"images": [{"id": number, "file_name": str(file)} for number, file in enumerate(files)]}
     write_whole(out / "detections.json", lambda where: where.write_text(json.dumps(rows)))
     write_whole(out / "images.json", lambda where: where.write_text(json.dumps(listing)))
-    print(f"{out}: {len(files)} pictures, {len(rows)} detections of at least {score:g} in detections.json (image ids in images.json)")
+    print(
+        f"{out}: {len(files)} pictures, {len(rows)} detections of at least {score:g} in detections.json "
+        "(image ids in images.json)"
+    )
 
 
 def _image_files(path: Path) -> list[Path]:
@@ -216,11 +228,17 @@ COMMANDS = {"demo": demo, "train": train, "evaluate": evaluate, "predict": predi
 def main() -> int:
     """Run a command; 0 if it worked, 2 with one line if the user has to do something, 130 if it was stopped."""
     try:
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="semidetr", description=sys.modules["semidetr_lite"].__doc__)
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, prog="semidetr", description=sys.modules["semidetr_lite"].__doc__
+        )
+    except UserError as problem:  # one from a data worker comes wrapped in that worker's traceback
+        line = str(problem).splitlines()[-1].removeprefix("semidetr_lite.errors.UserError: ")
+        print(f"error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; the same command with --resume (demo: without) goes on from the last checkpoint", file=sys.stderr)
+        print(
+            "\nstopped; the same command with --resume (demo: without) goes on from the last checkpoint",
+            file=sys.stderr,
+        )
         return 130
     return 0

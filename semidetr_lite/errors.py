@@ -2,4 +2,7 @@
 
 
 class UserError(ValueError):
-    """A problem with what the user gave us. Its message is one line; the command line prints it and exits with status 2."""
+    """A problem with what the user gave us.
+
+    Its message is one line; the command line prints it and exits with status 2.
+    """

@@ -1,11 +1,12 @@
 """From pairs to losses: class, L1 and GIoU, for every decoder layer, the encoder's proposals and the denoising groups.
 
-One-to-one (DINO; released code: dino_detr_ssod_head.py:751-804): focal loss, weighted 2, over the number of pairs; L1 (5) and GIoU (2) of the pairs over the same.
-One-to-many (paper section 3.2; released code: dino_detr_ssod_head.py:665-749): quality focal loss, weighted 2, over the sum of the soft targets; L1 and GIoU weighted
-by the soft targets, over the same sum. Every normaliser is that of the whole batch and at least 1.
+One-to-one (DINO; released code: dino_detr_ssod_head.py:751-804): focal loss, weighted 2, over the number of pairs; L1
+(5) and GIoU (2) of the pairs over the same. One-to-many (paper section 3.2; released code:
+dino_detr_ssod_head.py:665-749): quality focal loss, weighted 2, over the sum of the soft targets; L1 and GIoU
+weighted by the soft targets, over the same sum. Every normaliser is that of the whole batch and at least 1.
 
-Difference from the released code: L1 counts once (there a key meant for the log doubles it; the COCO presets pass l1_weight=10).
-Proposals of the encoder are trained class-agnostically, on channel 0, as there.
+Difference from the released code: L1 counts once (there a key meant for the log doubles it; the COCO presets pass
+l1_weight=10). Proposals of the encoder are trained class-agnostically, on channel 0, as there.
 """
 
 from typing import NamedTuple
@@ -20,19 +21,28 @@ from semidetr_lite.matching import PaddedTargets, assign_one_to_many, assign_one
 
 
 def quality_focal_loss(logits: torch.Tensor, quality: torch.Tensor, gamma: float = 2.0) -> torch.Tensor:
-    """sum |y - p|^gamma * BCE(p, y) with p = sigmoid(logits) and soft targets y in [0, 1]; logits, quality (N, C) -> scalar sum."""
+    """sum |y - p|^gamma * BCE(p, y) with p = sigmoid(logits) and soft targets y in [0, 1].
+
+    Logits, quality (N, C) -> scalar sum.
+    """
     return _quality_focal(logits, quality, gamma).sum()
 
 
 def _quality_focal(logits, quality, gamma: float = 2.0) -> torch.Tensor:
     logits = logits.float()
-    return (quality - logits.sigmoid()).abs() ** gamma * F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
+    return (quality - logits.sigmoid()).abs() ** gamma * F.binary_cross_entropy_with_logits(
+        logits, quality, reduction="none"
+    )
 
 
 def _focal(logits, positive, alpha: float = 0.25, gamma: float = 2.0) -> torch.Tensor:
     logits = logits.float()
     weight = torch.where(positive > 0, alpha, 1 - alpha)
-    return weight * (positive - logits.sigmoid()).abs() ** gamma * F.binary_cross_entropy_with_logits(logits, positive, reduction="none")
+    return (
+        weight
+        * (positive - logits.sigmoid()).abs() ** gamma
+        * F.binary_cross_entropy_with_logits(logits, positive, reduction="none")
+    )
 
 
 class LossWeights(NamedTuple):
@@ -43,7 +53,9 @@ class LossWeights(NamedTuple):
     giou_weight: float = 2.0
 
 
-def layer_loss(logits, pred_boxes, targets: list[dict], stage: str, candidates: int = 13, weights: LossWeights = LossWeights()) -> dict:
+def layer_loss(
+    logits, pred_boxes, targets: list[dict], stage: str, candidates: int = 13, weights: LossWeights = LossWeights()
+) -> dict:
     """The loss of one layer.
 
     Args:
@@ -70,11 +82,21 @@ def to_host(values: torch.Tensor):
     return values.detach().cpu().numpy()
 
 
-def dense_loss(logits, pred_boxes, targets: PaddedTargets, assigned, quality, stage: str, weights: LossWeights = LossWeights(), seen=None) -> dict:
+def dense_loss(
+    logits,
+    pred_boxes,
+    targets: PaddedTargets,
+    assigned,
+    quality,
+    stage: str,
+    weights: LossWeights = LossWeights(),
+    seen=None,
+) -> dict:
     """Losses of finished assignments, without leaving the device.
 
     Args:
-        logits, pred_boxes: (B, Q, C), (B, Q, 4); or (L, B, Q, ...) for several layers, each normalised by itself and then summed.
+        logits, pred_boxes: (B, Q, C), (B, Q, 4); or (L, B, Q, ...) for several layers, each normalised by itself and
+            then summed.
         assigned: (..., B, Q) index of the target, -1 for none.
         quality: (..., B, Q) soft class target, 0 where unassigned.
         seen: (B, Q) bool, queries that count at all; None for all.
@@ -82,7 +104,9 @@ def dense_loss(logits, pred_boxes, targets: PaddedTargets, assigned, quality, st
     index = assigned.clamp(min=0)
     if targets.valid.shape[1]:
         labels = targets.labels.expand(*assigned.shape[:-2], -1, -1).gather(-1, index)
-        boxes = targets.boxes.expand(*assigned.shape[:-2], -1, -1, -1).gather(-2, index[..., None].expand(*index.shape, 4))
+        boxes = targets.boxes.expand(*assigned.shape[:-2], -1, -1, -1).gather(
+            -2, index[..., None].expand(*index.shape, 4)
+        )
     else:
         labels, boxes = index, torch.full_like(pred_boxes, 0.5, dtype=torch.float32)
     wanted = torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, labels[..., None], quality[..., None].float())
@@ -100,7 +124,10 @@ def dense_loss(logits, pred_boxes, targets: PaddedTargets, assigned, quality, st
 
 
 class Layers(NamedTuple):
-    """All layers of an outputs dict, stacked: the decoder's, first to last, then the encoder's proposals if there are any."""
+    """All layers of an outputs dict, stacked.
+
+    The decoder's, first to last, then the encoder's proposals if there are any.
+    """
 
     logits: torch.Tensor  # (L, B, Q, C)
     boxes: torch.Tensor  # (L, B, Q, 4)
@@ -115,7 +142,9 @@ def stack_layers(outputs: dict) -> Layers:
     """outputs -> Layers."""
     layers = [*outputs["aux_outputs"], outputs, *([outputs["encoder"]] if outputs.get("encoder") else [])]
     return Layers(
-        torch.stack([layer["pred_logits"] for layer in layers]), torch.stack([layer["pred_boxes"] for layer in layers]), bool(outputs.get("encoder"))
+        torch.stack([layer["pred_logits"] for layer in layers]),
+        torch.stack([layer["pred_boxes"] for layer in layers]),
+        bool(outputs.get("encoder")),
     )
 
 
@@ -132,7 +161,15 @@ def _layer_labels(layers: Layers, targets: PaddedTargets) -> torch.Tensor:
     return labels
 
 
-def detection_loss(layers: Layers, targets: PaddedTargets, stage: str, costs=None, valid=None, candidates: int = 13, weights: LossWeights = LossWeights()) -> dict:
+def detection_loss(
+    layers: Layers,
+    targets: PaddedTargets,
+    stage: str,
+    costs=None,
+    valid=None,
+    candidates: int = 13,
+    weights: LossWeights = LossWeights(),
+) -> dict:
     """The sum over all layers of {"class", "l1", "giou"}.
 
     Args:
@@ -156,4 +193,6 @@ def denoising_loss(group: dict, answers: Answers, targets: PaddedTargets, weight
     """One-to-one losses of a denoising group whose answers are known, over the number of its positive questions."""
     layers = stack_layers(group)
     assigned = answers.targets.expand(len(layers.logits), -1, -1)
-    return dense_loss(layers.logits, layers.boxes, targets, assigned, (assigned >= 0).float(), "one_to_one", weights, answers.valid)
+    return dense_loss(
+        layers.logits, layers.boxes, targets, assigned, (assigned >= 0).float(), "one_to_one", weights, answers.valid
+    )

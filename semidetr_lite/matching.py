@@ -1,14 +1,16 @@
-"""Which query answers for which object: one-to-one (Hungarian) and one-to-many (task-aligned), the two stages of Semi-DETR.
+"""Which query answers for which object: one-to-one (Hungarian) and one-to-many (task-aligned), the two stages of
+Semi-DETR.
 
-Both return pairs. One-to-one: each target gets the one query that makes the total cost smallest. One-to-many (paper section 3.2; released code:
-o2m_assigner.py): each target takes the `candidates` queries of highest
+Both return pairs. One-to-one: each target gets the one query that makes the total cost smallest. One-to-many (paper
+section 3.2; released code: o2m_assigner.py): each target takes the `candidates` queries of highest
 
     m(q, t) = score(q, label_t)^alpha * IoU(q, t)^beta,
 
-a query wanted by several targets goes to the one it overlaps most, and the pair's soft class target is m scaled so that the best query of a target gets the
-best IoU of that target's queries.
+a query wanted by several targets goes to the one it overlaps most, and the pair's soft class target is m scaled so
+that the best query of a target gets the best IoU of that target's queries.
 
-The functions for one image are thin wrappers around the batched ones, which take any leading dimensions (layers, images) and padded targets.
+The functions for one image are thin wrappers around the batched ones, which take any leading dimensions (layers,
+images) and padded targets.
 """
 
 from typing import NamedTuple
@@ -39,7 +41,9 @@ class PaddedTargets(NamedTuple):
     def join(self, other: "PaddedTargets") -> "PaddedTargets":
         """Both batches as one, filled up to the larger T."""
         width = max(self.valid.shape[1], other.valid.shape[1])
-        return PaddedTargets(*(torch.cat([_widen(a, width), _widen(b, width)]) for a, b in zip(self, other, strict=True)))
+        return PaddedTargets(
+            *(torch.cat([_widen(a, width), _widen(b, width)]) for a, b in zip(self, other, strict=True))
+        )
 
 
 def _widen(entry: torch.Tensor, width: int) -> torch.Tensor:
@@ -56,7 +60,9 @@ def pad_targets(targets: list[dict], device=None) -> PaddedTargets:
         rows.append((to_model(target["boxes"].float(), target["size"])[keep], target["labels"][keep]))
     width = max((len(labels) for _, labels in rows), default=0)
     padded = PaddedTargets(
-        torch.zeros(len(rows), width, 4), torch.zeros(len(rows), width, dtype=torch.int64), torch.zeros(len(rows), width, dtype=torch.bool)
+        torch.zeros(len(rows), width, 4),
+        torch.zeros(len(rows), width, dtype=torch.int64),
+        torch.zeros(len(rows), width, dtype=torch.bool),
     )
     for row, (boxes, labels) in enumerate(rows):
         padded.boxes[row, : len(labels)], padded.labels[row, : len(labels)] = boxes, labels
@@ -64,10 +70,13 @@ def pad_targets(targets: list[dict], device=None) -> PaddedTargets:
     return PaddedTargets(*(entry.to(device) for entry in padded))
 
 
-# ---- one image, as a learner reads it ----------------------------------------------------------------------------------------
+# ---- one image, as a learner reads it
+# ----------------------------------------------------------------------------------------
 
 
-def matching_cost(logits, pred_boxes, target, class_cost="focal", class_weight=2.0, l1_weight=5.0, giou_weight=2.0) -> torch.Tensor:
+def matching_cost(
+    logits, pred_boxes, target, class_cost="focal", class_weight=2.0, l1_weight=5.0, giou_weight=2.0
+) -> torch.Tensor:
     """The price of every (query, target) pair.
 
     Args:
@@ -79,11 +88,16 @@ def matching_cost(logits, pred_boxes, target, class_cost="focal", class_weight=2
         (Q, T) class_weight * class cost + l1_weight * L1 of cxcywh - giou_weight * GIoU; may be negative.
     """
     boxes = to_model(target["boxes"].float(), target["size"]).to(pred_boxes.device)
-    return batched_cost(logits, pred_boxes, boxes, target["labels"].to(logits.device), class_cost, class_weight, l1_weight, giou_weight)
+    return batched_cost(
+        logits, pred_boxes, boxes, target["labels"].to(logits.device), class_cost, class_weight, l1_weight, giou_weight
+    )
 
 
 def one_to_one(logits, pred_boxes, target) -> Match:
-    """The Hungarian assignment of `matching_cost`: min(Q, T) pairs of quality 1, sorted by query. logits (Q, C), pred_boxes (Q, 4)."""
+    """The Hungarian assignment of `matching_cost`.
+
+    min(Q, T) pairs of quality 1, sorted by query. logits (Q, C), pred_boxes (Q, 4).
+    """
     cost = matching_cost(logits, pred_boxes, target)
     queries, targets = hungarian(cost.detach().cpu().numpy())
     pairs = [torch.as_tensor(index, device=logits.device) for index in (queries, targets)]
@@ -91,9 +105,14 @@ def one_to_one(logits, pred_boxes, target) -> Match:
 
 
 def one_to_many(logits, pred_boxes, target, alpha: float = 1.0, beta: float = 6.0, candidates: int = 13) -> Match:
-    """The task-aligned assignment, sorted by query. logits (Q, C), pred_boxes (Q, 4); `candidates` is clamped to Q. A target may get no query."""
+    """The task-aligned assignment, sorted by query.
+
+    Logits (Q, C), pred_boxes (Q, 4); `candidates` is clamped to Q. A target may get no query.
+    """
     boxes = to_model(target["boxes"].float(), target["size"]).to(pred_boxes.device)
-    padded = PaddedTargets(boxes, target["labels"].to(logits.device), torch.ones_like(target["labels"], dtype=torch.bool).to(logits.device))
+    padded = PaddedTargets(
+        boxes, target["labels"].to(logits.device), torch.ones_like(target["labels"], dtype=torch.bool).to(logits.device)
+    )
     assigned, quality = assign_one_to_many(logits, pred_boxes, padded, alpha, beta, candidates)
     queries = (assigned >= 0).nonzero()[:, 0]
     return Match(queries, assigned[queries], quality[queries])
@@ -107,13 +126,17 @@ def hungarian(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return linear_sum_assignment(cost)
 
 
-# ---- batched core ------------------------------------------------------------------------------------------------------------
+# ---- batched core
+# ------------------------------------------------------------------------------------------------------------
 
 
 def batched_cost(
     logits, pred_boxes, boxes, labels, class_cost="focal", class_weight=2.0, l1_weight=5.0, giou_weight=2.0
 ) -> torch.Tensor:
-    """`matching_cost` with leading dimensions: logits (..., Q, C), pred_boxes (..., Q, 4), boxes (..., T, 4) cxcywh, labels (..., T) -> (..., Q, T)."""
+    """`matching_cost` with leading dimensions.
+
+    Logits (..., Q, C), pred_boxes (..., Q, 4), boxes (..., T, 4) cxcywh, labels (..., T) -> (..., Q, T).
+    """
     logits, pred_boxes, boxes = logits.float(), pred_boxes.float(), boxes.float()
     if class_cost == "softmax":
         prices = -logits.softmax(-1)
@@ -128,7 +151,9 @@ def batched_cost(
 
 
 def assign_one_to_one(costs: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """costs (..., B, Q, T) and valid (B, T), the columns that are targets -> (..., B, Q) index of the target, -1 for none."""
+    """costs (..., B, Q, T) and valid (B, T), the columns that are targets -> (..., B, Q) index of the target, -1 for
+    none.
+    """
     assigned = np.full(costs.shape[:-1], -1, dtype=np.int64)
     for place in np.ndindex(costs.shape[:-2]):
         columns = np.flatnonzero(valid[place[-1]])
@@ -138,7 +163,9 @@ def assign_one_to_one(costs: np.ndarray, valid: np.ndarray) -> np.ndarray:
     return assigned
 
 
-def assign_one_to_many(logits, pred_boxes, targets: PaddedTargets, alpha: float = 1.0, beta: float = 6.0, candidates: int = 13):
+def assign_one_to_many(
+    logits, pred_boxes, targets: PaddedTargets, alpha: float = 1.0, beta: float = 6.0, candidates: int = 13
+):
     """One-to-many for any leading dimensions; nothing leaves the device.
 
     Args:

@@ -9,7 +9,7 @@ the page was written); the foot of the page says which, and where each run came 
 import base64
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
@@ -119,7 +119,7 @@ class Record:
     """What a run folder holds, as read from disk. Steps and seconds count the burn-in, if there was one."""
 
     folder: Path
-    name: str  # the folder's name, and the method where that does not mention it
+    name: str  # of the folder, with its parents where that is ambiguous, and the method where it is not mentioned
     config: dict
     log: list[dict]
     pseudo_lines: list[dict]
@@ -135,7 +135,7 @@ def write_report(runs, out, images: int = 8, score: float = 0.3) -> Path:
     a record it is measured.
     Raises UserError for a folder that is no run, a file that cannot be read, or runs on different data.
     """
-    runs = [read_run(folder) for folder in runs]
+    runs = _told_apart([read_run(folder) for folder in runs])
     if not runs:
         raise UserError("no run to report on: give at least one run folder")
     _check_same_data(runs)
@@ -168,10 +168,27 @@ def read_run(folder) -> Record:
     steps, seconds = _burn_in(folder, config)
     log = [_later(line, steps, seconds) for line in _lines(folder / "log.jsonl")]
     pseudo_lines = [_later(line, steps, seconds) for line in _lines(folder / "pseudo_boxes.jsonl")]
-    method, name = str(config.get("method", "")), folder.resolve().name
-    name = name if method in name else f"{name} ({method})"
     weights = tuple(which for which in ("teacher", "student") if (folder / f"{which}.safetensors").is_file())
-    return Record(folder, name, config, log, pseudo_lines, weights, steps)
+    return Record(folder, _name(folder, config, 1), config, log, pseudo_lines, weights, steps)
+
+
+def _name(folder: Path, config: dict, parts: int) -> str:
+    """The last parts of a folder's path, and the method if they do not mention it."""
+    method, name = str(config.get("method", "")), "/".join(folder.resolve().parts[-parts:])
+    return name if method in name else f"{name} ({method})"
+
+
+def _told_apart(runs: list[Record]) -> list[Record]:
+    """The runs under names that differ: as much of each path as that needs."""
+    folders = [run.folder.resolve() for run in runs]
+    twice = [run.folder for run, folder in zip(runs, folders) if folders.count(folder) > 1]
+    if twice:
+        raise UserError(f"{twice[0]}: given twice; give every run folder once")
+    for parts in range(1, 1 + max((len(folder.parts) for folder in folders), default=0)):
+        names = [_name(run.folder, run.config, parts) for run in runs]
+        if len(set(names)) == len(runs):
+            return [replace(run, name=name) for run, name in zip(runs, names)]
+    return [replace(run, name=str(folder)) for run, folder in zip(runs, folders)]
 
 
 def _read_config(folder: Path) -> dict:
@@ -209,14 +226,17 @@ def _later(line: dict, steps: int, seconds: float) -> dict:
 
 def _lines(path: Path) -> list[dict]:
     """The lines of a JSON-lines file, none if it does not exist; a last line cut short by a killed run is left out."""
-    rows = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    rows = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     found = []
     for number, row in enumerate(rows, 1):
         try:
-            found.append(json.loads(row))
+            line = json.loads(row)
         except ValueError:
-            if number < len(rows):
-                raise UserError(f"{path}: line {number} is not JSON; delete that line to go on") from None
+            line = None
+        if isinstance(line, dict):
+            found.append(line)
+        elif number < len(rows):
+            raise UserError(f"{path}: line {number} is not a JSON object; delete that line to go on")
     return found
 
 

@@ -324,7 +324,7 @@ def _size(image) -> tuple[int, int]:
 def _page(sizes, columns, titles=None, title="", legend=(), cell=2.2, gap=0.1) -> tuple[Picture, list]:
     """A figure with one axes per image, all images at one scale, and room for exactly the text there is.
 
-    sizes [(H, W)] in pixels; `cell` is the usual width of an image and `gap` the space between two, in inches.
+    Sizes [(H, W)] in pixels; `cell` is the usual width of an image and `gap` the space between two, in inches.
     """
     columns = max(1, min(columns, len(sizes)))
     around = EDGE if len(sizes) > 1 or title or legend or any(titles or ()) else 0.0  # a lone image fills its figure

@@ -1,4 +1,4 @@
-"""Losses against slow references: one image, one query, one class at a time, with the normalisers of the whole batch."""
+"""Losses against slow references: one image, one query, one class at a time, normalised over the whole batch."""
 
 import math
 
@@ -92,7 +92,7 @@ def same_losses(ours: dict, theirs: dict, rel: float = 2e-4) -> None:
 
 
 def added(losses: list[dict]) -> dict:
-    return {name: sum(float(loss[name]) for loss in losses) for name in losses[0]}
+    return {name: sum(loss[name].item() for loss in losses) for name in losses[0]}
 
 
 # Class losses

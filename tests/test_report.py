@@ -1,15 +1,17 @@
 """The page about runs: complete, self-contained, escaped, and honest about what is missing."""
 
 import base64
+import io
 import json
 import re
 from html.parser import HTMLParser
 
 import pytest
 import torch
+from PIL import Image
 
 import semidetr_lite
-from semidetr_lite import report
+from semidetr_lite import report, visualize
 from semidetr_lite.data.splits import Splits, Unlabelled
 from semidetr_lite.errors import UserError
 from semidetr_lite.report import write_report
@@ -61,8 +63,13 @@ class Perfect:
         return {**found, "size": truth["size"]}
 
 
+DOT = visualize.png(visualize.Picture(figsize=(0.1, 0.1)))
+
+
 @pytest.fixture(autouse=True)
 def fakes(monkeypatch):
+    """Data and detectors of this file, and no time spent on pictures except where a test wants them."""
+    monkeypatch.setattr(report, "png", lambda figure, dpi: DOT)
     splits = Splits(Scenes(2), Unlabelled(Scenes(4), range(4)), Scenes(2), TEST, CATEGORIES, flip=False)
     monkeypatch.setattr(report.presets, "load_splits", lambda config: splits)
     monkeypatch.setattr(semidetr_lite, "load_detector", lambda path, weights: Perfect(blind="supervised" in str(path)))
@@ -155,7 +162,7 @@ def test_two_runs_side_by_side(tmp_path):
         "truth 1 object supervised 0 hits · 1 false alarm · 1 missed semi-detr 1 hit · 0 false alarms · 0" in page.text
     )
     assert "Of 5 images, supervised alone errs least on 0, semi-detr alone errs least on 5; 0 are ties." in page.text
-    headings = [row for row in re.findall(r"<h3>test image (\d)</h3>", page.source)]
+    headings = re.findall(r"<h3>test image (\d)</h3>", page.source)
     assert headings == [
         "1",
         "2",
@@ -165,7 +172,8 @@ def test_two_runs_side_by_side(tmp_path):
     assert "command semidetr train <x> ; seed 4; machine a <fast> one; test figures recorded in that log" in page.text
 
 
-def test_the_page_needs_nothing_else(tmp_path):
+def test_the_page_needs_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "png", visualize.png)
     page = Page(write_report([make_run(tmp_path / "semi-detr", "semi-detr", 0.5)], tmp_path / "out", images=1))
     assert not re.search(r"(?:src|href|url|@import|action)\s*[=(:]?\s*[\"'(]?\s*(?:https?:)?//", page.source)
     assert "http://" not in page.source and "https://" not in page.source
@@ -174,8 +182,10 @@ def test_the_page_needs_nothing_else(tmp_path):
     assert len(images) == 2 + 1 + 1 + 6 + 2  # curves, losses, quality, frames, gallery
     for image in images:
         kind, code = image["src"].split(",")
-        assert kind == "data:image/png;base64" and base64.b64decode(code, validate=True)[:4] == b"\x89PNG"
-        assert image["alt"]
+        assert kind == "data:image/png;base64" and image["alt"]
+        with Image.open(io.BytesIO(base64.b64decode(code, validate=True))) as picture:
+            assert picture.format == "PNG" and min(picture.size) > 200
+    assert len(page.source) < 1_000_000
     assert "prefers-color-scheme: dark" in page.source and page.all("meta", name="viewport")
 
 
@@ -255,7 +265,10 @@ def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
         (lambda run: (run / "config.json").unlink(), "semi: no config.json, so this is no run folder"),
         (lambda run: (run / "config.json").write_text("[1"), "config.json: not a JSON object"),
         (lambda run: (run / "config.json").write_text("[1]"), "config.json: not a JSON object"),
-        (lambda run: (run / "log.jsonl").write_text('{"step": 1}\nx\n{"step": 2}\n'), "log.jsonl: line 2 is not JSON"),
+        (
+            lambda run: (run / "log.jsonl").write_text('{"step": 1}\nx\n{"step": 2}\n'),
+            "log.jsonl: line 2 is not a JSON object",
+        ),
         (
             lambda run: (run / "config.json").write_text(json.dumps(config("semi-detr", data="coco"))),
             'differ in "data"',
@@ -290,3 +303,11 @@ def test_an_empty_test_split(tmp_path, monkeypatch):
     monkeypatch.setattr(report.presets, "load_splits", lambda config: splits)
     page = Page(write_report([make_run(tmp_path / "supervised", "supervised", 0.4)], tmp_path / "out"))
     assert "The test split holds no image." in page.text
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    runs = [make_run(tmp_path / seed / "semi-detr", "semi-detr", ap) for seed, ap in (("seed-0", 0.4), ("seed-1", 0.5))]
+    page = Page(write_report(runs, tmp_path / "out", images=1))
+    assert "seed-1/semi-detr reaches 51.0 AP on the test split, 10.0 more than seed-0/semi-detr" in page.text
+    with pytest.raises(UserError, match="given twice"):
+        write_report([runs[0], runs[1], runs[0] / "." / ""], tmp_path / "out")

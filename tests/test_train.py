@@ -15,10 +15,18 @@ from semidetr_lite.training import checkpoint
 from semidetr_lite.training.train import Run, learning_rate_factor, make_recipe, new_config
 
 DETECTOR = {
-    "num_queries": 12, "dim": 32, "heads": 2, "levels": 3, "points": 2, "hidden": 32, "encoder_layers": 1, "decoder_layers": 2,
-    "backbone": "tiny", "anchor_size": 0.1, "denoising_queries": 6,
+    "num_queries": 12, "dim": 32, "heads": 2, "levels": 3, "points": 2, "hidden": 32, "encoder_layers": 1,
+    "decoder_layers": 2, "backbone": "tiny", "anchor_size": 0.1, "denoising_queries": 6,
 }  # fmt: skip
-SMALL = {"detector": DETECTOR, "labelled": 2, "unlabelled": 2, "log_every": 2, "evaluate_every": 4, "evaluate_images": 4, "most": 8}
+SMALL = {
+    "arguments": DETECTOR,
+    "labelled": 2,
+    "unlabelled": 2,
+    "log_every": 2,
+    "evaluate_every": 4,
+    "evaluate_images": 4,
+    "most": 8,
+}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +70,11 @@ def test_a_stopped_and_resumed_run_ends_bit_identical(method, splits, tmp_path, 
     go(small(method, steps=6), tmp_path / "whole", splits)
     stopped = Run(small(method, steps=6), tmp_path / "parts", splits=splits, quiet=True, workers=0)
     real, count = Run.train_step, iter(range(100))
-    monkeypatch.setattr(Run, "train_step", lambda self, batch: (_ for _ in ()).throw(KeyboardInterrupt) if next(count) == 3 else real(self, batch))
+    monkeypatch.setattr(
+        Run,
+        "train_step",
+        lambda self, batch: (_ for _ in ()).throw(KeyboardInterrupt) if next(count) == 3 else real(self, batch),
+    )
     with pytest.raises(KeyboardInterrupt):
         stopped.go()
     monkeypatch.setattr(Run, "train_step", real)
@@ -71,7 +83,8 @@ def test_a_stopped_and_resumed_run_ends_bit_identical(method, splits, tmp_path, 
     ours, theirs = (torch.load(tmp_path / name / "last.pt", weights_only=True)["method"] for name in ("whole", "parts"))
     assert all(torch.equal(ours[key].nan_to_num(), theirs[key].nan_to_num()) for key in ours)
     timeless = [[{k: v for k, v in json.loads(line).items() if k not in ("seconds", "images_per_second")}
-                 for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("whole", "parts")]  # fmt: skip
+                 # fmt: skip
+                 for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("whole", "parts")]
     assert timeless[0] == timeless[1]
 
 
@@ -94,11 +107,17 @@ def test_stage_one_weights_ask_for_suppression_and_stage_two_weights_do_not(spli
 def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_last_checkpoint(splits, tmp_path, monkeypatch):
     run = Run(small("supervised", steps=6), tmp_path / "run", splits=splits, quiet=True, workers=0)
     real = Averaged.denoise
-    monkeypatch.setattr(Averaged, "denoise", lambda self, *a: {n: v * (torch.nan if a[3] == 4 else 1) for n, v in real(self, *a).items()})
+    monkeypatch.setattr(
+        Averaged,
+        "denoise",
+        lambda self, *a: {n: v * (torch.nan if a[3] == 4 else 1) for n, v in real(self, *a).items()},
+    )
     with pytest.raises(UserError, match=r"step 4; the last good checkpoint is .*last\.pt \(step 4\)"):
         run.go()
     state = torch.load(tmp_path / "run/last.pt", weights_only=True)
-    assert state["step"] == 4 and all(value.isfinite().all() for key, value in state["method"].items() if key != "past_costs")
+    assert state["step"] == 4 and all(
+        value.isfinite().all() for key, value in state["method"].items() if key != "past_costs"
+    )
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path):
@@ -133,7 +152,7 @@ def test_weights_that_cannot_be_read_are_named(tmp_path, name, content, message)
 
 def test_a_checkpoint_of_another_model_is_refused(splits, tmp_path):
     go(small("supervised", steps=2), tmp_path / "first", splits)
-    other = small(detector={**DETECTOR, "dim": 64}, burn_in=str(tmp_path / "first"))
+    other = small(arguments={**DETECTOR, "dim": 64}, burn_in=str(tmp_path / "first"))
     with pytest.raises(UserError, match=r"last\.pt: weights of another model"):
         Run(other, tmp_path / "second", splits=splits)
 
@@ -142,7 +161,9 @@ def test_the_learning_rate_rises_stays_and_falls_to_zero():
     recipe = make_recipe(new_config(warm_up=9, decay=0.25))
     factors = [learning_rate_factor(step, 100, recipe) for step in range(100)]
     assert factors[0] == 0.1 and factors[9:76] == [1.0] * 67 and factors[-1] == pytest.approx(0.04)
-    assert all(a <= b for a, b in zip(factors, factors[1:9])) and all(a >= b for a, b in zip(factors[75:], factors[76:]))
+    assert all(a <= b for a, b in zip(factors, factors[1:9])) and all(
+        a >= b for a, b in zip(factors[75:], factors[76:])
+    )
 
 
 def test_unknown_names_list_what_there_is():

@@ -1,8 +1,8 @@
 """From splits to batches: which images a step sees, and their views, as pure functions of (seed, step, position).
 
-A batch is {"labelled": (images, targets), "weak": (images, targets), "strong": (images, targets)}. The same step always gives the same batch,
-whatever the number of worker processes and wherever a run was resumed. All images of a step come from one shape group (square, wide
-or tall), so that little or nothing is padded.
+A batch is {"labelled": (images, targets), "weak": (images, targets), "strong": (images, targets)}. The same step
+always gives the same batch, whatever the number of worker processes and wherever a run was resumed. All images of a
+step come from one shape group (square, wide or tall), so that little or nothing is padded.
 """
 
 import numpy as np
@@ -36,7 +36,10 @@ class Sampler:
         if pool is None:
             pool = np.concatenate(list(self.groups.values()))
         places = np.arange(turn * self.batch, (turn + 1) * self.batch)
-        passes = {int(p): np.random.default_rng([self.seed, ORDER, shape + 1, int(p)]).permutation(pool) for p in set(places // len(pool))}
+        passes = {
+            int(p): np.random.default_rng([self.seed, ORDER, shape + 1, int(p)]).permutation(pool)
+            for p in set(places // len(pool))
+        }
         return [int(passes[int(place // len(pool))][place % len(pool)]) for place in places]
 
 
@@ -56,9 +59,12 @@ class Batches(torch.utils.data.Dataset):
         self.splits, self.views, self.seed = splits, views, seed
         self.labelled = Sampler(splits.labelled.sizes, labelled, seed)
         self.unlabelled = Sampler(splits.unlabelled.sizes, unlabelled, seed + 1) if unlabelled else None
-        everything = Sampler([*splits.labelled.sizes, *splits.unlabelled.sizes], 1, seed).groups  # the same for every method
+        sizes = [*splits.labelled.sizes, *splits.unlabelled.sizes]  # both, so that every method sees the same schedule
+        everything = Sampler(sizes, 1, seed).groups
         count = sum(len(pool) for pool in everything.values())
-        self.schedule = [shape for shape, pool in everything.items() for _ in range(max(1, round(self.cycle * len(pool) / count)))]
+        self.schedule = [
+            shape for shape, pool in everything.items() for _ in range(max(1, round(self.cycle * len(pool) / count)))
+        ]
 
     def shape_and_turn(self, step: int) -> tuple[int, int]:
         """The shape group of a step, and how many steps before it had the same."""
@@ -69,14 +75,20 @@ class Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, step: int) -> dict:
         shape, turn = self.shape_and_turn(step)
-        batch = {"labelled": self._views(self.splits.labelled, self.labelled.draw(shape, turn), labelled_view, step, LABELLED)}
+        batch = {
+            "labelled": self._views(
+                self.splits.labelled, self.labelled.draw(shape, turn), labelled_view, step, LABELLED
+            )
+        }
         if self.unlabelled is not None:
             chosen = self.unlabelled.draw(shape, turn)
             batch["weak"] = self._views(self.splits.unlabelled, chosen, weak_view, step, WEAK)
             batch["strong"] = self._views(self.splits.unlabelled, chosen, strong_view, step, STRONG)
         return batch
 
-    def _views(self, dataset: Dataset, indices: list[int], view, step: int, stream: int) -> tuple[list[torch.Tensor], list[dict]]:
+    def _views(
+        self, dataset: Dataset, indices: list[int], view, step: int, stream: int
+    ) -> tuple[list[torch.Tensor], list[dict]]:
         made = []
         for position, index in enumerate(indices):
             image, target = dataset[index]

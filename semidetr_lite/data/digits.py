@@ -1,14 +1,16 @@
 """`digits-v1`: real handwritten digits pasted on real photographs, drawn on the fly, nothing to download.
 
-A scene is a crop of one of scikit-learn's two sample photographs with zero to six of its 8x8 handwritten digits pasted at random size,
-aspect, rotation, colour and place, plus noise. The box is the tight hull of the ink. Every scene is a pure function of (split, seed,
-index). Digit samples and photograph regions of the three splits are disjoint. Some digits are faint, some scenes hold a crowded pair, and some hold
-unlabelled look-alikes (upper half of one digit, lower half of another), so that a detector can be wrong in the ways that matter.
+A scene is a crop of one of scikit-learn's two sample photographs with zero to six of its 8x8 handwritten digits
+pasted at random size, aspect, rotation, colour and place, plus noise. The box is the tight hull of the ink. Every
+scene is a pure function of (split, seed, index). Digit samples and photograph regions of the three splits are
+disjoint. Some digits are faint, some scenes hold a crowded pair, and some hold unlabelled look-alikes (upper half of
+one digit, lower half of another), so that a detector can be wrong in the ways that matter.
 
 The numbers below are frozen: a test keeps a hash of ten scenes, and a change gets a new name.
 
 Sources: handwritten digits of the UCI repository through `sklearn.datasets.load_digits` (BSD). Photographs through
-`sklearn.datasets.load_sample_images`: china.jpg by danielbuechele and flower.jpg by vultilion, both on Flickr, CC BY 2.0.
+`sklearn.datasets.load_sample_images`: china.jpg by danielbuechele and flower.jpg by vultilion, both on Flickr, CC BY
+2.0.
 """
 
 from functools import lru_cache
@@ -32,7 +34,8 @@ EMPTY, CROWDED, LOOK_ALIKES, FAINT = 0.05, 0.10, 0.15, 0.10
 DIGIT_SIZE, ROTATION, ASPECT = (0.11, 0.38), 17.0, (0.75, 1.2)  # of the shorter side; degrees; width over height
 COVER, CROWDED_COVER = 0.25, (0.25, 0.50)  # how much of a neighbour's box a digit may cover
 OPACITY, FAINT_OPACITY, NOISE = (0.75, 1.0), (0.30, 0.45), (2.0, 10.0)
-DIMMED, BRIGHT, CONTRAST = (0.35, 0.75), 110.0, 70.0  # photographs are dimmed, digits are bright: at least so much lighter than what is under them
+DIMMED = (0.35, 0.75)  # photographs are dimmed ...
+BRIGHT, CONTRAST = 110.0, 70.0  # ... digits are bright: least of a channel, and how much lighter than what is below
 INK = 0.35  # opacity of the pasted shape over which a pixel counts as ink
 
 
@@ -45,7 +48,7 @@ class Shape(NamedTuple):
 
 @lru_cache(maxsize=1)
 def _sources() -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """(digit masks (1797, 32, 32) in 0..1, their labels (1797,), the two photographs (427, 640, 3)), in one fixed shuffle."""
+    """Digit masks (1797, 40, 40) in 0..1 in one fixed shuffle, their labels (1797,), two photographs (427, 640, 3)."""
     from sklearn.datasets import load_digits, load_sample_images
 
     digits = load_digits()
@@ -58,13 +61,16 @@ def _sources() -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
 def _shape(rng: np.random.Generator, mask: np.ndarray, height: float) -> Shape:
     """The mask scaled to `height` pixels, stretched and rotated."""
     angle = np.deg2rad(rng.uniform(-ROTATION, ROTATION))
-    scale = np.array([height, height * rng.uniform(*ASPECT)]) / 36.0  # 8 cells of ink are 32 pixels of the mask, the soft margin adds some
+    # 8 cells of ink are 32 pixels of the mask, and its soft margin adds some
+    scale = np.array([height, height * rng.uniform(*ASPECT)]) / 36.0
     cos, sin = np.cos(angle), np.sin(angle)
     forward = np.array([[cos, -sin], [sin, cos]]) * scale  # mask (row, column) -> scene
     side = int(np.ceil(np.abs(forward).sum(1).max() * 40)) + 2
     inverse = np.linalg.inv(forward)
     centre = np.array([mask.shape[0] - 1, mask.shape[1] - 1]) / 2
-    drawn = ndimage.affine_transform(mask, inverse, centre - inverse @ np.full(2, (side - 1) / 2), (side, side), order=1)
+    drawn = ndimage.affine_transform(
+        mask, inverse, centre - inverse @ np.full(2, (side - 1) / 2), (side, side), order=1
+    )
     drawn = np.clip(1.6 * drawn, 0, 1)
     rows, columns = np.nonzero((drawn > INK).any(1))[0], np.nonzero((drawn > INK).any(0))[0]
     return Shape(drawn, (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
@@ -79,7 +85,9 @@ def _cover(box: np.ndarray, others: list[np.ndarray]) -> float:
     return worst
 
 
-def _place(rng: np.random.Generator, shape: Shape, size: tuple[int, int], taken: list[np.ndarray], crowd: bool) -> np.ndarray | None:
+def _place(
+    rng: np.random.Generator, shape: Shape, size: tuple[int, int], taken: list[np.ndarray], crowd: bool
+) -> np.ndarray | None:
     """A box (x1, y1, x2, y2) for the shape inside the scene that respects its neighbours, or None after 40 tries."""
     height, width = size
     extent = np.array([shape.hull[2] - shape.hull[0], shape.hull[3] - shape.hull[1]])
@@ -91,7 +99,11 @@ def _place(rng: np.random.Generator, shape: Shape, size: tuple[int, int], taken:
         box = np.concatenate([corner, corner + extent])
         if (corner < 0).any() or box[2] > width or box[3] > height:
             continue
-        if crowd and CROWDED_COVER[0] <= _cover(box, taken[-1:]) <= CROWDED_COVER[1] and _cover(box, taken[:-1]) <= COVER:
+        if (
+            crowd
+            and CROWDED_COVER[0] <= _cover(box, taken[-1:]) <= CROWDED_COVER[1]
+            and _cover(box, taken[:-1]) <= COVER
+        ):
             return box
         if not crowd and _cover(box, taken) <= COVER:
             return box
@@ -193,4 +205,11 @@ def load(percent: float = 10, fold: int = 1) -> Splits:
     train = DigitScenes("train")
     labelled = labelled_indices(len(train), percent, fold)
     rest = sorted(set(range(len(train))) - set(labelled))
-    return Splits(Subset(train, labelled), Unlabelled(train, rest), DigitScenes("tune"), DigitScenes("test"), CATEGORIES, flip=False)
+    return Splits(
+        Subset(train, labelled),
+        Unlabelled(train, rest),
+        DigitScenes("tune"),
+        DigitScenes("test"),
+        CATEGORIES,
+        flip=False,
+    )

@@ -1,6 +1,7 @@
 """Which images are labelled, which are not, and what the method is measured on.
 
-A split is drawn from (percent, fold) alone, so that two processes, two machines and two methods train on the same images.
+A split is drawn from (percent, fold) alone, so that two processes, two machines and two methods train on the same
+images.
 """
 
 from dataclasses import dataclass
@@ -35,7 +36,10 @@ class Splits:
 
 
 def labelled_indices(count: int, percent: float, fold: int) -> list[int]:
-    """The sorted indices of the labelled images: `percent` % of `count`, at least one, a different draw for each fold (1, 2, ...)."""
+    """The sorted indices of the labelled images.
+
+    `percent` % of `count`, at least one, a different draw for each fold (1, 2, ...).
+    """
     if not 0 < percent <= 100:
         raise UserError(f"percent must be over 0 and at most 100, got {percent:g}")
     chosen = max(1, round(count * percent / 100))
@@ -58,7 +62,10 @@ class Subset:
 
 
 class Unlabelled(Subset):
-    """Some images of a dataset with their labels taken away; what is true moves under "truth", to be measured, never trained on."""
+    """Some images of a dataset with their labels taken away.
+
+    What is true moves under "truth", to be measured, never trained on.
+    """
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict]:
         image, target = super().__getitem__(index)

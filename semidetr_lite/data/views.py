@@ -1,14 +1,14 @@
 """Weak, strong and labelled views of an image, each with the 3x3 matrix that says where every pixel went.
 
 The teacher reads the weak view, the student the strong one, and a box found in one is carried into the other by
-`strong["matrix"] @ inverse(weak["matrix"])` (paper section 3.1; released code: detr_ssod/datasets/pipelines/geo_utils.py). Pixels and boxes move
+`strong["matrix"] @ inverse(weak["matrix"])` (paper section 3.1; released code: geo_utils.py). Pixels and boxes move
 by the same matrix: there is one warp, and one `map_boxes`.
 
-Matrices act on columns (x, y, 1) in continuous pixel coordinates: the centre of the first pixel is (0.5, 0.5), so mirroring is x -> W - x.
-Randomness comes in as a numpy generator; nothing here keeps state.
+Matrices act on columns (x, y, 1) in continuous pixel coordinates: the centre of the first pixel is (0.5, 0.5), so
+mirroring is x -> W - x. Randomness comes in as a numpy generator; nothing here keeps state.
 
-Differences from the released code: boxes that leave the view are dropped (there they stay as zero-width targets), and the
-shear factor is the tangent of its angle (there the hyperbolic tangent).
+Differences from the released code: boxes that leave the view are dropped (there they stay as zero-width targets), and
+the shear factor is the tangent of its angle (there the hyperbolic tangent).
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,10 @@ FILL = 125 / 255  # grey of what lies outside the image and of erased patches, a
 
 @dataclass(frozen=True)
 class ViewSettings:
-    """How far the views may go. Fractions are of the image's side, angles in degrees, ranges symmetric unless given as pairs."""
+    """How far the views may go.
+
+    Fractions are of the image's side, angles in degrees, ranges symmetric unless given as pairs.
+    """
 
     short_sides: tuple[int, ...] = ()  # one is drawn and the image resized to it; empty: the size stays
     long_side: int = 1333
@@ -47,7 +50,8 @@ def map_boxes(boxes: torch.Tensor, matrix: torch.Tensor, size) -> tuple[torch.Te
         size: (H, W) of the image the boxes arrive in; or a tensor (B, 2).
 
     Returns:
-        (T, 4) the axis-parallel hulls of the mapped corners, clamped to the image; (T,) bool, False where nothing of the box is left.
+        (T, 4) the axis-parallel hulls of the mapped corners, clamped to the image; (T,) bool, False where nothing of
+        the box is left.
     """
     hull = _hulls(boxes, matrix)
     size = torch.as_tensor(size, dtype=hull.dtype, device=hull.device)
@@ -66,7 +70,10 @@ def _hulls(boxes: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 
 
 def map_target(target: dict, matrix: torch.Tensor, size: tuple[int, int], visible: float = 0.0) -> dict:
-    """The same target in another view: every per-box entry follows, boxes out of view (or less than `visible` of them in it) are dropped."""
+    """The same target in another view.
+
+    Every per-box entry follows, boxes out of view (or less than `visible` of them in it) are dropped.
+    """
     moved = {key: value for key, value in target.items() if key not in PER_BOX and key != "truth"}
     moved["size"] = (int(size[0]), int(size[1]))
     moved["matrix"] = matrix.float() @ target.get("matrix", torch.eye(3))
@@ -101,14 +108,21 @@ def warp(image: torch.Tensor, matrix: torch.Tensor, size: tuple[int, int]) -> to
     return moved[0] + FILL
 
 
-def labelled_view(image: torch.Tensor, target: dict, rng: np.random.Generator, settings: ViewSettings) -> tuple[torch.Tensor, dict]:
+def labelled_view(
+    image: torch.Tensor, target: dict, rng: np.random.Generator, settings: ViewSettings
+) -> tuple[torch.Tensor, dict]:
     """What the student sees of a labelled image: base geometry and one colour operation."""
     image, target = weak_view(image, target, rng, settings)
     return recolour(image, rng), target
 
 
-def weak_view(image: torch.Tensor, target: dict, rng: np.random.Generator, settings: ViewSettings) -> tuple[torch.Tensor, dict]:
-    """What the teacher sees of an unlabelled image: base geometry only. image (3, H, W) uint8 or float -> float in [0, 1]."""
+def weak_view(
+    image: torch.Tensor, target: dict, rng: np.random.Generator, settings: ViewSettings
+) -> tuple[torch.Tensor, dict]:
+    """What the teacher sees of an unlabelled image.
+
+    Base geometry only. image (3, H, W) uint8 or float -> float in [0, 1].
+    """
     image = F.to_dtype(image, torch.float32, scale=True)
     size, resize = _resize_matrix(target["size"], rng, settings)
     if size != tuple(image.shape[-2:]):
@@ -119,8 +133,13 @@ def weak_view(image: torch.Tensor, target: dict, rng: np.random.Generator, setti
     return image, map_target(target, geometry @ resize, size, settings.visible)
 
 
-def strong_view(image: torch.Tensor, target: dict, rng: np.random.Generator, settings: ViewSettings) -> tuple[torch.Tensor, dict]:
-    """What the student sees of an unlabelled image: base geometry, one more geometric operation, one colour operation, erased patches."""
+def strong_view(
+    image: torch.Tensor, target: dict, rng: np.random.Generator, settings: ViewSettings
+) -> tuple[torch.Tensor, dict]:
+    """What the student sees of an unlabelled image.
+
+    Base geometry, one more geometric operation, one colour operation, erased patches.
+    """
     image = F.to_dtype(image, torch.float32, scale=True)
     size, resize = _resize_matrix(target["size"], rng, settings)
     if size != tuple(image.shape[-2:]):
@@ -133,7 +152,9 @@ def strong_view(image: torch.Tensor, target: dict, rng: np.random.Generator, set
     return erase(image, rng, settings), map_target(target, geometry @ resize, size, settings.visible)
 
 
-def _resize_matrix(size: tuple[int, int], rng: np.random.Generator, settings: ViewSettings) -> tuple[tuple[int, int], torch.Tensor]:
+def _resize_matrix(
+    size: tuple[int, int], rng: np.random.Generator, settings: ViewSettings
+) -> tuple[tuple[int, int], torch.Tensor]:
     """(new size, matrix): the short side is drawn from the settings, the long side bounded."""
     height, width = size
     if not settings.short_sides:
@@ -166,7 +187,11 @@ def _strong_matrix(size: tuple[int, int], rng: np.random.Generator, settings: Vi
     kind = rng.integers(4)
     amount = rng.uniform(-1, 1)
     if kind < 2:
-        dx, dy = (amount * settings.strong_shift * width, 0.0) if kind == 0 else (0.0, amount * settings.strong_shift * height)
+        dx, dy = (
+            (amount * settings.strong_shift * width, 0.0)
+            if kind == 0
+            else (0.0, amount * settings.strong_shift * height)
+        )
         return _matrix([1, 0, dx], [0, 1, dy])
     if kind == 2:
         angle = np.deg2rad(amount * settings.strong_rotation)
@@ -191,7 +216,10 @@ def _about_centre(matrix: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def recolour(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """One of nine colour operations at a magnitude m of 1..9, each equally likely (released code: rand_aug.py:57-61)."""
+    """One of nine colour operations at a magnitude m of 1..9, each equally likely.
+
+    Released code: rand_aug.py:57-61.
+    """
     magnitude = int(rng.integers(1, 10))
     factor = 0.18 * magnitude + 0.1
     operations = (

@@ -1,7 +1,8 @@
 """Backbones: images (B, 3, H, W) in, a list of feature maps at strides 8, 16 and 32 out.
 
-`tiny` is a small residual network for the embedded data, trained from scratch. Any torchvision ResNet goes by its name, with BatchNorm frozen as in
-every DETR. No backbone uses live batch statistics: GroupNorm here, frozen BatchNorm there.
+`tiny` is a small residual network for the embedded data, trained from scratch. Any torchvision ResNet goes by its
+name, with BatchNorm frozen as in every DETR. No backbone uses live batch statistics: GroupNorm here, frozen BatchNorm
+there.
 """
 
 import torch
@@ -17,7 +18,8 @@ def make_backbone(backbone: str | nn.Module, weights: str | None = None) -> nn.M
 
     Args:
         backbone: "tiny", "resnet18" ... "resnet152", or a module with `channels` and `sees_padding`.
-        weights: name of torchvision weights ("IMAGENET1K_V1"), a path of a torchvision state dict, or None for random ones.
+        weights: name of torchvision weights ("IMAGENET1K_V1"), a path of a torchvision state dict, or None for random
+            ones.
     """
     if isinstance(backbone, nn.Module):
         return backbone
@@ -25,7 +27,9 @@ def make_backbone(backbone: str | nn.Module, weights: str | None = None) -> nn.M
         return Tiny()
     if backbone.startswith("resnet") and hasattr(torchvision.models, backbone):
         return ResNet(backbone, weights)
-    raise UserError(f"no backbone called {backbone!r}: give 'tiny' or the name of a torchvision ResNet such as 'resnet50'")
+    raise UserError(
+        f"no backbone called {backbone!r}: give 'tiny' or the name of a torchvision ResNet such as 'resnet50'"
+    )
 
 
 class Residual(nn.Module):
@@ -46,7 +50,8 @@ class Residual(nn.Module):
 
 
 class Tiny(nn.Module):
-    """A residual network for images of about 100 pixels: one strided convolution and one residual block at strides 4, 8 and 16, the convolution alone at 2 and 32.
+    """A residual network for images of about 100 pixels: one strided convolution and one residual block at strides 4,
+    8 and 16, the convolution alone at 2 and 32.
 
     Args:
         widths: channels at strides 2, 4, 8, 16 and 32.
@@ -59,7 +64,11 @@ class Tiny(nn.Module):
         self.channels = widths[2:]
         self.stages = nn.ModuleList()
         for number, (before, width) in enumerate(zip((3, *widths), widths, strict=False)):
-            down = [nn.Conv2d(before, width, 3, stride=2, padding=1, bias=False), nn.GroupNorm(8, width), nn.ReLU(inplace=True)]
+            down = [
+                nn.Conv2d(before, width, 3, stride=2, padding=1, bias=False),
+                nn.GroupNorm(8, width),
+                nn.ReLU(inplace=True),
+            ]
             self.stages.append(nn.Sequential(*down, *([Residual(width)] if 1 <= number <= 3 else [])))
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
@@ -100,9 +109,12 @@ def _resnet_weights(name: str, weights: str) -> dict:
     try:
         if weights.endswith((".pth", ".pt")):
             return torch.load(weights, map_location="cpu", weights_only=True)
-        return torchvision.models.get_weight(f"{torchvision.models.get_model_weights(name).__name__}.{weights}").get_state_dict()
+        return torchvision.models.get_weight(
+            f"{torchvision.models.get_model_weights(name).__name__}.{weights}"
+        ).get_state_dict()
     except Exception as problem:
         reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
         raise UserError(
-            f"cannot get the {name} weights {weights!r} ({reason}): give the path of a .pth file, or 'none' for random weights"
+            f"cannot get the {name} weights {weights!r} ({reason}): give the path of a .pth file, or 'none' for "
+            "random weights"
         ) from None

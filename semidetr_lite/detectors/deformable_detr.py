@@ -1,8 +1,11 @@
-"""Deformable attention (Zhu et al., ICLR 2021): each query reads a few learned points around its reference instead of the whole image.
+"""Deformable attention (Zhu et al., ICLR 2021): each query reads a few learned points around its reference instead of
+the whole image.
 
-    output(q) = W_out * concat over heads of  sum over levels and points of  A(q, l, p) * V_l(reference(q) + offset(q, l, p))
+    output(q) = W_out * concat over heads of  sum over levels and points of  A(q, l, p) * V_l(reference(q) + offset(q,
+    l, p))
 
-Cost grows linearly with the number of tokens. The function below is pure PyTorch: one `grid_sample` a level, any device, no compiled operator.
+Cost grows linearly with the number of tokens. The function below is pure PyTorch: one `grid_sample` a level, any
+device, no compiled operator.
 """
 
 import math
@@ -35,7 +38,9 @@ def deformable_attention(
     total = value.new_zeros(())
     for level, tokens in enumerate(value.split([height * width for height, width in shapes], dim=1)):
         maps = tokens.permute(0, 2, 3, 1).reshape(batch * heads, depth, *shapes[level])
-        read = F.grid_sample(maps, grids[:, level].to(maps.dtype), mode="bilinear", padding_mode="zeros", align_corners=False)
+        read = F.grid_sample(
+            maps, grids[:, level].to(maps.dtype), mode="bilinear", padding_mode="zeros", align_corners=False
+        )
         total = total + (read * weights[:, level, None].to(read.dtype)).sum(-1)  # (B*M, D/M, Q)
     return total.view(batch, heads * depth, queries).transpose(1, 2)
 
@@ -70,7 +75,9 @@ class DeformableAttention(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, queries: torch.Tensor, references: torch.Tensor, memory: Memory) -> torch.Tensor:
-        """queries (B, N, D), references (B, N, L, 2) points or (B, N, L, 4) cxcywh boxes, in [0, 1] of each level -> (B, N, D)."""
+        """queries (B, N, D), references (B, N, L, 2) points or (B, N, L, 4) cxcywh boxes, in [0, 1] of each level ->
+        (B, N, D).
+        """
         batch, count, dim = queries.shape
         value = self.value(memory.tokens)
         if memory.mask is not None:
@@ -112,7 +119,9 @@ class DecoderLayer(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.feed_forward = FeedForward(dim, hidden)
 
-    def forward(self, content, positions, references, memory: Memory, blocked=None, padding=None, context=None) -> torch.Tensor:
+    def forward(
+        self, content, positions, references, memory: Memory, blocked=None, padding=None, context=None
+    ) -> torch.Tensor:
         """As in QuerySelfAttention.forward, with references (B, N, L, 4) in [0, 1] of each level."""
         content = self.self_attention(content, positions, blocked, padding, context)
         read = self.attention(content + positions, references, memory)

@@ -1,7 +1,8 @@
 """Contrastive denoising (DINO, section 3.3): easy questions whose answers are known, beside the matching queries.
 
-Every true box is asked for several times: once lightly shifted, with a label that may be wrong (answer: the box), and once shifted by more than half of
-its size (answer: nothing here). The questions form groups that neither see each other nor are seen by the matching queries.
+Every true box is asked for several times: once lightly shifted, with a label that may be wrong (answer: the box), and
+once shifted by more than half of its size (answer: nothing here). The questions form groups that neither see each
+other nor are seen by the matching queries.
 """
 
 from typing import NamedTuple
@@ -42,10 +43,13 @@ class Denoising(nn.Module):
         num_classes, dim: C and D of the detector.
         queries: about how many positive questions an image gets; copies = max(1, queries // most targets of an image).
         label_noise: chance that a question carries a random label (released code: 0.5 x 0.5).
-        box_noise: largest shift of a corner, as a share of half the box's side, for positives; negatives shift by one to two times that.
+        box_noise: largest shift of a corner, as a share of half the box's side, for positives; negatives shift by one
+            to two times that.
     """
 
-    def __init__(self, num_classes: int, dim: int, queries: int = 100, label_noise: float = 0.25, box_noise: float = 0.4):
+    def __init__(
+        self, num_classes: int, dim: int, queries: int = 100, label_noise: float = 0.25, box_noise: float = 0.4
+    ):
         super().__init__()
         self.labels = nn.Embedding(num_classes + 1, dim)  # the last row fills up
         self.queries, self.label_noise, self.box_noise = queries, label_noise, box_noise
@@ -63,12 +67,18 @@ class Denoising(nn.Module):
         copies = max(1, self.queries // most)
         # (B, copies, positive | negative, T) -> (B, N)
         layout = (batch, copies, 2, most)
-        chance = torch.from_numpy(np.stack([rng.random((*layout[1:], 10), dtype=np.float32) for rng in rngs])).to(boxes.device)
-        boxes, labels, valid = (entry[:, None, None].expand(*layout, *entry.shape[2:]) for entry in (boxes, labels, valid))
+        chance = torch.from_numpy(np.stack([rng.random((*layout[1:], 10), dtype=np.float32) for rng in rngs])).to(
+            boxes.device
+        )
+        boxes, labels, valid = (
+            entry[:, None, None].expand(*layout, *entry.shape[2:]) for entry in (boxes, labels, valid)
+        )
         negative = torch.tensor([False, True], device=boxes.device).view(1, 1, 2, 1).expand(layout)
         noised = noise_boxes(boxes, negative, self.box_noise, chance[..., :8])
         classes = self.labels.num_embeddings - 1
-        labels = torch.where(chance[..., 8] < self.label_noise, (chance[..., 9] * classes).long().clamp(max=classes - 1), labels)
+        labels = torch.where(
+            chance[..., 8] < self.label_noise, (chance[..., 9] * classes).long().clamp(max=classes - 1), labels
+        )
         labels = torch.where(valid, labels, classes)
         index = torch.arange(most, device=boxes.device).expand(layout)
         answers = Answers(torch.where(valid & ~negative, index, -1).flatten(1), valid.flatten(1))
@@ -76,7 +86,8 @@ class Denoising(nn.Module):
 
 
 def noise_boxes(boxes: torch.Tensor, negative: torch.Tensor, amount: float, chance: torch.Tensor) -> torch.Tensor:
-    """Shift both corners of cxcywh boxes (..., 4) by up to `amount` half sides; by `amount` to twice that where `negative` (...).
+    """Shift both corners of cxcywh boxes (..., 4) by up to `amount` half sides; by `amount` to twice that where
+    `negative` (...).
 
     `chance` (..., 8) is uniform in [0, 1): how far each of the four coordinates moves, and in which direction.
     """

@@ -1,6 +1,7 @@
 """What all detectors do alike: take images as they come, batch them, and turn outputs into detections.
 
-A detector has `encode(images) -> Memory` and `decode(memory, groups) -> outputs`; `detect` is `decode(encode(images))` read as boxes in pixels of the images given.
+A detector has `encode(images) -> Memory` and `decode(memory, groups) -> outputs`; `detect` is
+`decode(encode(images))` read as boxes in pixels of the images given.
 """
 
 from collections.abc import Sequence
@@ -34,7 +35,9 @@ class Detector(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.test_size = test_size
-        self.nms: float | None = None  # the IoU at which detections of one class suppress each other; set by the training stage
+        self.nms: float | None = (
+            None  # the IoU at which detections of one class suppress each other; set by the training stage
+        )
 
     def encode(self, images) -> Memory:
         raise NotImplementedError
@@ -56,18 +59,22 @@ class Detector(nn.Module):
         return ready
 
     @torch.no_grad()
-    def detect(self, images, score: float = 0.0, top: int = 100, nms: float | None = None, at_once: int = 50) -> list[dict]:
+    def detect(
+        self, images, score: float = 0.0, top: int = 100, nms: float | None = None, at_once: int = 50
+    ) -> list[dict]:
         """Find objects.
 
         Args:
             images: one image or a list of them; each a tensor (3, H, W), a PIL image or a path.
             score: the least score of a detection.
             top: at most so many detections an image.
-            nms: IoU over which the lower scored of two boxes of one class is dropped; None: what the training stage of the weights needs.
+            nms: IoU over which the lower scored of two boxes of one class is dropped; None: what the training stage
+                of the weights needs.
             at_once: images run together.
 
         Returns:
-            One target dict an image with "boxes" (T, 4) in pixels of the image given, "labels", "scores" (falling) and "size".
+            One target dict an image with "boxes" (T, 4) in pixels of the image given, "labels", "scores" (falling)
+            and "size".
 
         Raises:
             UserError: a path that is no readable image.
@@ -82,7 +89,11 @@ class Detector(nn.Module):
             boxes, scores, labels, valid = best_boxes(outputs, sizes, top, score, self.nms if nms is None else nms)
             for row, index in enumerate(chunk):
                 keep = valid[row]
-                entries = {"boxes": boxes[row][keep].cpu(), "labels": labels[row][keep].cpu(), "scores": scores[row][keep].cpu()}
+                entries = {
+                    "boxes": boxes[row][keep].cpu(),
+                    "labels": labels[row][keep].cpu(),
+                    "scores": scores[row][keep].cpu(),
+                }
                 found[index] = {**entries, "size": tuple(originals[index].shape[-2:])}
         return found
 

@@ -1,14 +1,18 @@
-"""DINO (Zhang et al., ICLR 2023), 4-scale as Semi-DETR uses it: a deformable DETR whose queries start from the encoder's best tokens.
+"""DINO (Zhang et al., ICLR 2023), 4-scale as Semi-DETR uses it: a deformable DETR whose queries start from the
+encoder's best tokens.
 
-    images -> backbone -> projected maps -> encoder -> tokens -> best Q tokens give boxes -> decoder refines them layer by layer
+    images -> backbone -> projected maps -> encoder -> tokens -> best Q tokens give boxes -> decoder refines them
+    layer by layer
 
 * Mixed query selection: a query's box comes from the encoder, its content is learned.
 * Look forward twice: the boxes of layer l are refined from those of layer l-1 with the gradient of both.
 * Contrastive denoising: see denoising.py.
 
-`DINO(num_classes=80)` is the model of the paper; `DINO(num_classes=10, num_queries=30, dim=64, ..., backbone="tiny")` trains on a laptop.
+`DINO(num_classes=80)` is the model of the paper; `DINO(num_classes=10, num_queries=30, dim=64, ..., backbone="tiny")`
+trains on a laptop.
 
-Differences from the released code: attention weights and class head of the encoder's proposals are as there; dropout (0 there) does not exist here.
+Differences from the released code: attention weights and class head of the encoder's proposals are as there; dropout
+(0 there) does not exist here.
 """
 
 import math
@@ -77,14 +81,22 @@ class DINO(Detector):
         self.query_positions = MLP(2 * dim, dim, dim, 2)
         self.proposal = nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim))
         self.proposal_class, self.proposal_box = nn.Linear(dim, num_classes), MLP(dim, dim, 4, 3)
-        self.class_head, self.box_head = nn.Linear(dim, num_classes), MLP(dim, dim, 4, 3)  # shared by the decoder's layers
+        self.class_head, self.box_head = (
+            nn.Linear(dim, num_classes),
+            MLP(dim, dim, 4, 3),
+        )  # shared by the decoder's layers
         self.denoising = Denoising(num_classes, dim, denoising_queries, label_noise)
         self._start()
 
     def _start(self) -> None:
         """Scores start at 0.01, boxes where their references are."""
         for name, parameter in self.named_parameters():
-            if parameter.dim() > 1 and name.startswith(("decoder.", "encoder.")) and ".attention.offsets" not in name and ".attention.weights" not in name:
+            if (
+                parameter.dim() > 1
+                and name.startswith(("decoder.", "encoder."))
+                and ".attention.offsets" not in name
+                and ".attention.weights" not in name
+            ):
                 nn.init.xavier_uniform_(parameter)
         for head in (self.proposal_class, self.class_head):
             nn.init.constant_(head.bias, -math.log(0.99 / 0.01))
@@ -92,7 +104,8 @@ class DINO(Detector):
             nn.init.zeros_(head[-1].weight)
             nn.init.zeros_(head[-1].bias)
 
-    # ---- encoder ----------------------------------------------------------------------------------------------------------
+    # ---- encoder
+    # ----------------------------------------------------------------------------------------------------------
 
     def encode(self, images) -> Memory:
         """images -> Memory, with the tokens chosen as proposals."""
@@ -100,7 +113,11 @@ class DINO(Detector):
         shapes = [tuple(level.shape[-2:]) for level in maps]
         tokens = torch.cat([level.flatten(2).transpose(1, 2) for level in maps], 1)  # (B, S, D)
         positions = torch.cat(
-            [(map_positions(mask, self.dim) + here).flatten(1, 2) for mask, here in zip(masks, self.level_embedding, strict=True)], 1
+            [
+                (map_positions(mask, self.dim) + here).flatten(1, 2)
+                for mask, here in zip(masks, self.level_embedding, strict=True)
+            ],
+            1,
         )
         mask = torch.cat([mask.flatten(1) for mask in masks], 1)
         ratios = torch.stack([_valid_ratio(mask) for mask in masks], 1)  # (B, L, 2)
@@ -122,7 +139,10 @@ class DINO(Detector):
         return self._project_apart(images)
 
     def _project(self, stacked: torch.Tensor) -> list[torch.Tensor]:
-        """(B, 3, H, W) -> L maps; levels beyond the backbone's come from strided convolutions of its last map, then of each other."""
+        """(B, 3, H, W) -> L maps.
+
+        Levels beyond the backbone's come from strided convolutions of its last map, then of each other.
+        """
         maps = self.backbone(stacked)
         projected = [projection(level) for projection, level in zip(self.projections, maps, strict=False)]
         source = maps[-1]
@@ -169,7 +189,8 @@ class DINO(Detector):
         boxes = self.proposal_box(embedded).float() + inverse_sigmoid(anchors.gather(1, chosen.expand(-1, -1, 4)))
         return {"pred_logits": self.proposal_class(embedded), "pred_boxes": boxes.sigmoid(), "queries": embedded}
 
-    # ---- decoder ----------------------------------------------------------------------------------------------------------
+    # ---- decoder
+    # ----------------------------------------------------------------------------------------------------------
 
     def decode(self, memory: Memory, groups: Sequence[QueryGroup] = ()) -> dict:
         """The matching queries, and beside them any query groups, which they never see -> outputs."""
@@ -180,7 +201,7 @@ class DINO(Detector):
         content = torch.cat([*(group.content for group in groups), content], 1)
         boxes = torch.cat([*(group.boxes for group in groups), boxes], 1)
         layers, states = self._refine(memory, content, boxes, blocked, padding)
-        *parts, matching = zip(*([part for part in _split(layer, [*sizes, -1])] for layer in layers), strict=True)
+        *parts, matching = zip(*(_split(layer, [*sizes, -1]) for layer in layers), strict=True)
         outputs = _as_outputs(matching)
         outputs["encoder"] = memory.proposals
         outputs["groups"] = [_as_outputs(part) for part in parts]
@@ -189,7 +210,10 @@ class DINO(Detector):
         return outputs
 
     def decode_groups(self, memory: Memory, outputs: dict, groups: Sequence[QueryGroup]) -> list[dict]:
-        """Decode groups afterwards, against the matching queries that `decode` kept: exactly what decoding them together would give."""
+        """Decode groups afterwards, against the matching queries that `decode` kept.
+
+        Exactly what decoding them together would give.
+        """
         matching = outputs["pred_boxes"].shape[1]
         blocked, padding = self._masks(groups, matching, memory.tokens.device)
         content = torch.cat([group.content for group in groups], 1)
@@ -198,16 +222,21 @@ class DINO(Detector):
         sizes = [group.content.shape[1] for group in groups]
         return [_as_outputs(part) for part in zip(*(_split(layer, sizes) for layer in layers), strict=True)]
 
-    def _masks(self, groups: Sequence[QueryGroup], matching: int, device) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def _masks(
+        self, groups: Sequence[QueryGroup], matching: int, device
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(blocked (N, N) or None, padding (B, N) or None) for the groups followed by the matching queries."""
         if not groups:
             return None, None
-        blocked = group_mask([g.content.shape[1] // g.copies for g in groups for _ in range(g.copies)], matching).to(device)
+        blocked = group_mask([g.content.shape[1] // g.copies for g in groups for _ in range(g.copies)], matching).to(
+            device
+        )
         valid = torch.cat([group.valid for group in groups], 1)
         return blocked, F.pad(~valid, (0, matching))
 
     def _refine(self, memory: Memory, content, boxes, blocked, padding, context=None):
-        """All decoder layers: one outputs dict a layer, and what the queries of each layer were (content, positions)."""
+        """All decoder layers: one outputs dict a layer, and what the queries of each layer were (content, positions).
+        """
         layers, states = [], []
         scale = torch.cat([memory.valid_ratios, memory.valid_ratios], -1)  # (B, L, 4)
         before = boxes  # with gradient: look forward twice
@@ -216,7 +245,9 @@ class DINO(Detector):
             places = sine_positions(boxes[..., [1, 0, 2, 3]], self.dim // 2).to(content.dtype)  # (B, N, 2 * D)
             positions = self.query_positions(places)
             states.append((content, positions))
-            content = layer(content, positions, references, memory, blocked, padding, context[number] if context else None)
+            content = layer(
+                content, positions, references, memory, blocked, padding, context[number] if context else None
+            )
             hidden = self.decoder_norm(content)
             shift = self.box_head(hidden).float()
             pred_boxes = (shift + inverse_sigmoid(before)).sigmoid()

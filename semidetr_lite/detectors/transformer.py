@@ -1,6 +1,8 @@
-"""What every detection transformer here shares: positions, small networks, one encoder and one decoder layer, and the two dicts of queries.
+"""What every detection transformer here shares: positions, small networks, one encoder and one decoder layer, and the
+two dicts of queries.
 
-Shapes: B images, Q queries, S tokens, D channels, L levels, M heads, P points. Batch first everywhere, no dropout (as in DINO).
+Shapes: B images, Q queries, S tokens, D channels, L levels, M heads, P points. Batch first everywhere, no dropout (as
+in DINO).
 """
 
 import math
@@ -51,7 +53,10 @@ def sine_positions(coordinates: torch.Tensor, dim: int, temperature: float = 20.
 
 
 def map_positions(mask: torch.Tensor, dim: int, temperature: float = 20.0) -> torch.Tensor:
-    """Positions of the cells of a map: mask (B, H, W), True = padding -> (B, H, W, dim), the first half y, the second x."""
+    """Positions of the cells of a map.
+
+    Mask (B, H, W), True = padding -> (B, H, W, dim), the first half y, the second x.
+    """
     inside = (~mask).float()
     y, x = inside.cumsum(1), inside.cumsum(2)
     y, x = y / (y[:, -1:] + 1e-6), x / (x[:, :, -1:] + 1e-6)
@@ -89,11 +94,16 @@ class QuerySelfAttention(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, content, positions, blocked=None, padding=None, context=None) -> torch.Tensor:
-        """content, positions (B, N, D); blocked (N, K) bool; padding (B, K) bool; context: (content, positions) of further keys behind the N."""
+        """content, positions (B, N, D).
+
+        Blocked (N, K) bool; padding (B, K) bool; context: (content, positions) of further keys behind the N.
+        """
         keys, values = content + positions, content
         if context is not None:
             keys, values = torch.cat([keys, sum(context)], 1), torch.cat([values, context[0]], 1)
-        seen = self.attention(content + positions, keys, values, key_padding_mask=padding, attn_mask=blocked, need_weights=False)[0]
+        seen = self.attention(
+            content + positions, keys, values, key_padding_mask=padding, attn_mask=blocked, need_weights=False
+        )[0]
         return self.norm(content + seen)
 
 

@@ -1,10 +1,13 @@
-"""Cost-based pseudo-label mining (CPM, paper section 3.4): the price the student would pay for a pseudo-box says whether to believe it.
+"""Cost-based pseudo-label mining (CPM, paper section 3.4): the price the student would pay for a pseudo-box says
+whether to believe it.
 
-Reliable pseudo-boxes are cheap to match, unreliable ones dear, and where "cheap" ends moves with training. So the costs of all current pseudo-boxes are
-modelled by two Gaussians, and the threshold is read off the cheaper one. What is mined here feeds the query consistency only; class and box
-losses keep the score cut (paper, ablation; released code: dino_detr_ssod.py:332-353).
+Reliable pseudo-boxes are cheap to match, unreliable ones dear, and where "cheap" ends moves with training. So the
+costs of all current pseudo-boxes are modelled by two Gaussians, and the threshold is read off the cheaper one. What
+is mined here feeds the query consistency only; class and box losses keep the score cut (paper, ablation; released
+code: dino_detr_ssod.py:332-353).
 
-Differences from the released code: costs of one step on one machine are few, so a short memory of past costs can join them.
+Differences from the released code: costs of one step on one machine are few, so a short memory of past costs can join
+them.
 """
 
 import warnings
@@ -18,7 +21,10 @@ from semidetr_lite.matching import hungarian
 
 
 def fit_mixture(costs: np.ndarray) -> GaussianMixture:
-    """Two Gaussians over costs (N,), N >= 2, started at the cheapest and the dearest (released code: dino_detr_ssod.py:832-872)."""
+    """Two Gaussians over costs (N,), N >= 2, started at the cheapest and the dearest.
+
+    Released code: dino_detr_ssod.py:832-872.
+    """
     mixture = GaussianMixture(
         n_components=2,
         covariance_type="diag",
@@ -39,7 +45,8 @@ def reliable_threshold(costs) -> float:
         costs: (N,) tensor or array of matching costs, lower is better; entries that are not finite are ignored.
 
     Returns:
-        The threshold; the only cost if N is 1, and 0 if N is 0 (paper section 3.4; released code: dino_detr_ssod.py:874-890).
+        The threshold; the only cost if N is 1, and 0 if N is 0 (paper section 3.4; released code:
+        dino_detr_ssod.py:874-890).
     """
     costs = np.asarray(costs.detach().cpu() if isinstance(costs, torch.Tensor) else costs, dtype=np.float64).reshape(-1)
     costs = costs[np.isfinite(costs)]
@@ -54,7 +61,10 @@ def reliable_threshold(costs) -> float:
 
 
 def matched_costs(costs: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """What each pseudo-box costs its Hungarian partner: costs (B, Q, T), valid (B, T) -> (B, T), nan where there is no partner."""
+    """What each pseudo-box costs its Hungarian partner.
+
+    Costs (B, Q, T), valid (B, T) -> (B, T), nan where there is no partner.
+    """
     matched = np.full(valid.shape, np.nan)
     for image in range(len(costs)):
         columns = np.flatnonzero(valid[image])

@@ -2,7 +2,8 @@
 
     teacher(weak view) -> boxes over the score cut -> the strong view by matrix -> targets of student(strong view)
 
-This is the plain method of the comparison: one-to-one matching, no consistency, no mining ("DINO SSOD" in the paper's tables).
+This is the plain method of the comparison: one-to-one matching, no consistency, no mining ("DINO SSOD" in the paper's
+tables).
 
 Differences from the released code: buffers are averaged too, and the teacher stays in eval mode.
 """
@@ -25,14 +26,23 @@ LABELLED, UNLABELLED = range(2)  # separate streams of random numbers
 
 
 def ema_momentum(step: int, ceiling: float = 0.999) -> float:
-    """How much of itself the teacher keeps before iteration `step`: min(ceiling, 1 - 1 / (step + 1)) (released code: mean_teacher.py:37-50)."""
+    """How much of itself the teacher keeps before iteration `step`.
+
+    min(ceiling, 1 - 1 / (step + 1)) (released code: mean_teacher.py:37-50).
+    """
     return min(ceiling, 1 - 1 / (step + 1))
 
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, for parameters and floating-point buffers; other buffers are copied."""
-    ours, theirs = (list(module.parameters()) + [b for b in module.buffers() if b.is_floating_point()] for module in (teacher, student))
+    """teacher <- momentum * teacher + (1 - momentum) * student, for parameters and floating-point buffers.
+
+    Other buffers are copied.
+    """
+    ours, theirs = (
+        list(module.parameters()) + [b for b in module.buffers() if b.is_floating_point()]
+        for module in (teacher, student)
+    )
     torch._foreach_lerp_(ours, theirs, 1 - momentum)
     for buffer, source in zip(teacher.buffers(), student.buffers(), strict=True):
         if not buffer.is_floating_point():
@@ -49,7 +59,9 @@ class Averaged(nn.Module):
         weights: of the losses.
     """
 
-    def __init__(self, student: Detector, ema_ceiling: float = 0.999, seed: int = 0, weights: LossWeights = LossWeights()):
+    def __init__(
+        self, student: Detector, ema_ceiling: float = 0.999, seed: int = 0, weights: LossWeights = LossWeights()
+    ):
         super().__init__()
         self.student, self.teacher = student, copy.deepcopy(student).requires_grad_(False).eval()
         self.ema_ceiling, self.seed, self.weights = ema_ceiling, seed, weights
@@ -69,7 +81,10 @@ class Averaged(nn.Module):
         return [np.random.default_rng([self.seed, 7, stream, step, position]) for position in range(count)]
 
     def denoise(self, memory: Memory, outputs: dict, targets: PaddedTargets, step: int, stream: int) -> dict:
-        """Denoising losses of a batch, {} if it holds no box. The questions are decoded against the kept matching queries."""
+        """Denoising losses of a batch, {} if it holds no box.
+
+        The questions are decoded against the kept matching queries.
+        """
         made = self.student.denoising(*targets, self.rngs(step, stream, len(targets.labels)))
         if made is None:
             return {}
@@ -102,10 +117,13 @@ class PseudoBoxes(NamedTuple):
 def pseudo_boxes(outputs: dict, sizes: torch.Tensor, most: int, nms: float) -> PseudoBoxes:
     """Teacher's outputs -> its at most `most` best boxes after class-wise suppression, scores over 0.01.
 
-    sizes: (B, 2) of the weak views. In both stages suppressed at IoU `nms` (released code: dino_detr_ssod_head.py:1371-1395).
+    sizes: (B, 2) of the weak views. In both stages suppressed at IoU `nms` (released code:
+        dino_detr_ssod_head.py:1371-1395).
     """
     boxes, scores, labels, valid = best_boxes(outputs, sizes, 3 * most, 0.01, nms)
-    first = valid.long().sort(dim=1, descending=True, stable=True).indices[:, :most]  # valid ones to the front, still by score
+    first = (
+        valid.long().sort(dim=1, descending=True, stable=True).indices[:, :most]
+    )  # valid ones to the front, still by score
     boxes = boxes.gather(1, first[..., None].expand(-1, -1, 4))
     return PseudoBoxes(boxes, scores.gather(1, first), labels.gather(1, first), valid.gather(1, first))
 
@@ -126,13 +144,23 @@ class MeanTeacher(Averaged):
         nms: IoU of the suppression of pseudo-boxes.
     """
 
-    def __init__(self, student: Detector, score_cut: float = 0.4, unlabelled_weight: float = 4.0, most: int = 100, nms: float = 0.6, **shared):
+    def __init__(
+        self,
+        student: Detector,
+        score_cut: float = 0.4,
+        unlabelled_weight: float = 4.0,
+        most: int = 100,
+        nms: float = 0.6,
+        **shared,
+    ):
         super().__init__(student, **shared)
         self.score_cut, self.unlabelled_weight, self.most, self.nms = score_cut, unlabelled_weight, most, nms
 
     def forward(self, batch: dict, step: int) -> dict[str, torch.Tensor]:
         """A batch with "labelled", "weak" and "strong" -> weighted losses."""
-        (images, truths), (weak_images, weak), (strong_images, strong) = (batch[key] for key in ("labelled", "weak", "strong"))
+        (images, truths), (weak_images, weak), (strong_images, strong) = (
+            batch[key] for key in ("labelled", "weak", "strong")
+        )
         device = next(self.parameters()).device
         with torch.no_grad():
             pseudo = pseudo_boxes(self.teacher(weak_images), target_sizes(weak), self.most, self.nms)
@@ -152,7 +180,14 @@ class MeanTeacher(Averaged):
             ("pseudo", slice(len(images), None), UNLABELLED, self.unlabelled_weight),
         ):
             here = trimmed(PaddedTargets(*(entry[rows] for entry in targets)), valid[rows])
-            found = detection_loss(layers.rows(rows), here.targets, "one_to_one", costs[:, rows][..., here.columns], here.valid, weights=self.weights)
+            found = detection_loss(
+                layers.rows(rows),
+                here.targets,
+                "one_to_one",
+                costs[:, rows][..., here.columns],
+                here.valid,
+                weights=self.weights,
+            )
             losses |= named(name, found, weight)
             noise = self.denoise(memory.rows(rows), output_rows(outputs, rows), here.targets, step, stream)
             losses |= named(f"{name} denoising", noise, weight)

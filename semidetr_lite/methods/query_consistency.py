@@ -1,14 +1,16 @@
-"""Cross-view query consistency (CQC, paper section 3.3): the same object, asked for in two views, should get the same answer.
+"""Cross-view query consistency (CQC, paper section 3.3): the same object, asked for in two views, should get the same
+answer.
 
-Matching queries of student and teacher do not correspond, so extra queries are made that do: the content of each comes from the teacher's features of a pseudo-box
-(RoIAlign and a small network), its position is that box in the view at hand. Both decoders see the same content, and after every layer their
-normalised embeddings are pulled together:
+Matching queries of student and teacher do not correspond, so extra queries are made that do: the content of each
+comes from the teacher's features of a pseudo-box (RoIAlign and a small network), its position is that box in the view
+at hand. Both decoders see the same content, and after every layer their normalised embeddings are pulled together:
 
     L = weight * sum over layers of mean (h_student / |h_student| - h_teacher / |h_teacher|)^2
 
-Differences from the paper: both decoders get the teacher's content, and all layers are compared (as in the released code). From the released code: the projector uses
-GroupNorm and LayerNorm instead of live batch statistics, filled-up slots are left out of the mean (there they are averaged in, at
-quadratic memory), and one copy of the queries is decoded instead of five equal ones.
+Differences from the paper: both decoders get the teacher's content, and all layers are compared (as in the released
+code). From the released code: the projector uses GroupNorm and LayerNorm instead of live batch statistics, filled-up
+slots are left out of the mean (there they are averaged in, at quadratic memory), and one copy of the queries is
+decoded instead of five equal ones.
 """
 
 import math
@@ -35,13 +37,29 @@ class Projector(nn.Module):
         convs = [
             part
             for _ in range(2)
-            for part in (nn.Conv2d(dim, dim, 3, padding=1, bias=False), nn.GroupNorm(groups, dim), nn.ReLU(inplace=True))
+            for part in (
+                nn.Conv2d(dim, dim, 3, padding=1, bias=False),
+                nn.GroupNorm(groups, dim),
+                nn.ReLU(inplace=True),
+            )
         ]
         self.layers = nn.Sequential(
-            *convs, nn.Flatten(), nn.Linear(dim * side * side, hidden), nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, dim), nn.ReLU()
+            *convs,
+            nn.Flatten(),
+            nn.Linear(dim * side * side, hidden),
+            nn.LayerNorm(hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, dim),
+            nn.ReLU(),
         )
 
-    def forward(self, features: list[torch.Tensor], strides: list[tuple[float, float]], images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        features: list[torch.Tensor],
+        strides: list[tuple[float, float]],
+        images: torch.Tensor,
+        boxes: torch.Tensor,
+    ) -> torch.Tensor:
         """Features are not trained through this.
 
         Args:

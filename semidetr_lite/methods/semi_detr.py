@@ -1,17 +1,20 @@
-"""Semi-DETR (Zhang et al., CVPR 2023): stage-wise hybrid matching + cross-view query consistency + cost-based pseudo-label mining.
+"""Semi-DETR (Zhang et al., CVPR 2023): stage-wise hybrid matching + cross-view query consistency + cost-based pseudo-
+label mining.
 
 One step, in the paper's words:
 
     teacher(weak view)  -> pseudo-boxes                                                             (section 3.1)
-    student(labelled + strong views): one-to-many matching up to step `one_to_many_steps`, one-to-one after  (SHM, section 3.2)
-    pseudo-boxes the student finds cheap are mined by a mixture over matching costs                  (CPM, section 3.4)
-    confident and mined boxes ask both decoders the same question, the answers should agree          (CQC, section 3.3)
+    student(labelled + strong views): one-to-many matching up to step `one_to_many_steps`, one-to-one after  (SHM,
+    section 3.2) pseudo-boxes the student finds cheap are mined by a mixture over matching costs
+    (CPM, section 3.4) confident and mined boxes ask both decoders the same question, the answers should agree
+    (CQC, section 3.3)
 
-Targets of the class and box losses are the boxes over the score cut alone; mined ones feed the consistency only. The backbone and encoder run once per image and
+Targets of the class and box losses are the boxes over the score cut alone; mined ones feed the consistency only. The
+backbone and encoder run once per image and
 network: matching queries never see the extra queries, so those are decoded afterwards against what was kept.
 
-Differences from the paper: consistency in stage one only (as in the released code, dino_detr_ssod.py:469). From the released code: boxes that leave the
-strong view are dropped, and a memory of past costs joins the mixture.
+Differences from the paper: consistency in stage one only (as in the released code, dino_detr_ssod.py:469). From the
+released code: boxes that leave the strong view are dropped, and a memory of past costs joins the mixture.
 """
 
 import numpy as np
@@ -82,7 +85,9 @@ class SemiDETR(Averaged):
 
     def forward(self, batch: dict, step: int) -> dict[str, torch.Tensor]:
         """A batch with "labelled", "weak" and "strong" -> weighted losses."""
-        (images, truths), (weak_images, weak), (strong_images, strong) = (batch[key] for key in ("labelled", "weak", "strong"))
+        (images, truths), (weak_images, weak), (strong_images, strong) = (
+            batch[key] for key in ("labelled", "weak", "strong")
+        )
         stage, device = self.stage(step), next(self.parameters()).device
         with torch.no_grad():
             teacher_memory = self.teacher.encode(weak_images)
@@ -99,11 +104,18 @@ class SemiDETR(Averaged):
         found = self.decide(layers.rows(labelled), targets, layers.rows(unlabelled), carried, pseudo.scores, stage)
 
         losses = {}
-        for name, rows, boxes, weight in (("labelled", labelled, targets, 1.0), ("pseudo", unlabelled, carried, self.unlabelled_weight)):
-            here = trimmed(boxes._replace(valid=torch.from_numpy(found[name]["valid"]).to(device)), found[name]["valid"])
+        for name, rows, boxes, weight in (
+            ("labelled", labelled, targets, 1.0),
+            ("pseudo", unlabelled, carried, self.unlabelled_weight),
+        ):
+            here = trimmed(
+                boxes._replace(valid=torch.from_numpy(found[name]["valid"]).to(device)), found[name]["valid"]
+            )
             costs = found[name]["costs"]
             costs = None if costs is None else costs[..., here.columns]
-            part = detection_loss(layers.rows(rows), here.targets, stage, costs, here.valid, self.candidates, self.weights)
+            part = detection_loss(
+                layers.rows(rows), here.targets, stage, costs, here.valid, self.candidates, self.weights
+            )
             losses |= named(name, part, weight)
             if name == "labelled" or stage == "one_to_one":
                 stream = LABELLED if name == "labelled" else UNLABELLED
@@ -115,10 +127,17 @@ class SemiDETR(Averaged):
             losses["consistency"] = self.unlabelled_weight * self.consistency_weight * loss
         return losses
 
-    def decide(self, labelled: Layers, targets: PaddedTargets, unlabelled: Layers, carried: PaddedTargets, scores, stage: str) -> dict:
-        """Everything that is decided on the host, after the step's one transfer: which pseudo-boxes are targets, which are mined, and the costs of one-to-one matching."""
+    def decide(
+        self, labelled: Layers, targets: PaddedTargets, unlabelled: Layers, carried: PaddedTargets, scores, stage: str
+    ) -> dict:
+        """Everything that is decided on the host, after the step's one transfer.
+
+        Which pseudo-boxes are targets, which are mined, and the costs of one-to-one matching.
+        """
         last = -2 if unlabelled.encoder else -1  # the decoder's last layer
-        prices = batched_cost(unlabelled.logits[last].detach(), unlabelled.boxes[last].detach(), carried.boxes, carried.labels)
+        prices = batched_cost(
+            unlabelled.logits[last].detach(), unlabelled.boxes[last].detach(), carried.boxes, carried.labels
+        )
         further = [layer_costs(labelled, targets), layer_costs(unlabelled, carried)] if stage == "one_to_one" else []
         prices, scores, valid, truth_valid, past, *costs = one_transfer(
             prices, scores, carried.valid, targets.valid, self.past_costs, *further
@@ -140,10 +159,20 @@ class SemiDETR(Averaged):
             "asked": confident | mined,
         }
 
-    def consistency(self, student: tuple[Memory, dict], teacher: tuple[Memory, dict], pseudo: PseudoBoxes, carried: PaddedTargets, weak, asked) -> torch.Tensor:
+    def consistency(
+        self,
+        student: tuple[Memory, dict],
+        teacher: tuple[Memory, dict],
+        pseudo: PseudoBoxes,
+        carried: PaddedTargets,
+        weak,
+        asked,
+    ) -> torch.Tensor:
         """The consistency loss over the boxes `asked` (B, K) bool, on the host."""
         if not asked.any():
-            return sum(parameter.sum() * 0.0 for parameter in self.projector.parameters())  # every process has a gradient
+            return sum(
+                parameter.sum() * 0.0 for parameter in self.projector.parameters()
+            )  # every process has a gradient
         device = carried.boxes.device
         rows, columns = np.nonzero(asked)
         places = np.concatenate([np.arange(count) for count in asked.sum(1)])
@@ -154,7 +183,9 @@ class SemiDETR(Averaged):
         strides = [(height / level.shape[-2], width / level.shape[-1]) for level in features]
         contents = self.projector(features, strides, rows, pseudo.boxes[rows, columns])
         shape = (len(asked), int(asked.sum(1).max()))
-        valid = torch.zeros(shape, dtype=torch.bool, device=device).index_put((rows, places), torch.tensor(True, device=device))
+        valid = torch.zeros(shape, dtype=torch.bool, device=device).index_put(
+            (rows, places), torch.tensor(True, device=device)
+        )
         content = contents.new_zeros(*shape, contents.shape[1]).index_put((rows, places), contents)
 
         def group(boxes):
@@ -169,9 +200,14 @@ class SemiDETR(Averaged):
 
 
 def above_mean_and_deviation(pseudo: PseudoBoxes) -> torch.Tensor:
-    """(B, K) bool: boxes scored at least the mean plus one deviation of their image's scores (released code: dino_detr_ssod.py:918-939)."""
+    """(B, K) bool: boxes scored at least the mean plus one deviation of their image's scores.
+
+    Released code: dino_detr_ssod.py:918-939.
+    """
     count = pseudo.valid.sum(1, keepdim=True)
     scores = torch.where(pseudo.valid, pseudo.scores, 0.0)
     mean = scores.sum(1, keepdim=True) / count.clamp(min=1)
-    spread = (torch.where(pseudo.valid, scores - mean, 0.0).square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    spread = (
+        torch.where(pseudo.valid, scores - mean, 0.0).square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
+    ).sqrt()
     return pseudo.valid & (pseudo.scores >= mean + spread)

@@ -1,4 +1,7 @@
-"""Supervised training: labelled images only. Its average is kept too, so that it is measured like the semi-supervised methods and can start them."""
+"""Supervised training: labelled images only.
+
+Its average is kept too, so that it is measured like the semi-supervised methods and can start them.
+"""
 
 import torch
 

@@ -1,6 +1,7 @@
 """Files of a run: written whole or not at all, read without running anything in them.
 
-Weights are safetensors with what is needed to build the detector in their header; `last.pt` holds everything a resume needs.
+Weights are safetensors with what is needed to build the detector in their header; `last.pt` holds everything a resume
+needs.
 """
 
 import json
@@ -18,7 +19,10 @@ from semidetr_lite.training.presets import make_detector
 
 
 def write_whole(path: Path, write) -> None:
-    """Let `write(temporary path)` make a file, then put it in place of `path` at once. A full disk leaves the old file as it was."""
+    """Let `write(temporary path)` make a file, then put it in place of `path` at once.
+
+    A full disk leaves the old file as it was.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{random.randrange(10**6)}.part")
     try:
@@ -28,14 +32,22 @@ def write_whole(path: Path, write) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as problem:
         reason = str(problem).splitlines()[0]
-        raise UserError(f"{path}: cannot be written ({reason}); free some space or choose another --out, then use --resume") from None
+        raise UserError(
+            f"{path}: cannot be written ({reason}); free some space or choose another --out, then use --resume"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def save_weights(path: Path, detector: Detector, name: str, arguments: dict, categories: list[dict]) -> None:
     """A detector as safetensors, with its name, arguments, categories and suppression in the header."""
-    header = {"detector": name, "arguments": arguments, "categories": categories, "nms": detector.nms, "test_size": detector.test_size}
+    header = {
+        "detector": name,
+        "arguments": arguments,
+        "categories": categories,
+        "nms": detector.nms,
+        "test_size": detector.test_size,
+    }
     tensors = {key: value.detach().cpu().contiguous() for key, value in detector.state_dict().items()}
     write_whole(path, lambda where: save_file(tensors, where, {"semidetr_lite": json.dumps(header)}))
 
@@ -75,7 +87,9 @@ def load_detector(path, weights: str = "teacher") -> Detector:
 def fill(module: torch.nn.Module, tensors: dict, file: Path) -> None:
     """Load a state dict, whole; one line if it belongs to another model."""
     own = module.state_dict()
-    wrong = [key for key in own if key not in tensors or tensors[key].shape != own[key].shape] + [key for key in tensors if key not in own]
+    wrong = [key for key in own if key not in tensors or tensors[key].shape != own[key].shape] + [
+        key for key in tensors if key not in own
+    ]
     if wrong:
         raise UserError(f"{file}: weights of another model ({len(wrong)} entries differ, first {wrong[0]!r})")
     module.load_state_dict(tensors)

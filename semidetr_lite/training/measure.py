@@ -5,9 +5,9 @@ import torch
 from semidetr_lite.data.splits import Dataset
 from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.evaluate import box_errors, evaluate
-from semidetr_lite.methods.cost_mining import matched_costs
-from semidetr_lite.methods.mean_teacher import MeanTeacher, PseudoBoxes, pseudo_boxes, target_sizes
 from semidetr_lite.matching import matching_cost
+from semidetr_lite.methods.cost_mining import matched_costs
+from semidetr_lite.methods.mean_teacher import MeanTeacher, PseudoBoxes, pseudo_boxes
 
 
 def measure(detector: Detector, dataset: Dataset, images: int | None = None) -> dict:
@@ -22,7 +22,9 @@ def measure(detector: Detector, dataset: Dataset, images: int | None = None) -> 
 @torch.no_grad()
 def plain_pseudo_boxes(method: MeanTeacher, images: list) -> PseudoBoxes:
     """The teacher's boxes on images as they are, all of one size."""
-    return pseudo_boxes(method.teacher(images), torch.tensor([image.shape[-2:] for image in images]), method.most, method.nms)
+    return pseudo_boxes(
+        method.teacher(images), torch.tensor([image.shape[-2:] for image in images]), method.most, method.nms
+    )
 
 
 def pseudo_quality(method: MeanTeacher, dataset: Dataset, images: int = 100) -> dict:
@@ -34,7 +36,11 @@ def pseudo_quality(method: MeanTeacher, dataset: Dataset, images: int = 100) -> 
             return {}
         pseudo = plain_pseudo_boxes(method, [image])
         keep = pseudo.valid[0] & (pseudo.scores[0] >= method.score_cut)
-        detection = {"boxes": pseudo.boxes[0][keep].cpu(), "labels": pseudo.labels[0][keep].cpu(), "scores": pseudo.scores[0][keep].cpu()}
+        detection = {
+            "boxes": pseudo.boxes[0][keep].cpu(),
+            "labels": pseudo.labels[0][keep].cpu(),
+            "scores": pseudo.scores[0][keep].cpu(),
+        }
         hits += len(box_errors(detection, target["truth"])["hits"])
         boxes, objects = boxes + int(keep.sum()), objects + len(target["truth"]["labels"])
     return {"pseudo_precision": round(hits / max(boxes, 1), 4), "pseudo_recall": round(hits / max(objects, 1), 4)}
@@ -42,7 +48,10 @@ def pseudo_quality(method: MeanTeacher, dataset: Dataset, images: int = 100) -> 
 
 @torch.no_grad()
 def watched_boxes(method: MeanTeacher, dataset: Dataset, step: int, images: int = 8) -> list[dict]:
-    """Lines of pseudo_boxes.jsonl: the teacher's boxes on a few fixed images, what the student would pay for each, and what becomes of them."""
+    """Lines of pseudo_boxes.jsonl.
+
+    The teacher's boxes on a few fixed images, what the student would pay for each, and what becomes of them.
+    """
     lines = []
     for index in range(min(images, len(dataset))):
         image, target = dataset[index]

@@ -1,6 +1,7 @@
 """Named recipes: everything a run needs to know beyond its data, its method and its seed.
 
-`digits` is scaled to 30 queries, small images and minutes on a laptop. The paper's constants belong to the COCO presets.
+`digits` is scaled to 30 queries, small images and minutes on a laptop. The paper's constants belong to the COCO
+presets.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ DETECTORS = {"dino": DINO}
 class Recipe:
     """A preset. Step counts are optimizer steps of one run."""
 
-    detector: dict  # keyword arguments of the detector
+    arguments: dict  # keyword arguments of the detector
     views: ViewSettings
     steps: int
     labelled: int = 16  # images a step
@@ -53,7 +54,7 @@ class Recipe:
 
 PRESETS = {
     "digits": Recipe(
-        detector={
+        arguments={
             "num_queries": 30,
             "dim": 64,
             "heads": 4,
@@ -68,7 +69,7 @@ PRESETS = {
         },
         views=ViewSettings(flip=False, zoom=(0.85, 1.18), shift=0.06, strong_rotation=8.0, strong_shear=8.0),
         steps=1000,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         backbone_factor=1.0,
         clip=1.0,
         warm_up=50,
@@ -84,7 +85,12 @@ PRESETS = {
         evaluate_images=150,
     ),
     "coco-10pct": Recipe(
-        detector={"num_queries": 900, "backbone": "resnet50", "backbone_weights": "IMAGENET1K_V1", "test_size": (800, 1333)},
+        arguments={
+            "num_queries": 900,
+            "backbone": "resnet50",
+            "backbone_weights": "IMAGENET1K_V1",
+            "test_size": (800, 1333),
+        },
         views=ViewSettings(short_sides=tuple(range(480, 801, 32))),
         steps=120_000,
         labelled=8,
@@ -99,13 +105,17 @@ def load_splits(config: dict) -> Splits:
     """The data of a run, from its config.json."""
     if config["data"] == "digits":
         return digits.load(config["percent"], config["fold"])
-    return coco.load(config["data"], config["images"], config["unlabelled"], config["percent"], config["fold"], config["validation"])
+    return coco.load(
+        config["data"], config["images"], config["unlabelled"], config["percent"], config["fold"], config["validation"]
+    )
 
 
 def make_recipe(config: dict) -> Recipe:
     """The recipe written in a config.json."""
     entries = dict(config["recipe"])
-    entries["views"] = ViewSettings(**{key: tuple(v) if isinstance(v, list) else v for key, v in entries["views"].items()})
+    entries["views"] = ViewSettings(
+        **{key: tuple(v) if isinstance(v, list) else v for key, v in entries["views"].items()}
+    )
     entries["weights"] = LossWeights(*entries["weights"])
     return Recipe(**entries)
 

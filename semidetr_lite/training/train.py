@@ -1,6 +1,8 @@
-"""The training loop: one for every method, since a method is `losses = method(batch, step)` and `method.after_step(step)`.
+"""The training loop: one for every method, since a method is `losses = method(batch, step)` and
+`method.after_step(step)`.
 
-    train(config, out)    config: see new_config; writes config.json, log.jsonl, pseudo_boxes.jsonl, last.pt, student.safetensors, teacher.safetensors
+    train(config, out)    config: see new_config; writes config.json, log.jsonl, pseudo_boxes.jsonl, last.pt,
+    student.safetensors, teacher.safetensors
 
 A run may start from another one (`burn_in`): it takes over weights, average and optimizer, and its step count goes on.
 """
@@ -24,7 +26,17 @@ from semidetr_lite.errors import UserError
 from semidetr_lite.methods.mean_teacher import Averaged
 from semidetr_lite.training.checkpoint import fill, load_state, save_weights, write_whole
 from semidetr_lite.training.measure import measure, pseudo_quality, watched_boxes
-from semidetr_lite.training.presets import DETECTORS, METHODS, PRESETS, Recipe, load_splits, make_detector, make_method, make_recipe, recipe_as_dict
+from semidetr_lite.training.presets import (
+    DETECTORS,
+    METHODS,
+    PRESETS,
+    Recipe,
+    load_splits,
+    make_detector,
+    make_method,
+    make_recipe,
+    recipe_as_dict,
+)
 
 
 def new_config(
@@ -43,7 +55,11 @@ def new_config(
     **changes,
 ) -> dict:
     """The settings of a run, complete, as they go to config.json. `changes` replace fields of the preset's Recipe."""
-    for kind, name, known in (("preset", preset, PRESETS), ("method", method, METHODS), ("detector", detector, DETECTORS)):
+    for kind, name, known in (
+        ("preset", preset, PRESETS),
+        ("method", method, METHODS),
+        ("detector", detector, DETECTORS),
+    ):
         if name not in known:
             raise UserError(f"no {kind} called {name!r}: choose from {', '.join(known)}")
     recipe = recipe_as_dict(PRESETS[preset])
@@ -55,16 +71,22 @@ def new_config(
     if steps < 1:
         raise UserError(f"steps must be at least 1, got {steps}")
     return {
-        "preset": preset, "method": method, "detector": detector, "data": data, "images": images, "unlabelled": unlabelled,
-        "validation": validation, "percent": percent, "fold": fold, "seed": seed, "steps": steps, "burn_in": burn_in,
-        "recipe": json.loads(json.dumps(recipe)), **_origin(),
+        "preset": preset, "method": method, "detector": detector, "data": data, "images": images, "unlabelled":
+        unlabelled, "validation": validation, "percent": percent, "fold": fold, "seed": seed, "steps": steps,
+        "burn_in": burn_in, "recipe": json.loads(json.dumps(recipe)), **_origin(),
     }  # fmt: skip
 
 
 def _origin() -> dict:
     """Where the numbers of this run come from."""
     try:
-        found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
         commit = found.stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
         commit = None
@@ -84,7 +106,15 @@ class Run:
         quiet: no progress bar, no lines.
     """
 
-    def __init__(self, config: dict, out, resume: bool = False, splits: Splits | None = None, workers: int = 1, quiet: bool = False):
+    def __init__(
+        self,
+        config: dict,
+        out,
+        resume: bool = False,
+        splits: Splits | None = None,
+        workers: int = 1,
+        quiet: bool = False,
+    ):
         self.out, self.workers, self.quiet = Path(out), workers, quiet
         state = load_state(self.out / "last.pt") if resume else None
         if state:
@@ -108,11 +138,13 @@ class Run:
             self.offset = start["offset"] + start["step"]
         elif state is not None:
             self.step, self.seconds, self.offset = state["step"], state["seconds"], state["offset"]
-        self.arguments = dict(self.recipe.detector)
+        self.arguments = dict(self.recipe.arguments)
         torch.manual_seed(config["seed"])
         arguments = {**self.arguments, "backbone_weights": None} if state or start else self.arguments
         student = make_detector(config["detector"], len(self.splits.categories), arguments)
-        self.method: Averaged = make_method(config["method"], student, self.recipe, config["steps"], self.offset, config["seed"]).to(self.device)
+        self.method: Averaged = make_method(
+            config["method"], student, self.recipe, config["steps"], self.offset, config["seed"]
+        ).to(self.device)
         self.method.train()
         self.optimizer = make_optimizer(self.method, self.recipe)
         if state:
@@ -122,7 +154,9 @@ class Run:
         elif start:
             file = Path(config["burn_in"]) / "last.pt"
             for part in ("student", "teacher"):
-                own = {key[len(part) + 1 :]: value for key, value in start["method"].items() if key.startswith(f"{part}.")}
+                own = {
+                    key[len(part) + 1 :]: value for key, value in start["method"].items() if key.startswith(f"{part}.")
+                }
                 fill(getattr(self.method, part), own, file)
 
     def go(self) -> dict:
@@ -130,14 +164,25 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         self._drop_later_lines()
         write_whole(self.out / "config.json", lambda where: where.write_text(json.dumps(self.config, indent=1)))
-        bar = tqdm(total=self.config["steps"], initial=self.step, disable=self.quiet, desc=self.config["method"], mininterval=2, dynamic_ncols=True)
+        bar = tqdm(
+            total=self.config["steps"],
+            initial=self.step,
+            disable=self.quiet,
+            desc=self.config["method"],
+            mininterval=2,
+            dynamic_ncols=True,
+        )
         began, line = time.perf_counter(), {}
         for batch in self._loader():
             losses = self.train_step(batch)
             self.step += 1
             bar.update()
             if self._due(self.recipe.log_every):
-                before, self.seconds, began = self.seconds, self.seconds + time.perf_counter() - began, time.perf_counter()
+                before, self.seconds, began = (
+                    self.seconds,
+                    self.seconds + time.perf_counter() - began,
+                    time.perf_counter(),
+                )
                 line = self._log(losses, self.seconds - before)
                 began = time.perf_counter()
         bar.close()
@@ -154,7 +199,9 @@ class Run:
         values = dict(zip(losses, torch.stack([loss.detach() for loss in losses.values()]).tolist(), strict=True))
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
-            raise UserError(f"loss {bad[0]!r} is {values[bad[0]]} at step {self.step}; the last good checkpoint is {self.last_good}")
+            raise UserError(
+                f"loss {bad[0]!r} is {values[bad[0]]} at step {self.step}; the last good checkpoint is {self.last_good}"
+            )
         total.backward()
         torch.nn.utils.clip_grad_norm_([p for p in self.method.parameters() if p.requires_grad], self.recipe.clip)
         self.optimizer.step()
@@ -166,7 +213,13 @@ class Run:
         unlabelled = 0 if self.config["method"] == "supervised" else self.recipe.unlabelled
         batches = Batches(self.splits, self.recipe.labelled, unlabelled, self.recipe.views, self.config["seed"])
         steps = range(self.offset + self.step, self.offset + self.config["steps"])
-        return torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, num_workers=self.workers, prefetch_factor=4 if self.workers else None)
+        return torch.utils.data.DataLoader(
+            batches,
+            batch_size=None,
+            sampler=steps,
+            num_workers=self.workers,
+            prefetch_factor=4 if self.workers else None,
+        )
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config["steps"]
@@ -200,17 +253,21 @@ class Run:
             line |= pseudo_quality(self.method, self.splits.unlabelled)
             self._append("pseudo_boxes.jsonl", watched_boxes(self.method, self.splits.unlabelled, self.step))
         if self.step == self.config["steps"]:
-            line["test"] = {part: measure(getattr(self.method, part), self.splits.test) for part in ("student", "teacher")}
+            line["test"] = {
+                part: measure(getattr(self.method, part), self.splits.test) for part in ("student", "teacher")
+            }
         return line
 
     def save(self) -> None:
         """Weights and everything a resume needs, each file whole or not at all."""
         for part in ("student", "teacher"):
             file = self.out / f"{part}.safetensors"
-            save_weights(file, getattr(self.method, part), self.config["detector"], self.arguments, self.splits.categories)
+            save_weights(
+                file, getattr(self.method, part), self.config["detector"], self.arguments, self.splits.categories
+            )
         state = {
-            "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step, "offset": self.offset,
-            "seconds": self.seconds, "nms": self.method.student.nms, "config": json.dumps(self.config),
+            "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step, "offset":
+            self.offset, "seconds": self.seconds, "nms": self.method.student.nms, "config": json.dumps(self.config),
         }  # fmt: skip
         write_whole(self.out / "last.pt", lambda where: torch.save(state, where))
         self.last_good = f"{self.out / 'last.pt'} (step {self.step})"
@@ -221,14 +278,20 @@ class Run:
             with open(self.out / name, "a") as file:
                 file.write(text)
         except OSError as problem:
-            raise UserError(f"{self.out / name}: cannot be written ({problem}); the last good checkpoint is {self.last_good}") from None
+            raise UserError(
+                f"{self.out / name}: cannot be written ({problem}); the last good checkpoint is {self.last_good}"
+            ) from None
 
     def _drop_later_lines(self) -> None:
         """Lines of steps after the checkpoint (or of a run that never saved) are written again; drop them."""
         for name in ("log.jsonl", "pseudo_boxes.jsonl"):
             file = self.out / name
             if file.exists():
-                kept = [line for line in file.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= self.step]
+                kept = [
+                    line
+                    for line in file.read_text().splitlines()
+                    if line.endswith("}") and json.loads(line)["step"] <= self.step
+                ]
                 write_whole(file, lambda where, kept=kept: where.write_text("".join(line + "\n" for line in kept)))
 
 
@@ -252,7 +315,10 @@ def make_optimizer(method: Averaged, recipe: Recipe) -> torch.optim.Optimizer:
     for name, parameter in method.named_parameters():
         if parameter.requires_grad:
             (backbone if ".backbone." in name else rest).append(parameter)
-    groups = [{"params": rest, "lr": recipe.learning_rate}, {"params": backbone, "lr": recipe.learning_rate * recipe.backbone_factor}]
+    groups = [
+        {"params": rest, "lr": recipe.learning_rate},
+        {"params": backbone, "lr": recipe.learning_rate * recipe.backbone_factor},
+    ]
     optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=True)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]

@@ -1,0 +1,168 @@
+"""The commands as a user types them: they work on COCO-format data, and bad input gets one line and status 2."""
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from semidetr_lite import cli
+from semidetr_lite.data import digits
+from semidetr_lite.training import presets
+from tests.test_train import SMALL
+
+FEW = {"train": 8, "tune": 3, "test": 3}
+
+
+def coco_folder(root, count=8, sizes=((40, 60), (64, 48))):
+    """Images of rectangles with two categories (ids 3 and 7), one crowd region, one image without boxes."""
+    rng = np.random.default_rng(0)
+    (root / "images").mkdir(parents=True)
+    for split, images in (("train", count), ("val", 3)):
+        document = {"images": [], "annotations": [], "categories": [{"id": 3, "name": "box"}, {"id": 7, "name": "bar"}]}
+        for number in range(images):
+            height, width = sizes[number % 2]
+            name = f"{split} {number}.png"
+            pixels = rng.integers(0, 99, (height, width, 3), dtype=np.uint8)
+            if number:
+                pixels[10:30, 8:28] = 250
+                row = {"image_id": number, "bbox": [8, 10, 20, 20], "area": 400, "iscrowd": int(number == 2), "category_id": 3 + 4 * (number % 2)}
+                document["annotations"].append({"id": number, **row})
+            document["images"].append({"id": number, "file_name": name, "height": height, "width": width})
+            Image.fromarray(pixels).save(root / "images" / name)
+        (root / f"instances_{split}.json").write_text(json.dumps(document))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    recipe = dataclasses.replace(presets.PRESETS["digits"], **SMALL, steps=2)
+    monkeypatch.setitem(presets.PRESETS, "digits", recipe)
+    monkeypatch.setattr(digits, "COUNTS", FEW)
+
+
+def run(monkeypatch, *words) -> int:
+    monkeypatch.setattr(sys, "argv", ["semidetr", *map(str, words)])
+    return cli.main()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run on COCO-format data with a folder of unlabelled images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(presets.PRESETS, "digits", dataclasses.replace(presets.PRESETS["digits"], **SMALL, steps=2))
+        root = tmp_path_factory.mktemp("trained")
+        data = coco_folder(root / "data")
+        coco_folder(root / "more", 4)
+        words = ["--data", data, "--unlabelled", root / "more/images", "--percent", 100, "--out", root / "run", "--workers", 0]
+        assert run(patch, "train", *words) == 0
+    return root
+
+
+def test_demo_trains_both_prints_the_table_and_writes_the_page(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cli, "ARMS", {name: (method, start, 2) for name, (method, start, _) in cli.ARMS.items()})
+    assert run(monkeypatch, "demo", "--out", tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "supervised" in printed and "semi-detr" in printed and "AP50" in printed
+    assert "<html" in (tmp_path / "report.html").read_text()
+    before = (tmp_path / "semi-detr/student.safetensors").stat().st_mtime_ns
+    assert run(monkeypatch, "demo", "--out", tmp_path) == 0  # finished runs are not run again
+    assert (tmp_path / "semi-detr/student.safetensors").stat().st_mtime_ns == before
+
+
+def test_training_on_coco_data_keeps_its_categories(trained):
+    config = json.loads((trained / "run/config.json").read_text())
+    assert config["categories"] == [{"id": 3, "name": "box"}, {"id": 7, "name": "bar"}]
+    lines = [json.loads(line) for line in (trained / "run/pseudo_boxes.jsonl").read_text().splitlines()]
+    assert lines and all(line["step"] == 2 for line in lines)
+
+
+def test_predict_writes_pictures_and_coco_json(monkeypatch, trained, tmp_path, capsys):
+    words = ["predict", trained / "run", trained / "data/images", trained / "more/images/train 0.png", "--out", tmp_path, "--score", 0]
+    assert run(monkeypatch, *words) == 0
+    rows = json.loads((tmp_path / "detections.json").read_text())
+    listed = json.loads((tmp_path / "images.json").read_text())["images"]
+    assert len(listed) == 12 and {row["category_id"] for row in rows} <= {3, 7} and len(rows[0]["bbox"]) == 4
+    pictures = list(tmp_path.glob("*.png"))
+    assert len(pictures) == 12 and Image.open(pictures[0]).size[0] > 50
+
+
+def test_evaluate_measures_runs_and_json_files(monkeypatch, trained, tmp_path, capsys):
+    assert run(monkeypatch, "evaluate", trained / "run", "--weights", "student") == 0
+    assert "AP_small" in capsys.readouterr().out
+    truth = trained / "data/instances_val.json"
+    rows = [{**a, "score": 1.0} for a in json.loads(truth.read_text())["annotations"] if not a["iscrowd"]]
+    (tmp_path / "found.json").write_text(json.dumps(rows))
+    assert run(monkeypatch, "evaluate", "--truth", truth, "--detections", tmp_path / "found.json") == 0
+    assert "AP         1.0000000000" in capsys.readouterr().out
+
+
+def test_compare_writes_a_page(monkeypatch, trained, tmp_path):
+    assert run(monkeypatch, "compare", trained / "run", trained / "run", "--out", tmp_path, "--images", 2) == 0
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+
+
+def broken(root, kind):
+    """The same data with one thing wrong; returns further words for the command line and what the line must name."""
+    data = coco_folder(root / "data")
+    file = data / "instances_train.json"
+    document = json.loads(file.read_text())
+    out = ["--out", root / "run", "--workers", 0]
+    if kind == "malformed json":
+        file.write_text("{")
+    elif kind == "missing json":
+        return ["--data", root / "none.json", *out], "none.json"
+    elif kind == "label not in categories":
+        document["annotations"][1]["category_id"] = 99
+    elif kind == "zero size box":
+        document["annotations"][1]["bbox"] = [5, 5, 0, 3]
+    elif kind == "box outside":
+        document["annotations"][1]["bbox"] = [500, 500, 9, 9]
+    elif kind == "unreadable image":
+        for number in range(8):
+            (data / f"images/train {number}.png").write_bytes(b"no picture")
+        return ["--data", data, *out], ".png"
+    elif kind == "empty unlabelled folder":
+        (root / "empty").mkdir()
+        return ["--data", data, "--unlabelled", root / "empty", *out], "empty"
+    elif kind == "no such burn-in":
+        return ["--data", data, "--burn-in", root / "nowhere", *out], "nowhere"
+    elif kind == "nothing to resume":
+        return ["--data", data, "--resume", *out], "last.pt"
+    if kind in ("label not in categories", "zero size box", "box outside"):
+        file.write_text(json.dumps(document))
+    return ["--data", data, *out], "instances_train.json" if "json" not in kind or kind == "malformed json" else ""
+
+
+KINDS = [
+    "malformed json", "missing json", "label not in categories", "zero size box", "box outside", "unreadable image",
+    "empty unlabelled folder", "no such burn-in", "nothing to resume",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_input_gets_one_line_and_status_2(monkeypatch, tmp_path, capsys, kind, workers):
+    if workers and kind != "unreadable image":
+        pytest.skip("only reading images happens in a worker")
+    words, named = broken(tmp_path, kind)
+    words[-1] = workers
+    assert run(monkeypatch, "train", *words) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1 and named in error[0]
+
+
+def test_a_detector_is_not_loaded_from_another_programs_file(monkeypatch, tmp_path, capsys):
+    torch.save({"a": 1}, tmp_path / "x.safetensors")
+    assert run(monkeypatch, "predict", tmp_path / "x.safetensors", tmp_path, "--out", tmp_path) == 2
+    assert "x.safetensors: not a weights file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+def test_help_is_there(monkeypatch, capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *[command] * bool(command), "--help")
+    assert stop.value.code == 0 and "usage: semidetr" in capsys.readouterr().out

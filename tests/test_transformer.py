@@ -1,0 +1,93 @@
+"""Positions by loops, and what the parts that all detectors share promise."""
+
+import math
+
+import pytest
+import torch
+
+from semidetr_lite.detectors.transformer import (
+    MLP,
+    Memory,
+    QuerySelfAttention,
+    map_positions,
+    output_rows,
+    sine_positions,
+)
+
+
+def sine_by_loop(value: float, dim: int, temperature: float) -> list[float]:
+    row = []
+    for pair in range(dim // 2):
+        angle = 2 * math.pi * value / temperature ** (2 * pair / dim)
+        row += [math.sin(angle), math.cos(angle)]
+    return row
+
+
+@pytest.mark.parametrize("temperature", [20.0, 10000.0])
+def test_sine_positions_equal_a_loop(temperature):
+    coordinates = torch.rand(3, 4)
+    found = sine_positions(coordinates, 8, temperature)
+    assert found.shape == (3, 32)
+    for row in range(3):
+        expected = [entry for value in coordinates[row].tolist() for entry in sine_by_loop(value, 8, temperature)]
+        assert torch.allclose(found[row], torch.tensor(expected), atol=1e-5)
+
+
+def test_map_positions_count_the_cells_of_the_image_only():
+    mask = torch.zeros(2, 4, 6, dtype=torch.bool)
+    mask[1, 3:], mask[1, :, 4:] = True, True  # the second image has 3 x 4 cells
+    found = map_positions(mask, 16)
+    assert found.shape == (2, 4, 6, 16)
+    for image, (height, width) in enumerate([(4, 6), (3, 4)]):
+        for i in range(height):
+            for j in range(width):
+                expected = sine_by_loop((i + 1) / height, 8, 20.0) + sine_by_loop((j + 1) / width, 8, 20.0)
+                assert torch.allclose(found[image, i, j], torch.tensor(expected), atol=1e-4)
+    assert found.isfinite().all()
+    alone = map_positions(torch.zeros(1, 3, 4, dtype=torch.bool), 16)
+    assert torch.allclose(found[1, :3, :4], alone[0], atol=1e-5)
+
+
+def test_mlp_has_its_layers_and_no_relu_at_the_end():
+    mlp = MLP(3, 8, 5, 3)
+    assert [tuple(part.weight.shape) for part in mlp if isinstance(part, torch.nn.Linear)] == [(8, 3), (8, 8), (5, 8)]
+    assert (mlp(torch.randn(50, 3)) < 0).any()
+
+
+def test_self_attention_lets_positions_into_keys_and_queries_only():
+    attention = QuerySelfAttention(8, 2)
+    content = torch.ones(1, 5, 8)  # all values alike: whatever is looked at, the answer is the same
+    assert torch.allclose(attention(content, torch.randn(1, 5, 8)), attention(content, torch.randn(1, 5, 8)), atol=1e-6)
+    different = torch.randn(1, 5, 8)
+    assert not torch.allclose(
+        attention(different, torch.randn(1, 5, 8)), attention(different, torch.randn(1, 5, 8)), atol=1e-3
+    )
+
+
+def test_self_attention_with_context_equals_the_part_that_asks():
+    attention, content, positions = QuerySelfAttention(8, 2), torch.randn(2, 7, 8), torch.randn(2, 7, 8)
+    whole = attention(content, positions)
+    part = attention(content[:, :3], positions[:, :3], context=(content[:, 3:], positions[:, 3:]))
+    assert torch.allclose(whole[:, :3], part, atol=1e-5)
+
+
+def test_rows_of_a_memory_and_of_outputs():
+    layer = {"pred_logits": torch.randn(4, 3, 2), "pred_boxes": torch.rand(4, 3, 4), "queries": torch.randn(4, 3, 8)}
+    memory = Memory(
+        torch.randn(4, 6, 8), torch.rand(4, 6) > 0.5, [(2, 3)], torch.rand(4, 1, 2), [torch.randn(4, 8, 2, 3)], layer
+    )
+    rows = slice(1, 3)
+    part = memory.rows(rows)
+    assert torch.equal(part.tokens, memory.tokens[1:3]) and torch.equal(part.mask, memory.mask[1:3])
+    assert part.shapes == [(2, 3)] and torch.equal(part.features[0], memory.features[0][1:3])
+    assert torch.equal(part.valid_ratios, memory.valid_ratios[1:3])
+    assert torch.equal(part.proposals["queries"], layer["queries"][1:3])
+    bare = memory._replace(mask=None, proposals=None).rows(rows)
+    assert bare.mask is None and bare.proposals is None
+
+    context = [(torch.randn(4, 3, 8), torch.randn(4, 3, 8))]
+    outputs = {**layer, "aux_outputs": [layer], "encoder": layer, "groups": [layer], "context": context}
+    part = output_rows(outputs, rows)
+    for found in (part, part["aux_outputs"][0], part["encoder"]):
+        assert all(torch.equal(found[key], layer[key][1:3]) for key in layer)
+    assert torch.equal(part["context"][0][1], context[0][1][1:3]) and "groups" not in part
