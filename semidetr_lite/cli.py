@@ -27,9 +27,9 @@ Weights = Literal["student", "teacher"]
 # name: (method, run it goes on from, steps). The control's steps take as long as those of Semi-DETR.
 ARMS = {
     "supervised": ("supervised", None, 1000),
-    "semi-detr": ("semi-detr", "supervised", 600),
-    "control": ("supervised", "supervised", 1400),
-    "mean-teacher": ("mean-teacher", "supervised", 600),
+    "semi-detr": ("semi-detr", "supervised", 500),
+    "control": ("supervised", "supervised", 1250),
+    "mean-teacher": ("mean-teacher", "supervised", 500),
 }
 
 

@@ -14,7 +14,7 @@ from semidetr_lite.errors import UserError
 TEN_SCENES = [("train", 0), ("train", 1), ("train", 2), ("train", 1999), ("tune", 0), ("tune", 1), ("tune", 299)]
 TEN_SCENES += [("test", 0), ("test", 1), ("test", 499)]
 # Made in other processes than the one that compares.
-FROZEN = "e6da84a4061dbbf48cc5cbda8bba74436853fb816c0930d255ff0761c36b57b9"
+FROZEN = "9b68f80e703d7a30c7bfe9234a7fe6595cb9dd910187fcba43075d1fff67c32a"
 LABELLED_10_PERCENT = "fb2143de0f937f30a52bafdcb16fdf04eb2468019b79aa335b8f6ce7a8e198ed"
 
 
@@ -74,7 +74,8 @@ def used_by(split: str, monkeypatch, count: int = 60) -> tuple[set, set]:
     masks, labels, photos = digits._sources()
     coded = masks.copy()
     coded[:, 0, 0] = coded[:, -1, 0] = np.arange(len(masks)) * 1e-6  # in a corner, far below ink
-    columns = np.broadcast_to(np.arange(photos[0].shape[1], dtype=float)[None, :, None], photos[0].shape)
+    photo = np.full_like(photos[0], 1000.0)
+    photo[..., 0] = np.arange(photo.shape[1])  # the column, as a ratio that dimming leaves alone
     samples, seen = set(), set()
     shape, background = digits._shape, digits._background
 
@@ -84,10 +85,10 @@ def used_by(split: str, monkeypatch, count: int = 60) -> tuple[set, set]:
 
     def spy_background(*arguments):
         crop = background(*arguments)
-        seen.update(np.unique(crop).astype(int).tolist())
+        seen.update(np.rint(np.unique(crop[..., 0] / crop[..., 1] * 1000)).astype(int).tolist())
         return crop
 
-    monkeypatch.setattr(digits, "_sources", lambda: (coded, labels, [columns, columns]))
+    monkeypatch.setattr(digits, "_sources", lambda: (coded, labels, [photo, photo]))
     monkeypatch.setattr(digits, "_shape", spy_shape)
     monkeypatch.setattr(digits, "_background", spy_background)
     for index in range(count):
@@ -163,9 +164,9 @@ def test_digits_cover_at_most_a_quarter_of_a_neighbour_or_one_pair_half(scenes):
         assert max(covers, default=0) <= 0.5 + 1e-6
 
 
-def test_a_tenth_of_the_scenes_hold_a_crowded_pair(scenes):
+def test_some_scenes_hold_a_crowded_pair(scenes):
     crowded = sum(max(pair_covers(target["boxes"].numpy()), default=0) > 0.25 for _, target in scenes)
-    assert crowded / len(scenes) == pytest.approx(0.10, abs=0.035)  # two standard errors
+    assert 0.03 <= crowded / len(scenes) <= 0.13  # 8 %: a tenth of those with two digits or more
 
 
 def test_boxes_are_the_tight_hull_of_the_ink(monkeypatch):
@@ -186,7 +187,7 @@ def test_boxes_are_the_tight_hull_of_the_ink(monkeypatch):
         paste(rng, scene, shape, box, opacity)
 
     monkeypatch.setattr(digits, "_paste", spy)
-    monkeypatch.setattr(digits, "CONTRAST", -1.0)  # the first colour is taken, whatever lies under it
+    monkeypatch.setattr(digits, "CONTRAST", -1000.0)  # the first colour is taken, whatever lies under it
     monkeypatch.setattr(digits, "LOOK_ALIKES", 0.0)
     found = [digits.scene(index)[1]["boxes"] for index in range(40)]
     assert torch.cat(found).tolist() == hulls and len(hulls) > 80

@@ -12,7 +12,7 @@ from semidetr_lite import visualize
 from semidetr_lite.errors import UserError
 from semidetr_lite.visualize import RED, Picture, class_color, draw_boxes, png
 
-CATEGORIES = [{"id": 7 * label, "name": name} for label, name in enumerate(("cat", "dog", "$cow$"))]
+CATEGORIES = [{"id": 7 * label, "name": name} for label, name in enumerate(("cat", "dog", r"$\cow$"))]
 HIGH = torch.randint(0, 256, (3, 128, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 WIDE = HIGH.transpose(1, 2).float() / 255
 
@@ -77,7 +77,7 @@ def test_each_style_has_its_own_line(style, color, line):
 def test_a_prediction_carries_class_and_score_and_silences_the_truth():
     ax = axes()
     draw_boxes(ax, WIDE, target((5, 5, 20, 20), labels=[2], scores=[0.876]), TRUTH, CATEGORIES)
-    assert words(ax.figure) == ["$cow$ .88"]
+    assert words(ax.figure) == [r"$\cow$ .88"]
     assert styles(ax) == ["truth"] * 3 + ["prediction"]
     png(ax.figure)  # the dollar signs are text, not mathematics
 
@@ -85,7 +85,7 @@ def test_a_prediction_carries_class_and_score_and_silences_the_truth():
 def test_truth_alone_is_named():
     ax = axes()
     draw_boxes(ax, WIDE, None, TRUTH, CATEGORIES)
-    assert words(ax.figure) == ["cat", "dog", "$cow$"]
+    assert words(ax.figure) == ["cat", "dog", r"$\cow$"]
 
 
 @pytest.mark.parametrize("empty", [None, {}, target(), {"boxes": [], "labels": [], "scores": []}])
@@ -154,7 +154,7 @@ def test_hits_false_alarms_and_misses_are_told_apart():
     assert to_hex(missed.get_edgecolor()) == RED.lower() and missed.get_bbox().extents.tolist() == [50, 50, 80, 90]
     assert alarm.get_hatch() and not hit.get_hatch() and not missed.get_hatch()
     assert to_hex(hit.get_edgecolor()) == to_hex(class_color(0))
-    assert words(figure) == ["dog", "$cow$", "$cow$ .80", "dog .70", "cat .90"]
+    assert words(figure) == ["dog", r"$\cow$", r"$\cow$ .80", "dog .70", "cat .90"]
     assert ax.get_title(loc="left").replace("\u00a0", " ").replace("\n", " ") == "1 hit · 2 false alarms · 2 missed"
     assert len(figure.legends[0].get_texts()) == 3
 
@@ -196,7 +196,7 @@ def test_pseudo_boxes_are_kept_mined_or_dropped():
     kept, mined, dropped = drawn(ax)[3:6]
     assert [patch.get_linestyle() for patch in (kept, mined, dropped)] == ["-", "--", ":"]
     assert kept.get_linewidth() > mined.get_linewidth() > dropped.get_linewidth()
-    assert words(figure) == ["cat .90", "dog .30", "$cow$ .80"]
+    assert words(figure) == ["cat .90", "dog .30", r"$\cow$ .80"]
     title = ax.get_title(loc="left").replace("\u00a0", " ").replace("\n", " ")
     assert title == "step 400: 2 kept (1 right) · 1 mined · 1 dropped"
 
@@ -249,6 +249,11 @@ def test_curves_hold_student_and_teacher_of_each_run():
     )
     minutes = visualize.plot_curves({"mine": log(0.3)}, x="minutes").axes[0].lines[0]
     assert np.allclose(minutes.get_xdata(), [2, 4])
+
+
+def test_a_title_is_text_and_not_mathematics():
+    png(visualize.plot_curves({r"$\semi-detr$": log(0.3)}))
+    png(visualize.show_targets([HIGH], [TRUTH], CATEGORIES, titles=[r"$\one$"], title=r"$\all$"))
 
 
 def test_curves_without_an_evaluation():
@@ -307,7 +312,7 @@ def test_matching_draws_pairs_by_quality():
     pairs = [line for line in right.lines if len(line.get_xdata()) == 2]
     assert len(pairs) == 3 and pairs[0].get_linewidth() > pairs[1].get_linewidth()
     texts = [text.get_text() for text in right.texts]
-    assert "object 2: $cow$" in texts and "query 3  .40" in texts and "query 0" in texts
+    assert r"object 2: $\cow$" in texts and "query 3  .40" in texts and "query 0" in texts
     assert figure.texts[0].get_text() == "3 of 8 queries answer for 2 of 3 objects"
     png(visualize.plot_matching(WIDE, target(), boxes, [], [], torch.zeros(0)))
 
