@@ -1,8 +1,8 @@
-"""Deformable attention (Zhu et al., ICLR 2021): each query reads a few learned points around its reference instead of
-the whole image.
+"""Deformable attention (Zhu et al., ICLR 2021): a query reads a few learned points instead of the whole image.
 
-    output(q) = W_out * concat over heads of  sum over levels and points of  A(q, l, p) * V_l(reference(q) + offset(q,
-    l, p))
+    output(q) = W * concat over heads of  sum over l, p of  weight(q, l, p) * value_l(reference(q) + offset(q, l, p))
+
+with levels l and points p.
 
 Cost grows linearly with the number of tokens. The function below is pure PyTorch: one `grid_sample` a level, any
 device, no compiled operator.

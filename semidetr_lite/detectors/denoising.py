@@ -1,7 +1,7 @@
 """Contrastive denoising (DINO, section 3.3): easy questions whose answers are known, beside the matching queries.
 
 Every true box is asked for several times: once lightly shifted, with a label that may be wrong (answer: the box), and
-once shifted by more than half of its size (answer: nothing here). The questions form groups that neither see each
+once shifted further (answer: nothing here). The questions form groups that neither see each
 other nor are seen by the matching queries.
 """
 

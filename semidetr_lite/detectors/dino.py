@@ -1,8 +1,6 @@
-"""DINO (Zhang et al., ICLR 2023), 4-scale as Semi-DETR uses it: a deformable DETR whose queries start from the
-encoder's best tokens.
+"""DINO (Zhang et al., ICLR 2023), as Semi-DETR uses it: queries start from the encoder's best tokens.
 
     images -> backbone -> projected maps -> encoder -> tokens -> best Q tokens give boxes -> decoder refines them
-    layer by layer
 
 * Mixed query selection: a query's box comes from the encoder, its content is learned.
 * Look forward twice: the boxes of layer l are refined from those of layer l-1 with the gradient of both.
@@ -11,8 +9,8 @@ encoder's best tokens.
 `DINO(num_classes=80)` is the model of the paper; `DINO(num_classes=10, num_queries=30, dim=64, ..., backbone="tiny")`
 trains on a laptop.
 
-Differences from the released code: attention weights and class head of the encoder's proposals are as there; dropout
-(0 there) does not exist here.
+Differences from the released code: no dropout (0 there), and query positions come from the boxes in the image itself,
+not in the padded batch, so that they do not depend on the neighbours.
 """
 
 import math

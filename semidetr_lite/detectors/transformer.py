@@ -1,5 +1,4 @@
-"""What every detection transformer here shares: positions, small networks, one encoder and one decoder layer, and the
-two dicts of queries.
+"""What every detection transformer here shares: positions, small networks, the encoder's memory, query groups.
 
 Shapes: B images, Q queries, S tokens, D channels, L levels, M heads, P points. Batch first everywhere, no dropout (as
 in DINO).

@@ -1,20 +1,21 @@
-"""Semi-DETR (Zhang et al., CVPR 2023): stage-wise hybrid matching + cross-view query consistency + cost-based pseudo-
-label mining.
+"""Semi-DETR (Zhang et al., CVPR 2023): stage-wise matching, query consistency, cost-based pseudo-label mining.
 
 One step, in the paper's words:
 
-    teacher(weak view)  -> pseudo-boxes                                                             (section 3.1)
-    student(labelled + strong views): one-to-many matching up to step `one_to_many_steps`, one-to-one after  (SHM,
-    section 3.2) pseudo-boxes the student finds cheap are mined by a mixture over matching costs
-    (CPM, section 3.4) confident and mined boxes ask both decoders the same question, the answers should agree
-    (CQC, section 3.3)
+    teacher(weak view) gives pseudo-boxes                                                            (section 3.1)
+    student(labelled and strong views) is matched one-to-many up to step `one_to_many_steps`,
+        one-to-one after it                                                                     (SHM, section 3.2)
+    pseudo-boxes the student finds cheap are mined by a mixture over matching costs             (CPM, section 3.4)
+    confident and mined boxes ask both decoders the same question; the answers should agree     (CQC, section 3.3)
 
 Targets of the class and box losses are the boxes over the score cut alone; mined ones feed the consistency only. The
-backbone and encoder run once per image and
-network: matching queries never see the extra queries, so those are decoded afterwards against what was kept.
+backbone and encoder run once per image and network: matching queries never see the extra queries, so those are
+decoded afterwards against what was kept.
 
-Differences from the paper: consistency in stage one only (as in the released code, dino_detr_ssod.py:469). From the
-released code: boxes that leave the strong view are dropped, and a memory of past costs joins the mixture.
+Difference from the paper: consistency in stage one only (as in the released code, dino_detr_ssod.py:469).
+Differences from the released code: boxes that leave the strong view are dropped; a memory of past costs joins the
+mixture; and a box over the score cut is not dropped for lying under the mean plus one deviation of its image's
+scores (with few boxes in an image that bar is high).
 """
 
 import numpy as np
@@ -93,7 +94,8 @@ class SemiDETR(Averaged):
             teacher_memory = self.teacher.encode(weak_images)
             teacher_outputs = self.teacher.decode(teacher_memory)
             pseudo = pseudo_boxes(teacher_outputs, target_sizes(weak), self.most, self.nms)
-        pseudo = pseudo._replace(valid=pseudo.valid & above_mean_and_deviation(pseudo))
+        confident = pseudo.valid & (pseudo.scores >= self.score_cut)
+        pseudo = pseudo._replace(valid=confident | above_mean_and_deviation(pseudo))
         carried = pseudo.carried(weak, strong)
 
         memory = self.student.encode([*images, *strong_images])

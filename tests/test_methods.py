@@ -1,0 +1,646 @@
+"""One step of each method: what it may see, what it may move, what it costs, and its losses rebuilt by hand."""
+
+import copy
+import sys
+import traceback
+
+import numpy as np
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from semidetr_lite import losses as losses_module
+from semidetr_lite.boxes import to_model, to_pixels
+from semidetr_lite.data.views import map_boxes
+from semidetr_lite.detectors.backbone import Tiny
+from semidetr_lite.detectors.dino import DINO
+from semidetr_lite.losses import detection_loss, layer_costs, layer_loss, stack_layers
+from semidetr_lite.matching import matching_cost, one_to_one, pad_targets
+from semidetr_lite.methods.cost_mining import reliable_threshold
+from semidetr_lite.methods.mean_teacher import (
+    Averaged,
+    MeanTeacher,
+    PseudoBoxes,
+    ema_momentum,
+    ema_update,
+    one_transfer,
+    pseudo_boxes,
+)
+from semidetr_lite.methods.semi_detr import SemiDETR, above_mean_and_deviation
+from semidetr_lite.methods.supervised import Supervised
+
+PARTS = ("class", "l1", "giou")
+SWITCH = 10  # the step at which stage two begins
+STAGES = {"one_to_many": 3, "one_to_one": 12}  # a step of each
+KINDS = ["supervised", "mean teacher", "stage one", "stage two"]
+
+
+def shaken(module, amount: float = 0.15):
+    """Off the zeros and ones of the start, so that everything has an influence."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += amount * torch.randn_like(parameter)
+    return module
+
+
+def student(queries: int = 8) -> DINO:
+    sizes = {"num_queries": queries, "dim": 16, "heads": 2, "levels": 3, "points": 2, "hidden": 32}
+    layers = {"encoder_layers": 1, "decoder_layers": 2, "denoising_queries": 6, "anchor_size": 0.15}
+    return shaken(DINO(num_classes=4, **sizes, **layers, backbone=Tiny((8, 8, 16, 16, 16))))
+
+
+def make(kind: str, **changes) -> tuple[Averaged, int]:
+    """A method with a teacher of its own, and a step for it."""
+    torch.manual_seed(1)
+    if kind == "supervised":
+        method = Supervised(student())
+    elif kind == "mean teacher":
+        method = MeanTeacher(student(), **{"score_cut": 0.55, "most": 12, **changes})
+    else:
+        method = SemiDETR(student(), one_to_many_steps=SWITCH, **{"score_cut": 0.55, "most": 12, **changes})
+    shaken(method.teacher, 0.02)
+    return method.train(), STAGES["one_to_one" if kind == "stage two" else "one_to_many"]
+
+
+def some_target(count: int, size) -> dict:
+    boxes = torch.cat([torch.rand(count, 2) * 0.5 + 0.25, torch.rand(count, 2) * 0.3 + 0.1], 1)
+    return {"boxes": to_pixels(boxes, size), "labels": torch.randint(0, 4, (count,)), "size": size}
+
+
+def affine(first, second) -> torch.Tensor:
+    return torch.tensor([first, second, [0.0, 0, 1]])
+
+
+def some_batch(counts=(3, 1), sizes=((64, 64),) * 2, weak_sizes=((64, 64),) * 3, strong_sizes=None) -> dict:
+    """Labelled images with `counts` objects; unlabelled ones whose strong view is mirrored, shifted and resized."""
+    torch.manual_seed(2)
+    truths = [some_target(count, size) for count, size in zip(counts, sizes)]
+    views = {"weak": ([], []), "strong": ([], [])}
+    for number, (size, strong_size) in enumerate(zip(weak_sizes, strong_sizes or weak_sizes)):
+        weak = affine([1.1, 0, -3], [0, 1.1, 2])
+        scale = strong_size[1] / size[1], strong_size[0] / size[0]
+        strong = affine([-scale[0], 0, strong_size[1]], [0.05, scale[1], 4])
+        for name, matrix, shape in (("weak", weak, size), ("strong", strong, strong_size)):
+            truth = {**some_target(2, shape), "matrix": matrix}
+            views[name][0].append(torch.rand(3, *shape))
+            views[name][1].append({"size": shape, "image_id": number, "matrix": matrix, "truth": truth})
+    return {"labelled": ([torch.rand(3, *size) for size in sizes], truths), **views}
+
+
+BATCHES = {
+    "square": {},
+    "wide": {"sizes": ((48, 80),) * 2, "weak_sizes": ((48, 80),) * 2},
+    "mixed": {
+        "sizes": ((64, 48), (48, 80)),
+        "weak_sizes": ((48, 80), (64, 64)),
+        "strong_sizes": ((80, 48), (64, 64)),
+    },
+    "an image without object": {"counts": (0, 2)},
+    "no object at all": {"counts": (0, 0)},
+}
+
+
+# The average
+
+
+def test_ema_momentum():
+    assert [ema_momentum(step) for step in (0, 1, 2, 3)] == pytest.approx([0, 1 / 2, 2 / 3, 3 / 4])
+    assert ema_momentum(998) == pytest.approx(1 - 1 / 999) and ema_momentum(999) == pytest.approx(0.999)
+    assert ema_momentum(10**6) == 0.999 and ema_momentum(50, ceiling=0.9) == 0.9
+
+
+def test_ema_update_equals_its_closed_form_with_buffers():
+    teacher, pupil = (torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)) for _ in range(2))
+    first, momentum, values = copy.deepcopy(teacher), 0.9, []
+    for _ in range(5):
+        shaken(pupil, 1.0)
+        pupil(torch.randn(8, 3))  # moves the statistics
+        values.append({key: value.clone() for key, value in pupil.state_dict().items()})
+        ema_update(teacher, pupil, momentum)
+    for key, value in teacher.state_dict().items():
+        if value.is_floating_point():
+            expected = momentum**5 * first.state_dict()[key]
+            expected += sum((1 - momentum) * momentum ** (4 - i) * values[i][key] for i in range(5))
+            assert torch.allclose(value, expected, atol=1e-5), key
+        else:
+            assert value == values[-1][key] == 5, key
+    assert all(torch.equal(value, values[-1][key]) for key, value in pupil.state_dict().items())
+
+
+def test_while_the_momentum_rises_the_teacher_is_the_mean_of_all_students():
+    method = Supervised(student(), ema_ceiling=1.0)
+    weight, history = method.student.class_head.weight, [method.student.class_head.weight.detach().clone()]
+    for step in range(6):
+        shaken(method.student.class_head, 1.0)
+        history.append(weight.detach().clone())
+        method.after_step(step)
+        assert torch.allclose(method.teacher.class_head.weight, torch.stack(history).mean(0), atol=1e-5)
+
+
+def test_a_new_method_has_an_equal_teacher_that_stays_as_it_is_in_training():
+    for method in (Supervised(student()), MeanTeacher(student()), SemiDETR(student(), one_to_many_steps=SWITCH)):
+        pairs = zip(method.student.state_dict().values(), method.teacher.state_dict().values(), strict=True)
+        assert all(torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in pairs)
+        assert not any(parameter.requires_grad for parameter in method.teacher.parameters())
+        for mode in (True, False, True):
+            assert method.train(mode) is method
+            assert method.student.training == mode
+            assert not any(module.training for module in method.teacher.modules())
+
+
+def test_everything_a_resume_needs_is_in_the_state():
+    method, step = make("stage one", cost_memory=40)
+    method(some_batch(), step)
+    other, _ = make("stage one", cost_memory=40)
+    other.load_state_dict(method.state_dict())
+    assert other.past_costs.isfinite().any()
+    ours, theirs = method(some_batch(), step + 1), other(some_batch(), step + 1)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# Pseudo-boxes
+
+
+def some_pseudo(batch: int = 3, most: int = 6, size=(64, 64)) -> PseudoBoxes:
+    boxes = to_pixels(torch.cat([torch.rand(batch, most, 2), torch.rand(batch, most, 2) * 0.3 + 0.05], -1), size)
+    scores = torch.rand(batch, most).sort(descending=True).values
+    valid = torch.arange(most) < torch.tensor([most, most - 3, 0])[:batch, None]
+    return PseudoBoxes(boxes, scores, torch.randint(0, 4, (batch, most)), valid)
+
+
+@pytest.mark.parametrize("name", ["square", "mixed"])
+def test_boxes_are_carried_one_by_one(name):
+    batch = some_batch(**BATCHES[name])
+    weak, strong = batch["weak"][1], batch["strong"][1]
+    pseudo = some_pseudo(len(weak))
+    pseudo.boxes[0, 1] += 200.0  # out of view
+    carried = pseudo.carried(weak, strong)
+    assert torch.equal(carried.labels, pseudo.labels)
+    for image, (first, second) in enumerate(zip(weak, strong)):
+        transfer = second["matrix"] @ torch.linalg.inv(first["matrix"])
+        for place in range(6):
+            box, keep = map_boxes(pseudo.boxes[image, place : place + 1], transfer, second["size"])
+            assert torch.allclose(carried.boxes[image, place], to_model(box, second["size"])[0], atol=1e-5)
+            assert carried.valid[image, place] == (pseudo.valid[image, place] & keep[0])
+    assert not carried.valid[0, 1] and carried.valid[0].any()
+
+
+def test_pseudo_boxes_are_the_teachers_detections():
+    teacher, images = student().eval(), torch.rand(3, 3, 64, 64)
+    found = pseudo_boxes(teacher(images), torch.full((3, 2), 64), most=5, nms=0.6)
+    assert found.boxes.shape == (3, 5, 4)
+    for image, answer in enumerate(teacher.detect(images, score=0.01, top=15, nms=0.6)):
+        count = min(5, len(answer["boxes"]))
+        assert found.valid[image].tolist() == [True] * count + [False] * (5 - count)
+        assert torch.allclose(found.boxes[image, :count], answer["boxes"][:count], atol=1e-3)
+        assert torch.allclose(found.scores[image, :count], answer["scores"][:count])
+        assert torch.equal(found.labels[image, :count], answer["labels"][:count])
+
+
+def test_a_score_of_a_hundredth_is_the_least():
+    outputs = {"pred_logits": torch.tensor([[[0.5], [0.011], [0.009]]]).logit(), "pred_boxes": torch.rand(1, 3, 4)}
+    assert pseudo_boxes(outputs, torch.tensor([[64, 64]]), 3, 1.0).valid.tolist() == [[True, True, False]]
+
+
+def test_above_mean_and_deviation_equals_a_loop():
+    pseudo = some_pseudo(3, 9)
+    found = above_mean_and_deviation(pseudo)
+    for image in range(3):
+        scores = pseudo.scores[image][pseudo.valid[image]]
+        cut = scores.mean() + scores.std() if len(scores) else torch.inf
+        expected = [bool(ok) and score >= cut for ok, score in zip(pseudo.valid[image], pseudo.scores[image])]
+        assert found[image].tolist() == expected
+    assert found.sum(1).tolist()[2] == 0 < found.sum()
+
+
+def test_one_box_alone_has_no_deviation_and_is_not_kept():
+    """As in the released code, where the deviation of one score is not a number."""
+    pseudo = some_pseudo(1, 4)
+    pseudo.valid[0] = torch.tensor([True, False, False, False])
+    assert not above_mean_and_deviation(pseudo).any()
+
+
+# A step
+
+
+@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_has_finite_losses_that_reach_the_student_only(kind, name):
+    method, step = make(kind)
+    losses = method(some_batch(**BATCHES[name]), step)
+    expected = {f"labelled/{part}" for part in PARTS}
+    if name != "no object at all":
+        expected |= {f"labelled denoising/{part}" for part in PARTS}
+    if kind != "supervised":
+        expected |= {f"pseudo/{part}" for part in PARTS}
+        assert method.stats["pseudo_per_image"] > 0
+    if kind in ("mean teacher", "stage two"):
+        expected |= {f"pseudo denoising/{part}" for part in PARTS}
+    if kind == "stage one":
+        expected.add("consistency")
+    assert set(losses) == expected
+    assert all(loss.shape == () and loss.isfinite() and loss >= 0 for loss in losses.values())
+    sum(losses.values()).backward()
+    assert all(parameter.grad is None for parameter in method.teacher.parameters())
+    for key, parameter in method.student.named_parameters():
+        if key.startswith(("backbone", "encoder", "decoder", "class_head", "box_head", "proposal_class")):
+            assert parameter.grad.isfinite().all() and parameter.grad.any(), key
+    if kind == "stage one":
+        assert all(parameter.grad.any() for parameter in method.projector.parameters())
+
+
+def test_weights_multiply_their_part_of_the_losses():
+    batch = some_batch()
+    for kind in ("mean teacher", "stage one", "stage two"):
+        (method, step), (other, _) = make(kind, unlabelled_weight=1.0), make(kind, unlabelled_weight=3.0)
+        ours, theirs = method(batch, step), other(batch, step)
+        for name in ours:
+            factor = 1.0 if name.startswith("labelled") else 3.0
+            assert theirs[name].item() == pytest.approx(factor * ours[name].item(), rel=1e-4), name
+    (method, step), (other, _) = make("stage one", consistency_weight=1.0), make("stage one", consistency_weight=5.0)
+    assert other(batch, step)["consistency"].item() == pytest.approx(5 * method(batch, step)["consistency"].item())
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_no_pseudo_label_at_all(kind):
+    method, step = make(kind, score_cut=1.1)
+    losses = method(some_batch(), step)
+    assert method.stats["pseudo_per_image"] == 0
+    assert losses["pseudo/l1"] == losses["pseudo/giou"] == 0 < losses["pseudo/class"]
+    assert "pseudo denoising/class" not in losses
+    total = sum(losses.values())
+    total.backward()
+    assert total.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in method.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_a_teacher_that_sees_nothing(kind):
+    method, step = make(kind)
+    with torch.no_grad():
+        method.teacher.class_head.bias -= 50.0
+    losses = method(some_batch(), step)
+    assert method.stats["pseudo_per_image"] == 0 == losses["pseudo/l1"]
+    if kind != "mean teacher":
+        assert method.stats["mined_per_image"] == 0 and method.stats["cost_threshold"] == 0
+    if kind == "stage one":
+        assert losses["consistency"] == 0
+    sum(losses.values()).backward()
+
+
+def best_carried_score(method, batch) -> float:
+    """The highest score of a pseudo-box that the strong views still hold."""
+    (images, weak), (_, strong) = batch["weak"], batch["strong"]
+    with torch.no_grad():
+        pseudo = pseudo_boxes(method.teacher(images), torch.tensor([t["size"] for t in weak]), method.most, method.nms)
+    if isinstance(method, SemiDETR):
+        pseudo = pseudo._replace(valid=pseudo.valid & above_mean_and_deviation(pseudo))
+    return pseudo.scores[pseudo.carried(weak, strong).valid].max().item()
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_one_pseudo_label(kind):
+    method, step = make(kind)
+    batch = some_batch()
+    method.score_cut = best_carried_score(method, batch)
+    losses = method(batch, step)
+    assert method.stats["pseudo_per_image"] == pytest.approx(1 / 3)
+    assert losses["pseudo/l1"] > 0
+    sum(losses.values()).backward()
+
+
+def test_more_candidates_and_more_pseudo_boxes_than_queries():
+    for kind in KINDS[1:]:
+        torch.manual_seed(0)
+        changes = {} if kind == "mean teacher" else {"candidates": 13, "one_to_many_steps": SWITCH}
+        cls = MeanTeacher if kind == "mean teacher" else SemiDETR
+        method = cls(student(queries=3), score_cut=0.0, most=50, nms=1.0, **changes)
+        losses = method(some_batch(counts=(6, 2)), STAGES["one_to_one" if kind == "stage two" else "one_to_many"])
+        assert all(loss.isfinite() for loss in losses.values())
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_scrambling_the_truth_of_unlabelled_images_changes_no_bit(kind):
+    results = []
+    for change in ("as it is", "scrambled", "taken away"):
+        method, step = make(kind)
+        batch = some_batch()
+        for view in ("weak", "strong"):
+            for target in batch[view][1]:
+                if change == "scrambled":
+                    target["truth"]["boxes"] = torch.rand(5, 4) * 60
+                    target["truth"]["labels"] = torch.randint(0, 4, (5,))
+                elif change == "taken away":
+                    del target["truth"]
+        losses = method(batch, step)
+        results.append((losses, method.stats))
+    for losses, stats in results[1:]:
+        assert losses.keys() == results[0][0].keys() and stats == results[0][1]
+        assert all(torch.equal(losses[name], results[0][0][name]) for name in losses)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_is_a_function_of_its_weights_batch_and_number(kind):
+    results = []
+    for step in (0, 0, 1):
+        method, first = make(kind)
+        torch.manual_seed(len(results))  # no global generator takes part
+        results.append(method(some_batch(), first + step))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    changed = {name for name in results[0] if not torch.equal(results[0][name], results[2][name])}
+    assert changed and all("denoising" in name for name in changed)  # new noise, everything else as before
+
+
+# Losses rebuilt by hand
+
+
+def labelled_only(losses: dict) -> dict:
+    return {name: loss.item() for name, loss in losses.items() if name.startswith("labelled")}
+
+
+@pytest.mark.parametrize("name", ["square", "mixed", "an image without object"])
+@pytest.mark.parametrize("kind", ["mean teacher", "stage two"])
+def test_the_labelled_part_is_that_of_supervised_training(kind, name):
+    (supervised, _), (method, step) = make("supervised"), make(kind)
+    batch = some_batch(**BATCHES[name])
+    expected = labelled_only(supervised(batch, step))
+    assert len(expected) == 6 and labelled_only(method(batch, step)) == pytest.approx(expected, rel=1e-4)
+
+
+def targets_by_hand(method, batch, cut: float) -> list[dict]:
+    """The teacher's detections over the cut, image by image, carried into the strong views."""
+    targets = []
+    for image, weak, strong in zip(batch["weak"][0], batch["weak"][1], batch["strong"][1]):
+        answer = method.teacher.detect(image, score=0.01, top=3 * method.most, nms=method.nms)[0]
+        boxes, scores, labels = (answer[key][: method.most] for key in ("boxes", "scores", "labels"))
+        good = torch.ones(len(scores), dtype=torch.bool)
+        if isinstance(method, SemiDETR):
+            good = scores >= scores.mean() + scores.std()
+        boxes, keep = map_boxes(boxes, strong["matrix"] @ torch.linalg.inv(weak["matrix"]), strong["size"])
+        good &= keep & (scores >= cut)
+        targets.append({"boxes": boxes[good], "labels": labels[good], "size": strong["size"]})
+    return targets
+
+
+def losses_by_hand(detector, images, targets, stage: str, candidates: int = 13) -> dict:
+    """Every layer by itself; the encoder's proposals know one class."""
+    outputs = detector(images)
+    agnostic = [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets]
+    total = dict.fromkeys(PARTS, 0.0)
+    for layer in (*outputs["aux_outputs"], outputs, outputs["encoder"]):
+        wanted = agnostic if layer is outputs["encoder"] else targets
+        loss = layer_loss(layer["pred_logits"], layer["pred_boxes"], wanted, stage, candidates)
+        total = {part: total[part] + loss[part].item() for part in PARTS}
+    return total
+
+
+@pytest.mark.parametrize("name", ["square", "mixed"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_equal_those_of_targets_made_by_hand(kind, name):
+    method, step = make(kind)
+    stage = "one_to_many" if kind == "stage one" else "one_to_one"
+    batch = some_batch(**BATCHES[name])
+    losses = method(batch, step)
+    by_hand = losses_by_hand(method.student, *batch["labelled"], stage)
+    for part in PARTS:
+        assert losses[f"labelled/{part}"].item() == pytest.approx(by_hand[part], rel=1e-3)
+    if kind == "supervised":
+        return
+    targets = targets_by_hand(method, batch, cut=0.55)
+    count = sum(len(target["boxes"]) for target in targets)
+    assert count > 1 and method.stats["pseudo_per_image"] == pytest.approx(count / len(targets))
+    by_hand = losses_by_hand(method.student, batch["strong"][0], targets, stage)
+    for part in PARTS:
+        assert losses[f"pseudo/{part}"].item() == pytest.approx(4.0 * by_hand[part], rel=1e-3)
+
+
+# Semi-DETR
+
+
+def test_stages_switch_at_their_step():
+    method, _ = make("stage one")
+    assert [method.stage(step) for step in (0, SWITCH - 1, SWITCH, 99)] == ["one_to_many"] * 2 + ["one_to_one"] * 2
+    for step, nms in ((SWITCH - 1, 0.6), (SWITCH, None)):
+        method.after_step(step)
+        assert method.student.nms == method.teacher.nms == nms
+
+
+def spied(method) -> dict:
+    """Notes which boxes the consistency asks for."""
+    noted, consistency = {}, method.consistency
+
+    def spy(ours, theirs, pseudo, carried, weak, asked):
+        noted["asked"], noted["pseudo"], noted["carried"] = asked, pseudo, carried
+        return consistency(ours, theirs, pseudo, carried, weak, asked)
+
+    method.consistency = spy
+    return noted
+
+
+@pytest.mark.parametrize("past", [[], [-9.0, -8.9, -8.8, 0.5]])
+def test_mined_are_the_boxes_that_cost_the_last_layer_no_more_than_the_threshold(past):
+    method, step = make("stage one", cost_memory=50, score_cut=0.9)
+    batch = some_batch()
+    if past:
+        method.past_costs[-len(past) :] = torch.tensor(past)
+    noted = spied(method)
+    method(batch, step)
+    outputs, targets = method.student(batch["strong"][0]), targets_by_hand(method, batch, cut=0.0)
+    costs = []
+    for image, target in enumerate(targets):
+        logits, boxes = outputs["pred_logits"][image].detach(), outputs["pred_boxes"][image].detach()
+        match = one_to_one(logits, boxes, target)
+        cost, own = matching_cost(logits, boxes, target), torch.full((len(target["boxes"]),), torch.nan)
+        own[match.targets] = cost[match.queries, match.targets]
+        costs.append(own)
+    threshold = reliable_threshold(np.concatenate([past, *costs]))
+    assert method.stats["cost_threshold"] == pytest.approx(threshold, abs=1e-3)
+    expected = [int((own <= method.stats["cost_threshold"] + 1e-6).sum()) for own in costs]
+    assert noted["asked"].sum(1).tolist() == expected
+    assert sum(expected) == pytest.approx(3 * method.stats["mined_per_image"])
+    assert (sum(expected) == 0) if past else 0 < sum(expected) < sum(map(len, costs))
+    kept = method.past_costs[method.past_costs.isfinite()]
+    assert torch.allclose(kept[len(past) :].sort().values, torch.cat(costs).sort().values, atol=1e-3)
+
+
+def test_confident_boxes_are_asked_for_whatever_they_cost():
+    method, step = make("stage one", cost_memory=50, score_cut=0.0)
+    method.past_costs[-4:] = torch.tensor([-9.0, -8.9, -8.8, 0.5])  # nothing is as cheap as that
+    noted = spied(method)
+    method(some_batch(), step)
+    assert method.stats["mined_per_image"] == 0 < method.stats["pseudo_per_image"]
+    assert np.array_equal(noted["asked"], noted["carried"].valid.numpy())
+
+
+def test_equal_views_and_networks_agree_completely():
+    torch.manual_seed(0)
+    method, batch = SemiDETR(student(), one_to_many_steps=SWITCH, score_cut=0.5), some_batch()
+    batch["strong"] = batch["weak"]
+    assert method(batch, 0)["consistency"].item() < 1e-6
+    shaken(method.teacher, 0.05)
+    assert method(batch, 0)["consistency"].item() > 1e-3
+
+
+def test_both_decoders_are_asked_at_the_box_in_their_own_view():
+    method, step = make("stage one")
+    asked = {}
+    for name in ("student", "teacher"):
+        detector = getattr(method, name)
+
+        def spy(memory, outputs, groups, name=name, decode=detector.decode_groups):
+            asked.setdefault(name, []).append(groups[0])
+            return decode(memory, outputs, groups)
+
+        detector.decode_groups = spy
+    noted, batch = spied(method), some_batch()
+    method(batch, step)
+    ours, theirs = asked["student"][-1], asked["teacher"][-1]  # the denoising questions come before
+    assert torch.equal(ours.content, theirs.content) and torch.equal(ours.valid, theirs.valid)
+    assert ours.valid.sum(1).tolist() == noted["asked"].sum(1).tolist() and ours.valid.any()
+    for image, row in enumerate(torch.from_numpy(noted["asked"])):
+        weak = to_model(noted["pseudo"].boxes[image][row], batch["weak"][1][image]["size"])
+        assert torch.allclose(theirs.boxes[image][theirs.valid[image]], weak, atol=1e-6)
+        strong = noted["carried"].boxes[image][row]
+        assert torch.allclose(ours.boxes[image][ours.valid[image]], strong, atol=1e-6)
+
+
+def test_consistency_does_not_depend_on_the_neighbours():
+    """Fewer questions beside it fill fewer slots, and the mean is over questions, not over slots."""
+    method, _ = make("stage one", score_cut=0.0)
+    noted, batch = spied(method), some_batch()
+    method(batch, 0)
+    parts, counts = [], []
+    for image in range(3):
+        alone = {"labelled": batch["labelled"]}
+        alone |= {view: ([batch[view][0][image]], [batch[view][1][image]]) for view in ("weak", "strong")}
+        counts_before = int(noted["asked"][image].sum()) if image == 0 else counts_all[image]
+        if image == 0:
+            counts_all = noted["asked"].sum(1).tolist()
+        parts.append(method(alone, 0)["consistency"].item())
+        counts.append(counts_before)
+    whole = method(batch, 0)["consistency"].item()
+    assert whole == pytest.approx(sum(p * c for p, c in zip(parts, counts)) / sum(counts), rel=1e-3)
+
+
+# What a step costs
+
+
+def tensors_in(tree) -> list[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    return [tensor for part in tree for tensor in tensors_in(part)] if isinstance(tree, list | tuple) else []
+
+
+READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__", "__contains__"}
+READS |= {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "equal", "allclose", "bincount"}
+
+
+class Accelerator(TorchFunctionMode):
+    """Plays a device on the CPU: notes every place where a step would wait for it.
+
+    The method's parameters and buffers lie on the device, and whatever is moved there by `.to(device)`, made there by `device=`, or computed
+    from something that lies there. A read is a value, a shape that depends on values, or a copy to the host.
+    """
+
+    def __init__(self, method: torch.nn.Module):
+        super().__init__()
+        self.reads: list[str] = []
+        for tensor in (*method.parameters(), *method.buffers()):
+            tensor.on_device = True
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        given = tensors_in([args, kwargs])
+        there = any(getattr(tensor, "on_device", False) for tensor in given)
+        masked = name == "__getitem__" and any(t.dtype == torch.bool for t in tensors_in(args[1:]))
+        found = name == "where" and len(args) + len(kwargs) == 1
+        if there and (name in READS or masked or found):
+            line = next(f for f in reversed(traceback.extract_stack()[:-1]) if "torch" not in f.filename.split("/"))
+            self.reads.append(f"{line.filename.rsplit('/', 1)[-1]}:{line.lineno} {name}: {line.line}")
+        result = func(*args, **kwargs)
+        moved = any(isinstance(entry, torch.device) for entry in (*args, *kwargs.values()))
+        if name == "cpu":
+            result = result.view_as(result)  # a tensor of its own, on the host
+            result.on_device = False
+        elif there or moved:
+            if moved and isinstance(result, torch.Tensor) and any(result is tensor for tensor in given):
+                result = result.view_as(result)  # what stays on the host is not the same thing
+            for tensor in tensors_in(result):
+                tensor.on_device = True
+        return result
+
+
+def test_the_played_accelerator_notes_reads():
+    layer, host = torch.nn.Linear(2, 2), torch.ones(2)
+    device = layer.weight.device
+    with Accelerator(layer) as watch:
+        host.sum().item(), host.tolist(), host[host > 0], bool(host[0])
+        moved = host.to(device)
+        inside = layer(moved).detach()
+    assert watch.reads == []
+    reads = [
+        lambda: inside.sum().item(), lambda: inside.cpu().numpy().sum(), lambda: int(moved.max()), lambda: inside[inside > 0],
+        lambda: torch.zeros(3, device=device).tolist(), lambda: bool(inside.any()), lambda: torch.where(inside > 0),
+        lambda: inside.nonzero(), lambda: np.asarray(layer.bias.detach()), lambda: inside.topk(1).values.tolist(),
+    ]  # fmt: skip
+    for number, read in enumerate(reads):
+        with Accelerator(layer) as watch:
+            read()
+        assert len(watch.reads) == 1, number
+    with Accelerator(layer) as watch:
+        inside[torch.tensor([1, 0])], inside.topk(1), torch.where(inside > 0, inside, 0.0), inside.max(), host.tolist()
+    assert watch.reads == []
+
+
+@pytest.mark.parametrize("name", ["square", "mixed"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_waits_for_the_device_once(kind, name, monkeypatch):
+    method, step = make(kind)
+    batch, calls, to_host = some_batch(**BATCHES[name]), [], losses_module.to_host
+
+    def counted(values):
+        calls.append(tuple(values.shape))
+        return to_host(values)
+
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").startswith("semidetr_lite") and hasattr(module, "to_host"):
+            monkeypatch.setattr(module, "to_host", counted)
+    with Accelerator(method) as watch:
+        method(batch, step)
+    assert len(calls) == 1
+    elsewhere = [read for read in watch.reads if not read.startswith("losses.py")]
+    assert elsewhere == [] and len(watch.reads) == 1
+
+
+def test_suppressing_the_boxes_of_a_large_batch_does_not_wait_for_the_device():
+    """With many boxes torchvision's suppression goes class by class, and waits at each."""
+    holder = torch.nn.ParameterDict({"logits": torch.randn(32, 90, 4), "boxes": torch.rand(32, 90, 4)})
+    with Accelerator(holder) as watch, torch.no_grad():
+        pseudo_boxes({"pred_logits": holder["logits"], "pred_boxes": holder["boxes"]}, torch.full((32, 2), 64), 100, 0.6)
+    assert watch.reads == []
+
+
+def test_one_transfer_gives_every_tensor_back_in_its_shape():
+    tensors = [torch.randn(2, 3, requires_grad=True), torch.tensor([[True], [False]]), torch.zeros(0, 4), torch.tensor(5.0)]
+    pieces = one_transfer(*tensors)
+    for piece, tensor in zip(pieces, tensors, strict=True):
+        assert isinstance(piece, np.ndarray) and piece.shape == tuple(tensor.shape)
+        assert piece.tolist() == tensor.tolist()
+    assert pieces[1].dtype == bool
+
+
+def test_costs_priced_together_equal_costs_priced_apart():
+    """Labelled and pseudo targets share one table of costs; the columns that fill it up do not matter."""
+    method, _ = make("mean teacher")
+    batch = some_batch(counts=(3, 1))
+    images, truths = batch["labelled"]
+    layers, padded = stack_layers(method.student(images)), pad_targets(truths)
+    wide = padded.join(pad_targets([some_target(7, (64, 64))]))
+    wide = type(padded)(*(entry[:2] for entry in wide))
+    found = []
+    for targets in (padded, wide):
+        costs, valid = layer_costs(layers, targets).numpy(), targets.valid.numpy()
+        found.append(detection_loss(layers, targets, "one_to_one", costs, valid))
+    for part in PARTS:
+        assert found[0][part].item() == pytest.approx(found[1][part].item(), rel=1e-5)
