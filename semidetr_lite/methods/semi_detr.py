@@ -212,4 +212,4 @@ def above_mean_and_deviation(pseudo: PseudoBoxes) -> torch.Tensor:
     spread = (
         torch.where(pseudo.valid, scores - mean, 0.0).square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
     ).sqrt()
-    return pseudo.valid & (pseudo.scores >= mean + spread)
+    return pseudo.valid & (pseudo.scores >= mean + spread) & (count > 1)  # one score has no deviation
