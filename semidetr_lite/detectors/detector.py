@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torchvision.ops import batched_nms
+from torchvision.ops import nms as suppress
 
 from semidetr_lite.boxes import to_pixels
 from semidetr_lite.data.views import resized
@@ -137,17 +137,21 @@ def best_boxes(outputs: dict, sizes: torch.Tensor, top: int, score: float = 0.0,
         nms: class-wise suppression at this IoU, or None.
 
     Returns:
-        boxes (B, K, 4) xyxy pixels, scores (B, K) falling, labels (B, K), valid (B, K) bool.
+        boxes (B, K, 4) xyxy pixels inside the image, scores (B, K) falling, labels (B, K), valid (B, K) bool.
     """
     scores = outputs["pred_logits"].float().sigmoid()
     classes = scores.shape[-1]
     scores, order = scores.flatten(1).topk(min(top, scores.shape[1] * classes), dim=1)
     labels = order % classes
-    pixels = to_pixels(outputs["pred_boxes"].float(), sizes.to(scores.device))
+    sizes = sizes.to(scores)
+    pixels = to_pixels(outputs["pred_boxes"].float(), sizes).clamp(min=0)
+    pixels = torch.minimum(pixels, torch.cat([sizes, sizes], -1).flip(-1).unsqueeze(-2))  # what lies outside is not seen
     boxes = pixels.gather(1, (order // classes)[..., None].expand(-1, -1, 4))
     valid = scores >= score
     if nms is not None:
-        groups = labels + classes * torch.arange(len(scores), device=scores.device)[:, None]
-        kept = batched_nms(boxes.flatten(0, 1), torch.where(valid, scores, -1.0).flatten(), groups.flatten(), nms)
+        # one call for all images and classes: each (image, class) is moved to a place of its own
+        places = labels + classes * torch.arange(len(scores), device=scores.device)[:, None]
+        apart = boxes.double() + places[..., None] * (sizes.max() + 1.0)
+        kept = suppress(apart.flatten(0, 1), torch.where(valid, scores, -1.0).flatten().double(), nms)
         valid = valid & torch.zeros_like(valid).flatten().index_fill_(0, kept, True).view_as(valid)
     return boxes, scores, labels, valid

@@ -179,9 +179,9 @@ class SemiDETR(Averaged):
         rows, columns = np.nonzero(asked)
         places = np.concatenate([np.arange(count) for count in asked.sum(1)])
         rows, columns, places = (torch.from_numpy(index).to(device) for index in (rows, columns, places))
-        sizes = target_sizes(weak).to(device)
-        features = teacher[0].features
-        height, width = int(sizes[:, 0].max()), int(sizes[:, 1].max())
+        sizes = target_sizes(weak)
+        height, width = sizes.amax(0).tolist()
+        features, sizes = teacher[0].features, sizes.to(device)
         strides = [(height / level.shape[-2], width / level.shape[-1]) for level in features]
         contents = self.projector(features, strides, rows, pseudo.boxes[rows, columns])
         shape = (len(asked), int(asked.sum(1).max()))
