@@ -10,7 +10,7 @@ PY := $(if $(ACTIVE),$(PYTHON),.venv/bin/python)
 INSTALLED := $(ENV)/.semidetr-lite-$(shell pwd | cksum | cut -d' ' -f1)
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
-.PHONY: help install demo test check lab notebooks
+.PHONY: help install demo test check lab notebooks checkpoints
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -42,6 +42,9 @@ notebooks: $(INSTALLED)  ## run every notebook from a clean kernel and save it i
 	  --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.store_widget_state=False \
 	  --ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.clear_cell_metadata=False \
 	  --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec $(NOTEBOOKS)
+
+checkpoints: $(INSTALLED)  ## train the notebook's weights and logs again (seed 0, four arms, about half an hour)
+	$(PY) benchmarks/record_demo.py --seeds 0 --ship
 
 $(INSTALLED): pyproject.toml $(if $(ACTIVE),,| .venv/bin/pip)
 	$(PY) -m pip install $(PIP_ARGS) -e '.[dev]'

@@ -15,8 +15,6 @@ from contextlib import redirect_stdout
 
 import numpy as np
 import torch
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torchvision.ops import box_area, box_iou
 
 from semidetr_lite.data.coco import is_numbers, read_coco, read_json
@@ -150,7 +148,9 @@ def _detections_of_file(path, truth: dict) -> list[dict]:
 
 
 def _figures(truth: dict, found: list[dict]) -> dict[str, float]:
-    """Ask pycocotools, in silence."""
+    """Ask pycocotools, in silence. It is imported here, so that machines without it can still train and detect."""
+    from pycocotools.cocoeval import COCOeval
+
     # A class without truth has no AP and would only cost time.
     measured = sorted({row["category_id"] for row in truth["annotations"]})
     if not measured:
@@ -165,11 +165,13 @@ def _figures(truth: dict, found: list[dict]) -> dict[str, float]:
     return dict(zip(FIGURES, values))
 
 
-def _index(images: list[dict], categories: list, rows: list[dict]) -> COCO:
+def _index(images: list[dict], categories: list, rows: list[dict]):
     """pycocotools' view of some rows, which are completed in place where they say nothing of crowd and area.
 
     They are numbered anew from 1: pycocotools takes a match with the id 0 for no match.
     """
+    from pycocotools.coco import COCO
+
     for number, row in enumerate(rows, 1):
         row["id"] = number
         row.setdefault("iscrowd", 0)

@@ -465,10 +465,16 @@ def test_mined_are_the_boxes_that_cost_the_last_layer_no_more_than_the_threshold
     assert torch.allclose(kept[len(past) :].sort().values, torch.cat(costs).sort().values, atol=1e-3)
 
 
+def nothing_is_cheap(method):
+    """Fill the memory of costs so that no box is mined."""
+    method.past_costs.fill_(torch.nan)
+    method.past_costs[-40:] = torch.linspace(-9.0, -8.0, 40)
+    return method
+
+
 def test_confident_boxes_are_asked_for_whatever_they_cost():
     method, step = make("stage one", cost_memory=50, score_cut=0.0)
-    method.past_costs[-4:] = torch.tensor([-9.0, -8.9, -8.8, 0.5])  # nothing is as cheap as that
-    noted = spied(method)
+    noted = spied(nothing_is_cheap(method))
     method(some_batch(), step)
     assert method.stats["mined_per_image"] == 0 < method.stats["pseudo_per_image"]
     assert np.array_equal(noted["asked"], noted["carried"].valid.numpy())
@@ -507,16 +513,17 @@ def test_both_decoders_are_asked_at_the_box_in_their_own_view():
 
 
 def test_consistency_is_a_mean_over_questions_whatever_slots_they_fill():
-    method, step = make("stage one", score_cut=0.0)
-    noted, batch = spied(method), some_batch()
+    method, step = make("stage one", cost_memory=50, score_cut=0.7)
+    noted, batch = spied(nothing_is_cheap(method)), some_batch()
     whole = method(batch, step)["consistency"].item()
     counts = noted["asked"].sum(1).tolist()
-    assert len(set(counts)) > 1  # some slots only fill up
+    assert len(set(counts)) > 1 and min(counts) > 0  # some slots only fill up
     expected = 0.0
     for image, count in enumerate(counts):
         alone = {view: ([batch[view][0][image]], [batch[view][1][image]]) for view in ("weak", "strong")}
-        if count:
-            expected += count * method({**batch, **alone}, step)["consistency"].item() / sum(counts)
+        loss = nothing_is_cheap(method)({**batch, **alone}, step)["consistency"].item()
+        assert noted["asked"].sum() == count
+        expected += count * loss / sum(counts)
     assert whole == pytest.approx(expected, rel=1e-3)
 
 

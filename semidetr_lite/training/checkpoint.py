@@ -39,8 +39,13 @@ def write_whole(path: Path, write) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save_weights(path: Path, detector: Detector, name: str, arguments: dict, categories: list[dict]) -> None:
-    """A detector as safetensors, with its name, arguments, categories and suppression in the header."""
+def save_weights(
+    path: Path, detector: Detector, name: str, arguments: dict, categories: list[dict], dtype: torch.dtype | None = None
+) -> None:
+    """A detector as safetensors, with its name, arguments, categories and suppression in the header.
+
+    `dtype`: of the numbers in the file, for instance torch.float16 for one half the size; they are read as float32.
+    """
     header = {
         "detector": name,
         "arguments": arguments,
@@ -48,7 +53,7 @@ def save_weights(path: Path, detector: Detector, name: str, arguments: dict, cat
         "nms": detector.nms,
         "test_size": detector.test_size,
     }
-    tensors = {key: value.detach().cpu().contiguous() for key, value in detector.state_dict().items()}
+    tensors = {key: value.detach().to("cpu", dtype).contiguous() for key, value in detector.state_dict().items()}
     write_whole(path, lambda where: save_file(tensors, where, {"semidetr_lite": json.dumps(header)}))
 
 
