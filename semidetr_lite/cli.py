@@ -62,7 +62,8 @@ def train_arm(arm: str, out: Path, seed: int, name: str | None = None, **changes
     method, start, steps = ARMS[arm]
     folder = out / (name or arm)
     settings = {"steps": steps, "burn_in": start and str(out / start), **changes}
-    run = Run(new_config("digits", method, seed=seed, **settings), folder, resume=(folder / "last.pt").exists(), workers=0)
+    config = new_config("digits", method, seed=seed, **settings)
+    run = Run(config, folder, resume=(folder / "last.pt").exists(), workers=0)
     if run.step < run.config["steps"]:
         print(f"{folder}: {method}, {run.config['steps']} steps, {len(run.splits.labelled)} labelled images")
         run.go()

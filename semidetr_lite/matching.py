@@ -1,7 +1,8 @@
 """Which query answers for which object: one-to-one (Hungarian) and one-to-many (task-aligned).
 
-They are the two stages of Semi-DETR. Both return pairs. One-to-one: each target gets the one query that makes the total cost smallest. One-to-many (paper
-section 3.2; released code: o2m_assigner.py): each target takes the `candidates` queries of highest
+They are the two stages of Semi-DETR. Both return pairs. One-to-one: each target gets the one query that makes the
+total cost smallest. One-to-many (paper section 3.2; released code: o2m_assigner.py): each target takes the
+`candidates` queries of highest
 
     m(q, t) = score(q, label_t)^alpha * IoU(q, t)^beta,
 

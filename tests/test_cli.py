@@ -29,7 +29,13 @@ def coco_folder(root, count=8, sizes=((40, 60), (64, 48))):
             pixels = rng.integers(0, 99, (height, width, 3), dtype=np.uint8)
             if number:
                 pixels[10:30, 8:28] = 250
-                row = {"image_id": number, "bbox": [8, 10, 20, 20], "area": 400, "iscrowd": int(number == 2), "category_id": 3 + 4 * (number % 2)}
+                row = {
+                    "image_id": number,
+                    "bbox": [8, 10, 20, 20],
+                    "area": 400,
+                    "iscrowd": int(number == 2),
+                    "category_id": 3 + 4 * (number % 2),
+                }
                 document["annotations"].append({"id": number, **row})
             document["images"].append({"id": number, "file_name": name, "height": height, "width": width})
             Image.fromarray(pixels).save(root / "images" / name)
@@ -57,7 +63,18 @@ def trained(tmp_path_factory):
         root = tmp_path_factory.mktemp("trained")
         data = coco_folder(root / "data")
         coco_folder(root / "more", 4)
-        words = ["--data", data, "--unlabelled", root / "more/images", "--percent", 100, "--out", root / "run", "--workers", 0]
+        words = [
+            "--data",
+            data,
+            "--unlabelled",
+            root / "more/images",
+            "--percent",
+            100,
+            "--out",
+            root / "run",
+            "--workers",
+            0,
+        ]
         assert run(patch, "train", *words) == 0
     return root
 
@@ -81,7 +98,16 @@ def test_training_on_coco_data_keeps_its_categories(trained):
 
 
 def test_predict_writes_pictures_and_coco_json(monkeypatch, trained, tmp_path, capsys):
-    words = ["predict", trained / "run", trained / "data/images", trained / "more/images/train 0.png", "--out", tmp_path, "--score", 0]
+    words = [
+        "predict",
+        trained / "run",
+        trained / "data/images",
+        trained / "more/images/train 0.png",
+        "--out",
+        tmp_path,
+        "--score",
+        0,
+    ]
     assert run(monkeypatch, *words) == 0
     rows = json.loads((tmp_path / "detections.json").read_text())
     listed = json.loads((tmp_path / "images.json").read_text())["images"]

@@ -145,7 +145,7 @@ def best_boxes(outputs: dict, sizes: torch.Tensor, top: int, score: float = 0.0,
     labels = order % classes
     sizes = sizes.to(scores)
     pixels = to_pixels(outputs["pred_boxes"].float(), sizes).clamp(min=0)
-    pixels = torch.minimum(pixels, torch.cat([sizes, sizes], -1).flip(-1).unsqueeze(-2))  # what lies outside is not seen
+    pixels = torch.minimum(pixels, torch.cat([sizes, sizes], -1).flip(-1).unsqueeze(-2))  # nothing is seen outside
     boxes = pixels.gather(1, (order // classes)[..., None].expand(-1, -1, 4))
     valid = scores >= score
     if nms is not None:
