@@ -5,6 +5,8 @@ always gives the same batch, whatever the number of worker processes and whereve
 step come from one shape group (square, wide or tall), so that little or nothing is padded.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -49,14 +51,15 @@ class Batches(torch.utils.data.Dataset):
     Args:
         splits: where the images come from.
         labelled, unlabelled: images of each kind a step; `unlabelled` may be 0, as for supervised training.
-        views: how far the views may go.
+        views: how far the views may go; mirrored only where the data allow it too.
         seed: of everything random here.
     """
 
     cycle = 100  # steps over which the shape groups appear in their exact proportions
 
     def __init__(self, splits: Splits, labelled: int, unlabelled: int, views: ViewSettings, seed: int):
-        self.splits, self.views, self.seed = splits, views, seed
+        self.splits, self.seed = splits, seed
+        self.views = replace(views, flip=views.flip and splits.flip)
         self.labelled = Sampler(splits.labelled.sizes, labelled, seed)
         self.unlabelled = Sampler(splits.unlabelled.sizes, unlabelled, seed + 1) if unlabelled else None
         sizes = [*splits.labelled.sizes, *splits.unlabelled.sizes]  # both, so that every method sees the same schedule

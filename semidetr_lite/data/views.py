@@ -31,8 +31,12 @@ class ViewSettings:
     short_sides: tuple[int, ...] = ()  # one is drawn and the image resized to it; empty: the size stays
     long_side: int = 1333
     flip: bool = True
-    zoom: tuple[float, float] = (1.0, 1.0)  # about the centre, canvas kept, log-uniform
-    shift: float = 0.0
+    zoom: tuple[float, float] = (1.0, 1.0)  # of the student's views: about the centre, canvas kept, log-uniform
+    shift: float = 0.0  # of the student's views
+    weak_zoom: tuple[float, float] = (
+        1.0,
+        1.0,
+    )  # of the teacher's; at most 1, or what it loses is background to the student
     strong_shift: float = 0.1
     strong_rotation: float = 30.0
     strong_shear: float = 30.0
@@ -112,7 +116,7 @@ def labelled_view(
     image: torch.Tensor, target: dict, rng: np.random.Generator, settings: ViewSettings
 ) -> tuple[torch.Tensor, dict]:
     """What the student sees of a labelled image: base geometry and one colour operation."""
-    image, target = weak_view(image, target, rng, settings)
+    image, target = _base_view(image, target, rng, settings, settings.zoom, settings.shift)
     return recolour(image, rng), target
 
 
@@ -123,11 +127,12 @@ def weak_view(
 
     Base geometry only. image (3, H, W) uint8 or float -> float in [0, 1].
     """
-    image = F.to_dtype(image, torch.float32, scale=True)
-    size, resize = _resize_matrix(target["size"], rng, settings)
-    if size != tuple(image.shape[-2:]):
-        image = F.resize(image, list(size), antialias=True)
-    geometry = _base_matrix(size, rng, settings)
+    return _base_view(image, target, rng, settings, settings.weak_zoom, 0.0)
+
+
+def _base_view(image, target, rng, settings, zoom, shift) -> tuple[torch.Tensor, dict]:
+    image, size, resize = _resized_image(image, target["size"], rng, settings)
+    geometry = _base_matrix(size, rng, settings, zoom, shift)
     if not torch.equal(geometry, torch.eye(3)):
         image = warp(image, geometry, size)
     return image, map_target(target, geometry @ resize, size, settings.visible)
@@ -140,11 +145,9 @@ def strong_view(
 
     Base geometry, one more geometric operation, one colour operation, erased patches.
     """
-    image = F.to_dtype(image, torch.float32, scale=True)
-    size, resize = _resize_matrix(target["size"], rng, settings)
-    if size != tuple(image.shape[-2:]):
-        image = F.resize(image, list(size), antialias=True)
-    geometry = _strong_matrix(size, rng, settings) @ _base_matrix(size, rng, settings)
+    image, size, resize = _resized_image(image, target["size"], rng, settings)
+    geometry = _base_matrix(size, rng, settings, settings.zoom, settings.shift)
+    geometry = _strong_matrix(size, rng, settings) @ geometry
     if rng.random() < 0.5:  # geometry and colour in either order, as in the released code
         image = warp(recolour(image, rng), geometry, size)
     else:
@@ -163,17 +166,24 @@ def _resize_matrix(
     return new, _matrix([new[1] / width, 0, 0], [0, new[0] / height, 0])
 
 
+def _resized_image(image, size, rng, settings) -> tuple[torch.Tensor, tuple[int, int], torch.Tensor]:
+    """(image as floats at its new size, that size, matrix)."""
+    size, resize = _resize_matrix(size, rng, settings)
+    image = F.to_dtype(image, torch.float32, scale=True)
+    return (image if size == tuple(image.shape[-2:]) else F.resize(image, list(size), antialias=True)), size, resize
+
+
 def resized(size: tuple[int, int], short_side: int, long_side: int) -> tuple[int, int]:
     """(H, W) scaled to the short side, or less if the long side would exceed its bound; at least 1 pixel each."""
     scale = min(short_side / min(size), long_side / max(size))
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def _base_matrix(size: tuple[int, int], rng: np.random.Generator, settings: ViewSettings) -> torch.Tensor:
+def _base_matrix(size: tuple[int, int], rng: np.random.Generator, settings: ViewSettings, zoom, shift) -> torch.Tensor:
     """Zoom about the centre, shift and (where it is allowed) mirror, on the same canvas."""
     height, width = size
-    zoom = float(np.exp(rng.uniform(*np.log(settings.zoom))))
-    dx, dy = rng.uniform(-settings.shift, settings.shift, 2) * (width, height)
+    zoom = float(np.exp(rng.uniform(*np.log(zoom))))
+    dx, dy = rng.uniform(-shift, shift, 2) * (width, height)
     matrix = _about_centre(_matrix([zoom, 0, 0], [0, zoom, 0]), size)
     matrix = _matrix([1, 0, dx], [0, 1, dy]) @ matrix
     if settings.flip and rng.random() < 0.5:

@@ -67,7 +67,7 @@ PRESETS = {
             "anchor_size": 0.1,
             "denoising_queries": 20,
         },
-        views=ViewSettings(flip=False, zoom=(0.85, 1.18), shift=0.06, strong_rotation=3.0, strong_shear=3.0),
+        views=ViewSettings(zoom=(0.85, 1.18), shift=0.06, weak_zoom=(0.9, 1.0), strong_rotation=3.0, strong_shear=3.0),
         steps=1000,
         one_to_many_share=0.4,
         learning_rate=2e-3,
