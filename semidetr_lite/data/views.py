@@ -33,10 +33,8 @@ class ViewSettings:
     flip: bool = True
     zoom: tuple[float, float] = (1.0, 1.0)  # of the student's views: about the centre, canvas kept, log-uniform
     shift: float = 0.0  # of the student's views
-    weak_zoom: tuple[float, float] = (
-        1.0,
-        1.0,
-    )  # of the teacher's; at most 1, or what it loses is background to the student
+    # of the teacher's view; at most 1, for what the teacher cannot see would be background to the student
+    weak_zoom: tuple[float, float] = (1.0, 1.0)
     strong_shift: float = 0.1
     strong_rotation: float = 30.0
     strong_shear: float = 30.0
@@ -131,6 +129,7 @@ def weak_view(
 
 
 def _base_view(image, target, rng, settings, zoom, shift) -> tuple[torch.Tensor, dict]:
+    """Resize, zoom, shift and mirror."""
     image, size, resize = _resized_image(image, target["size"], rng, settings)
     geometry = _base_matrix(size, rng, settings, zoom, shift)
     if not torch.equal(geometry, torch.eye(3)):
