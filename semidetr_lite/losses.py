@@ -52,6 +52,12 @@ class LossWeights(NamedTuple):
     l1_weight: float = 5.0
     giou_weight: float = 2.0
 
+    def times(self, factor: float, boxes: float = 1.0) -> "LossWeights":
+        """All of them times `factor`, those of boxes also times `boxes`."""
+        return LossWeights(
+            self.class_weight * factor, self.l1_weight * factor * boxes, self.giou_weight * factor * boxes
+        )
+
 
 def layer_loss(
     logits, pred_boxes, targets: list[dict], stage: str, candidates: int = 13, weights: LossWeights = LossWeights()

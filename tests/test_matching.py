@@ -291,6 +291,22 @@ def test_batched_one_to_many_equals_image_by_image(candidates):
             assert (quality[layer, image][expected < 0] == 0).all()
 
 
+def test_boxes_that_are_not_valid_are_nobodys_target():
+    """Pseudo-boxes under the cut keep their place in the padded targets."""
+    logits, boxes, targets = some_batch([5, 4])
+    whole = pad_targets(targets)
+    valid = torch.tensor([[True, False, True, False, True], [False, True, True, True, False]])
+    kept = []
+    for target, row in zip(targets, valid):
+        row = row[: len(target["labels"])]
+        kept.append({**target, "boxes": target["boxes"][row], "labels": target["labels"][row]})
+    assigned, quality = assign_one_to_many(logits, boxes, whole._replace(valid=valid), candidates=4)
+    places, fewer = assign_one_to_many(logits, boxes, pad_targets(kept), candidates=4)
+    columns = valid.long().argsort(descending=True, stable=True)[:, :3].expand(2, -1, -1)
+    assert torch.equal(assigned, torch.where(places >= 0, columns.gather(-1, places.clamp(min=0)), -1))
+    assert torch.allclose(quality, fewer)
+
+
 def test_batch_without_any_target():
     logits, boxes, targets = some_batch([0, 0, 0])
     padded = pad_targets(targets)

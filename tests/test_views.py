@@ -265,6 +265,18 @@ def test_views_without_any_freedom_leave_image_and_boxes_alone(colourless):
         assert torch.allclose(moved["matrix"], torch.eye(3), atol=1e-6)
 
 
+def test_a_mirrored_view_is_the_mirror_image():
+    image, target = torch.rand(3, 30, 41), still_target([[3, 4, 20, 25]], (30, 41))
+    settings, mirrored = ViewSettings(**{**STILL.__dict__, "flip": True}), 0
+    for seed in range(8):
+        seen, moved = weak_view(image, target, np.random.default_rng(seed), settings)
+        if not torch.equal(moved["boxes"], target["boxes"]):
+            assert torch.allclose(seen, image.flip(-1), atol=1e-4)
+            assert moved["boxes"].tolist() == [[21, 4, 38, 25]]
+            mirrored += 1
+    assert 0 < mirrored < 8
+
+
 def test_a_box_travels_from_the_weak_to_the_strong_view_by_their_matrices(colourless):
     """Flips, shifts and sizes keep boxes boxes, so that the way over the weak view and the direct one agree exactly."""
     settings = ViewSettings(**{**STILL.__dict__, "flip": True, "short_sides": (64, 80), "strong_shift": 0.1})
@@ -280,7 +292,7 @@ def test_a_box_travels_from_the_weak_to_the_strong_view_by_their_matrices(colour
 
 
 def test_strong_geometry_keeps_to_its_limits():
-    size, kinds = (60, 90), set()
+    size, kinds, turns, slants = (60, 90), set(), [], []
     settings = ViewSettings(flip=False, strong_shift=0.1, strong_rotation=30.0, strong_shear=20.0, patches=0)
     for seed in range(200):
         target = {"size": size}
@@ -294,12 +306,14 @@ def test_strong_geometry_keeps_to_its_limits():
         assert torch.det(linear) == pytest.approx(1, abs=1e-4)
         if torch.allclose(linear @ linear.T, torch.eye(2), atol=1e-5):
             kinds.add("rotate")
-            assert abs(math.degrees(math.atan2(linear[1, 0], linear[0, 0]))) <= 30.001
+            turns.append(abs(math.degrees(math.atan2(linear[1, 0], linear[0, 0]))))
         else:
             kinds.add("shear")
-            limit = math.tan(math.radians(20)) + 1e-5
-            assert linear[0, 0] == 1 and abs(linear[0, 1]) <= limit and abs(linear[1, 0]) <= limit
+            assert linear[0, 0] == 1
+            slants += [abs(linear[0, 1].item()), abs(linear[1, 0].item())]
     assert kinds == {"x", "y", "rotate", "shear"}
+    assert 27 < max(turns) <= 30.001
+    assert math.tan(math.radians(18)) < max(slants) <= math.tan(math.radians(20)) + 1e-5
 
 
 def test_views_are_functions_of_their_generator():

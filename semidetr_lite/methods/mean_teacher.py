@@ -80,7 +80,9 @@ class Averaged(nn.Module):
         """A generator for each image, from (seed, step, position) alone."""
         return [np.random.default_rng([self.seed, 7, stream, step, position]) for position in range(count)]
 
-    def denoise(self, memory: Memory, outputs: dict, targets: PaddedTargets, step: int, stream: int) -> dict:
+    def denoise(
+        self, memory: Memory, outputs: dict, targets: PaddedTargets, weights: LossWeights, step: int, stream: int
+    ):
         """Denoising losses of a batch, {} if it holds no box.
 
         The questions are decoded against the kept matching queries.
@@ -89,12 +91,12 @@ class Averaged(nn.Module):
         if made is None:
             return {}
         group, answers = made
-        return denoising_loss(self.student.decode_groups(memory, outputs, [group])[0], answers, targets, self.weights)
+        return denoising_loss(self.student.decode_groups(memory, outputs, [group])[0], answers, targets, weights)
 
 
-def named(prefix: str, losses: dict, weight: float = 1.0) -> dict:
-    """{"class": x} -> {"prefix/class": weight * x}."""
-    return {f"{prefix}/{name}": weight * value for name, value in losses.items()}
+def named(prefix: str, losses: dict) -> dict:
+    """{"class": x} -> {"prefix/class": x}."""
+    return {f"{prefix}/{name}": value for name, value in losses.items()}
 
 
 class PseudoBoxes(NamedTuple):
@@ -140,6 +142,7 @@ class MeanTeacher(Averaged):
         student, ema_ceiling, seed, weights: see Averaged.
         score_cut: pseudo-boxes of at least this score are targets.
         unlabelled_weight: of all losses on unlabelled images.
+        unlabelled_box_weight: further factor of their box losses, since a pseudo-box may be right and yet loose.
         most: pseudo-boxes looked at in an image.
         nms: IoU of the suppression of pseudo-boxes.
     """
@@ -149,12 +152,14 @@ class MeanTeacher(Averaged):
         student: Detector,
         score_cut: float = 0.4,
         unlabelled_weight: float = 4.0,
+        unlabelled_box_weight: float = 1.0,
         most: int = 100,
         nms: float = 0.6,
         **shared,
     ):
         super().__init__(student, **shared)
-        self.score_cut, self.unlabelled_weight, self.most, self.nms = score_cut, unlabelled_weight, most, nms
+        self.score_cut, self.most, self.nms = score_cut, most, nms
+        self.pseudo_weights = self.weights.times(unlabelled_weight, unlabelled_box_weight)
 
     def forward(self, batch: dict, step: int) -> dict[str, torch.Tensor]:
         """A batch with "labelled", "weak" and "strong" -> weighted losses."""
@@ -175,9 +180,9 @@ class MeanTeacher(Averaged):
         self.stats = {"pseudo_per_image": float(valid[len(images) :].sum() / len(strong))}
 
         losses = {}
-        for name, rows, stream, weight in (
-            ("labelled", slice(0, len(images)), LABELLED, 1.0),
-            ("pseudo", slice(len(images), None), UNLABELLED, self.unlabelled_weight),
+        for name, rows, stream, weights in (
+            ("labelled", slice(0, len(images)), LABELLED, self.weights),
+            ("pseudo", slice(len(images), None), UNLABELLED, self.pseudo_weights),
         ):
             here = trimmed(PaddedTargets(*(entry[rows] for entry in targets)), valid[rows])
             found = detection_loss(
@@ -186,11 +191,11 @@ class MeanTeacher(Averaged):
                 "one_to_one",
                 costs[:, rows][..., here.columns],
                 here.valid,
-                weights=self.weights,
+                weights=weights,
             )
-            losses |= named(name, found, weight)
-            noise = self.denoise(memory.rows(rows), output_rows(outputs, rows), here.targets, step, stream)
-            losses |= named(f"{name} denoising", noise, weight)
+            losses |= named(name, found)
+            noise = self.denoise(memory.rows(rows), output_rows(outputs, rows), here.targets, weights, step, stream)
+            losses |= named(f"{name} denoising", noise)
         return losses
 
 
@@ -229,4 +234,6 @@ def labelled_losses(method: Averaged, images: list, truths: list[dict], step: in
     layers: Layers = stack_layers(outputs)
     costs, valid = one_transfer(layer_costs(layers, targets), targets.valid)
     losses = named("labelled", detection_loss(layers, targets, "one_to_one", costs, valid, weights=method.weights))
-    return losses | named("labelled denoising", method.denoise(memory, outputs, targets, step, LABELLED))
+    return losses | named(
+        "labelled denoising", method.denoise(memory, outputs, targets, method.weights, step, LABELLED)
+    )

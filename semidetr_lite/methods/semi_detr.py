@@ -49,6 +49,7 @@ class SemiDETR(Averaged):
         one_to_many_steps: the step at which stage two begins.
         score_cut: pseudo-boxes of at least this score are targets.
         unlabelled_weight: of all losses on unlabelled images.
+        unlabelled_box_weight: further factor of their box losses, since a pseudo-box may be right and yet loose.
         candidates: queries a target takes in stage one.
         consistency_weight: of the consistency loss, before `unlabelled_weight`.
         cost_memory: past matching costs that join the mixture.
@@ -62,6 +63,7 @@ class SemiDETR(Averaged):
         one_to_many_steps: int,
         score_cut: float = 0.4,
         unlabelled_weight: float = 4.0,
+        unlabelled_box_weight: float = 1.0,
         candidates: int = 13,
         consistency_weight: float = 10.0,
         cost_memory: int = 500,
@@ -72,6 +74,7 @@ class SemiDETR(Averaged):
         super().__init__(student, **shared)
         self.one_to_many_steps, self.score_cut, self.unlabelled_weight = one_to_many_steps, score_cut, unlabelled_weight
         self.candidates, self.consistency_weight, self.most, self.nms = candidates, consistency_weight, most, nms
+        self.pseudo_weights = self.weights.times(unlabelled_weight, unlabelled_box_weight)
         self.projector = Projector(student.dim, hidden=4 * student.dim)
         self.register_buffer("past_costs", torch.full((cost_memory,), torch.nan))
 
@@ -106,23 +109,21 @@ class SemiDETR(Averaged):
         found = self.decide(layers.rows(labelled), targets, layers.rows(unlabelled), carried, pseudo.scores, stage)
 
         losses = {}
-        for name, rows, boxes, weight in (
-            ("labelled", labelled, targets, 1.0),
-            ("pseudo", unlabelled, carried, self.unlabelled_weight),
+        for name, rows, boxes, weights in (
+            ("labelled", labelled, targets, self.weights),
+            ("pseudo", unlabelled, carried, self.pseudo_weights),
         ):
             here = trimmed(
                 boxes._replace(valid=torch.from_numpy(found[name]["valid"]).to(device)), found[name]["valid"]
             )
             costs = found[name]["costs"]
             costs = None if costs is None else costs[..., here.columns]
-            part = detection_loss(
-                layers.rows(rows), here.targets, stage, costs, here.valid, self.candidates, self.weights
-            )
-            losses |= named(name, part, weight)
+            part = detection_loss(layers.rows(rows), here.targets, stage, costs, here.valid, self.candidates, weights)
+            losses |= named(name, part)
             if name == "labelled" or stage == "one_to_one":
                 stream = LABELLED if name == "labelled" else UNLABELLED
-                noise = self.denoise(memory.rows(rows), output_rows(outputs, rows), here.targets, step, stream)
-                losses |= named(f"{name} denoising", noise, weight)
+                noise = self.denoise(memory.rows(rows), output_rows(outputs, rows), here.targets, weights, step, stream)
+                losses |= named(f"{name} denoising", noise)
         if stage == "one_to_many":
             student = (memory.rows(unlabelled), output_rows(outputs, unlabelled))
             loss = self.consistency(student, (teacher_memory, teacher_outputs), pseudo, carried, weak, found["asked"])

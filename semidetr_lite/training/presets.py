@@ -41,6 +41,7 @@ class Recipe:
     one_to_many_share: float = 0.5  # share of a Semi-DETR run's steps in stage one
     score_cut: float = 0.4
     unlabelled_weight: float = 4.0
+    unlabelled_box_weight: float = 1.0
     candidates: int = 13
     consistency_weight: float = 10.0
     cost_memory: int = 0
@@ -67,7 +68,7 @@ PRESETS = {
             "anchor_size": 0.1,
             "denoising_queries": 20,
         },
-        views=ViewSettings(zoom=(0.85, 1.18), shift=0.06, weak_zoom=(0.9, 1.0), strong_rotation=3.0, strong_shear=3.0),
+        views=ViewSettings(zoom=(0.85, 1.18), shift=0.06, weak_zoom=(0.95, 1.0), strong_rotation=3.0, strong_shear=3.0),
         steps=1000,
         one_to_many_share=0.4,
         learning_rate=2e-3,
@@ -78,6 +79,7 @@ PRESETS = {
         ema_ceiling=0.98,
         score_cut=0.4,
         unlabelled_weight=2.0,
+        unlabelled_box_weight=0.25,
         candidates=4,
         cost_memory=500,
         most=30,
@@ -138,7 +140,9 @@ def make_method(name: str, student: Detector, recipe: Recipe, steps: int, offset
     shared = {"ema_ceiling": recipe.ema_ceiling, "seed": seed, "weights": recipe.weights}
     if name == "supervised":
         return Supervised(student, **shared)
-    shared |= {key: getattr(recipe, key) for key in ("score_cut", "unlabelled_weight", "most", "nms")}
+    shared |= {
+        key: getattr(recipe, key) for key in ("score_cut", "unlabelled_weight", "unlabelled_box_weight", "most", "nms")
+    }
     if name == "mean-teacher":
         return MeanTeacher(student, **shared)
     if name == "semi-detr":
