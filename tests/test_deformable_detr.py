@@ -127,11 +127,11 @@ def test_without_offsets_a_query_reads_its_reference():
 def test_offsets_of_points_are_in_cells_and_of_boxes_in_half_sides():
     tokens = torch.randn(1, 54, 8)
     memory, query = memory_of(tokens, [(6, 9)]), torch.zeros(1, 1, 8)
-    attention = plain_attention(points=1)
-    attention.offsets.bias.data = torch.tensor([3.0, 1.0] * 2)  # x, y of both heads
+    attention = plain_attention(points=2)
+    attention.offsets.bias.data = torch.tensor([3.0, 1.0] * 4)  # x, y of both heads and both points
     point = torch.tensor([1.5 / 9, 2.5 / 6]).view(1, 1, 1, 2)
     assert torch.allclose(attention(query, point, memory)[0, 0], tokens[0, 3 * 9 + 4], atol=1e-5)
-    attention.offsets.bias.data = torch.tensor([1.0, -1.0] * 2)
+    attention.offsets.bias.data = torch.tensor([2.0, -2.0] * 4)  # over the number of points: one half side
     box = torch.tensor([4.5 / 9, 2.5 / 6, 4 / 9, 2 / 6]).view(1, 1, 1, 4)  # 4 cells wide, 2 high
     assert torch.allclose(attention(query, box, memory)[0, 0], tokens[0, 1 * 9 + 6], atol=1e-5)
 

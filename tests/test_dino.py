@@ -185,7 +185,7 @@ def test_groups_decoded_afterwards_for_some_images_of_the_batch():
 
 def test_a_result_does_not_depend_on_the_neighbours_in_the_batch():
     detector = small()
-    images = [torch.rand(3, *size) for size in [(64, 96), (96, 64), (64, 64), (70, 45)]]
+    images = [torch.rand(3, *size) for size in [(64, 96), (96, 64), (70, 45), (64, 96), (96, 64)]]
     together = detector(images)
     for row, image in enumerate(images):
         assert same(together, detector([image]), "encoder", rows=slice(row, row + 1)), f"image {row}"

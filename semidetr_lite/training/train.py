@@ -91,7 +91,7 @@ def _origin() -> dict:
     except (OSError, subprocess.SubprocessError):
         commit = None
     machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, torch {torch.__version__}"
-    return {"commit": commit, "machine": machine, "command": "semidetr " + " ".join(sys.argv[1:])}
+    return {"commit": commit, "machine": machine, "command": " ".join([Path(sys.argv[0]).stem, *sys.argv[1:]])}
 
 
 class Run:
