@@ -144,7 +144,9 @@ def test_best_boxes_equal_a_loop(suppression):
     for image in range(3):
         cells = [(float(logits[image, q, c].sigmoid()), q, c) for q in range(12) for c in range(4)]
         best = [cell for cell in sorted(cells, reverse=True)[:20] if cell[0] >= 0.3]
-        pixels = to_pixels(boxes[image], tuple(sizes[image].tolist()))
+        height, width = sizes[image].tolist()
+        limit = torch.tensor([width, height, width, height])
+        pixels = to_pixels(boxes[image], (height, width)).clamp(min=0).minimum(limit)
         if suppression is not None:
             kept = []
             for label in range(4):

@@ -228,7 +228,7 @@ def colourless(monkeypatch):
 
 MOVES = {
     "flip": {"flip": True},
-    "zoom and shift": {"zoom": (0.8, 1.3), "shift": 0.1},
+    "zoom and shift": {"zoom": (0.8, 1.3), "shift": 0.1, "weak_zoom": (0.8, 1.0)},
     "resize": {"short_sides": (50, 80), "flip": True},
     "strong shift": {"strong_shift": 0.15},
     "rotate": {"strong_rotation": 25.0},
@@ -320,7 +320,7 @@ def test_views_are_functions_of_their_generator():
     image = torch.randint(0, 256, (3, 48, 64), dtype=torch.uint8)
     before = image.clone()
     target = still_target([[10, 10, 30, 30]], (48, 64))
-    settings = ViewSettings(zoom=(0.9, 1.1), shift=0.1)
+    settings = ViewSettings(zoom=(0.9, 1.1), shift=0.1, weak_zoom=(0.8, 0.95))
     for view in (labelled_view, weak_view, strong_view):
         seen = []
         for seed in (1, 1, 2):
