@@ -49,6 +49,7 @@ class Recipe:
     nms: float = 0.6
     weights: LossWeights = field(default_factory=LossWeights)
     log_every: int = 50
+    watch_every: int = 2000  # steps between two looks at the teacher's boxes on a few fixed images
     evaluate_every: int = 1000
     evaluate_images: int = 5000  # of the tune split, at intervals
 
@@ -84,6 +85,7 @@ PRESETS = {
         cost_memory=500,
         most=30,
         log_every=25,
+        watch_every=100,
         evaluate_every=250,
         evaluate_images=150,
     ),

@@ -237,6 +237,8 @@ class Run:
         }
         if self._due(self.recipe.evaluate_every):
             line |= self._measure()
+        if self._due(self.recipe.watch_every) and self.config["method"] != "supervised":
+            self._append("pseudo_boxes.jsonl", watched_boxes(self.method, self.splits.unlabelled, self.step))
         self._append("log.jsonl", [line])
         if not self.quiet:
             tqdm.write(summary(self.config["method"], line))
@@ -251,7 +253,6 @@ class Run:
             line |= {f"AP_{part}": round(found["AP"], 4), f"AP50_{part}": round(found["AP50"], 4)}
         if self.config["method"] != "supervised":
             line |= pseudo_quality(self.method, self.splits.unlabelled)
-            self._append("pseudo_boxes.jsonl", watched_boxes(self.method, self.splits.unlabelled, self.step))
         if self.step == self.config["steps"]:
             line["test"] = {
                 part: measure(getattr(self.method, part), self.splits.test) for part in ("student", "teacher")
