@@ -50,7 +50,8 @@ def demo(
         quick: a few steps of everything, to see that it works (accuracy means nothing).
     """
     names = ["supervised", "semi-detr"] + ["control"] * control + ["mean-teacher"] * mean_teacher
-    changes = {"steps": 4, "log_every": 2, "evaluate_every": 4, "watch_every": 4, "evaluate_images": 20} if quick else {}
+    often = {"log_every": 2, "evaluate_every": 4, "watch_every": 4, "evaluate_images": 20}
+    changes = {"steps": 4, **often} if quick else {}
     runs = [train_arm(name, out, seed, **changes) for name in names]
     page = write_report(runs, out)
     print(_table(runs))

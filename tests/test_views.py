@@ -293,7 +293,7 @@ def test_a_box_travels_from_the_weak_to_the_strong_view_by_their_matrices(colour
 
 def test_strong_geometry_keeps_to_its_limits():
     size, kinds, turns, slants = (60, 90), set(), [], []
-    settings = ViewSettings(flip=False, strong_shift=0.1, strong_rotation=30.0, strong_shear=20.0, patches=0)
+    settings = ViewSettings(flip=False, strong_shift=0.1, strong_rotation=30.0, strong_shear=40.0, patches=0)
     for seed in range(200):
         target = {"size": size}
         m = strong_view(torch.zeros(3, *size), target, np.random.default_rng(seed), settings)[1]["matrix"]
@@ -313,7 +313,7 @@ def test_strong_geometry_keeps_to_its_limits():
             slants += [abs(linear[0, 1].item()), abs(linear[1, 0].item())]
     assert kinds == {"x", "y", "rotate", "shear"}
     assert 27 < max(turns) <= 30.001
-    assert math.tan(math.radians(18)) < max(slants) <= math.tan(math.radians(20)) + 1e-5
+    assert math.tan(math.radians(36)) < max(slants) <= math.tan(math.radians(40)) + 1e-5
 
 
 def test_views_are_functions_of_their_generator():
