@@ -1,6 +1,7 @@
 """The batch of a step depends on seed and step alone; every pass shows every image once; a step has one shape."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -103,6 +104,14 @@ def test_methods_see_the_same_labelled_images():
     for step in (0, 13, 140):
         assert list(alone[step]) == ["labelled"]
         assert same(alone[step], {"labelled": both[step]["labelled"]})
+
+
+def test_views_are_mirrored_only_where_the_data_allow_it():
+    for flip in (True, False):
+        batches = Batches(replace(some_splits(), flip=flip), 3, 3, ViewSettings(flip=True), seed=0)
+        for kind in ("labelled", "weak", "strong"):
+            turned = [target["matrix"][0, 0] < 0 for step in range(6) for target in batches[step][kind][1]]
+            assert any(turned) == flip and not all(turned)
 
 
 # Shapes

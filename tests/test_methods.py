@@ -263,6 +263,12 @@ def test_weights_multiply_their_part_of_the_losses():
         for name in ours:
             factor = 1.0 if name.startswith("labelled") else 3.0
             assert theirs[name].item() == pytest.approx(factor * ours[name].item(), rel=1e-4), name
+    for kind in ("mean teacher", "stage one", "stage two"):
+        (method, step), (other, _) = make(kind), make(kind, unlabelled_box_weight=0.25)
+        ours, theirs = method(batch, step), other(batch, step)
+        for name in ours:
+            factor = 0.25 if name.startswith("pseudo") and name.endswith(("/l1", "/giou")) else 1.0
+            assert theirs[name].item() == pytest.approx(factor * ours[name].item(), rel=1e-4), name
     (method, step), (other, _) = make("stage one", consistency_weight=1.0), make("stage one", consistency_weight=5.0)
     assert other(batch, step)["consistency"].item() == pytest.approx(5 * method(batch, step)["consistency"].item())
 

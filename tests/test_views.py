@@ -265,6 +265,18 @@ def test_views_without_any_freedom_leave_image_and_boxes_alone(colourless):
         assert torch.allclose(moved["matrix"], torch.eye(3), atol=1e-6)
 
 
+def test_the_teacher_sees_the_whole_image_however_far_the_students_views_go(colourless):
+    settings = ViewSettings(**{**STILL.__dict__, "zoom": (0.5, 2.0), "shift": 0.3})
+    target = still_target([[3, 4, 20, 25]], (30, 40))
+    moved = {
+        view: [view(torch.rand(3, 30, 40), target, np.random.default_rng(seed), settings)[1] for seed in range(4)]
+        for view in (weak_view, labelled_view, strong_view)
+    }
+    assert all(torch.allclose(seen["matrix"], torch.eye(3), atol=1e-6) for seen in moved[weak_view])
+    for view in (labelled_view, strong_view):
+        assert not any(torch.allclose(seen["matrix"], torch.eye(3), atol=1e-2) for seen in moved[view])
+
+
 def test_a_mirrored_view_is_the_mirror_image():
     image, target = torch.rand(3, 30, 41), still_target([[3, 4, 20, 25]], (30, 41))
     settings, mirrored = ViewSettings(**{**STILL.__dict__, "flip": True}), 0
