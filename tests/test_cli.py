@@ -127,7 +127,7 @@ def test_evaluate_measures_runs_and_json_files(monkeypatch, trained, tmp_path, c
 
 
 def test_compare_writes_a_page(monkeypatch, trained, tmp_path):
-    assert run(monkeypatch, "compare", trained / "run", trained / "run", "--out", tmp_path, "--images", 2) == 0
+    assert run(monkeypatch, "compare", trained / "run", "--out", tmp_path, "--images", 2) == 0
     assert (tmp_path / "report.html").stat().st_size > 10_000
 
 

@@ -173,19 +173,19 @@ class Run:
             dynamic_ncols=True,
         )
         began, line = time.perf_counter(), {}
-        for batch in self._loader():
-            losses = self.train_step(batch)
-            self.step += 1
-            bar.update()
-            if self._due(self.recipe.log_every):
-                before, self.seconds, began = (
-                    self.seconds,
-                    self.seconds + time.perf_counter() - began,
-                    time.perf_counter(),
-                )
-                line = self._log(losses, self.seconds - before)
-                began = time.perf_counter()
-        bar.close()
+        with bar:  # closed also when something goes wrong, so that the error gets a line of its own
+            for batch in self._loader():
+                losses = self.train_step(batch)
+                self.step += 1
+                bar.update()
+                if self._due(self.recipe.log_every):
+                    before, self.seconds, began = (
+                        self.seconds,
+                        self.seconds + time.perf_counter() - began,
+                        time.perf_counter(),
+                    )
+                    line = self._log(losses, self.seconds - before)
+                    began = time.perf_counter()
         return line
 
     def train_step(self, batch: dict) -> dict[str, float]:
