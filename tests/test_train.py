@@ -110,7 +110,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_last_checkpoint
     monkeypatch.setattr(
         Averaged,
         "denoise",
-        lambda self, *a: {n: v * (torch.nan if a[3] == 4 else 1) for n, v in real(self, *a).items()},
+        lambda self, *a: {n: v * (torch.nan if a[4] == 4 else 1) for n, v in real(self, *a).items()},
     )
     with pytest.raises(UserError, match=r"step 4; the last good checkpoint is .*last\.pt \(step 4\)"):
         run.go()
