@@ -219,7 +219,7 @@ HOME_PATH = re.compile(r"(?<![\w.~}-])/(work|root|home|Users)/")
     [
         ("File " + "/".join(["", "home", "jane", "x.py"]), True),
         ('"' + "/".join(["", "work", "main"]) + '"', True),
-        ("../work/main, ~/work/main, $HOME/work, https://example.org/home/page, a/root/b", False),
+        ("../home/main, ~/home/main, $HOME/work, https://example.org/home/page, a/root/b", False),
     ],
 )
 def test_home_path_tells_machine_paths_from_others(text, found):

@@ -19,7 +19,7 @@ from semidetr_lite.boxes import to_model
 from semidetr_lite.data.views import map_boxes
 from semidetr_lite.detectors.detector import Detector, best_boxes
 from semidetr_lite.detectors.transformer import Memory, output_rows
-from semidetr_lite.losses import Layers, LossWeights, denoising_loss, detection_loss, layer_costs, stack_layers, to_host
+from semidetr_lite.losses import LossWeights, denoising_loss, detection_loss, layer_costs, stack_layers, to_host
 from semidetr_lite.matching import PaddedTargets, pad_targets
 
 LABELLED, UNLABELLED = range(2)  # separate streams of random numbers
@@ -123,9 +123,8 @@ def pseudo_boxes(outputs: dict, sizes: torch.Tensor, most: int, nms: float) -> P
         dino_detr_ssod_head.py:1371-1395).
     """
     boxes, scores, labels, valid = best_boxes(outputs, sizes, 3 * most, 0.01, nms)
-    first = (
-        valid.long().sort(dim=1, descending=True, stable=True).indices[:, :most]
-    )  # valid ones to the front, still by score
+    # valid ones to the front, still by score
+    first = valid.long().sort(dim=1, descending=True, stable=True).indices[:, :most]
     boxes = boxes.gather(1, first[..., None].expand(-1, -1, 4))
     return PseudoBoxes(boxes, scores.gather(1, first), labels.gather(1, first), valid.gather(1, first))
 
@@ -223,17 +222,3 @@ def one_transfer(*tensors: torch.Tensor) -> list[np.ndarray]:
         pieces.append(piece > 0.5 if tensor.dtype == torch.bool else piece)
         start += tensor.numel()
     return pieces
-
-
-def labelled_losses(method: Averaged, images: list, truths: list[dict], step: int) -> dict[str, torch.Tensor]:
-    """One-to-one and denoising losses of a labelled batch, as the supervised method and every baseline has them."""
-    device = next(method.parameters()).device
-    targets = pad_targets(truths, device)
-    memory = method.student.encode(images)
-    outputs = method.student.decode(memory)
-    layers: Layers = stack_layers(outputs)
-    costs, valid = one_transfer(layer_costs(layers, targets), targets.valid)
-    losses = named("labelled", detection_loss(layers, targets, "one_to_one", costs, valid, weights=method.weights))
-    return losses | named(
-        "labelled denoising", method.denoise(memory, outputs, targets, method.weights, step, LABELLED)
-    )

@@ -5,7 +5,9 @@ Its average is kept too, so that it is measured like the semi-supervised methods
 
 import torch
 
-from semidetr_lite.methods.mean_teacher import Averaged, labelled_losses
+from semidetr_lite.losses import detection_loss, layer_costs, stack_layers
+from semidetr_lite.matching import pad_targets
+from semidetr_lite.methods.mean_teacher import LABELLED, Averaged, named, one_transfer
 
 
 class Supervised(Averaged):
@@ -14,4 +16,11 @@ class Supervised(Averaged):
     def forward(self, batch: dict, step: int) -> dict[str, torch.Tensor]:
         """A batch with "labelled" -> weighted losses."""
         images, truths = batch["labelled"]
-        return labelled_losses(self, images, truths, step)
+        targets = pad_targets(truths, next(self.parameters()).device)
+        memory = self.student.encode(images)
+        outputs = self.student.decode(memory)
+        layers = stack_layers(outputs)
+        costs, valid = one_transfer(layer_costs(layers, targets), targets.valid)
+        losses = named("labelled", detection_loss(layers, targets, "one_to_one", costs, valid, weights=self.weights))
+        noise = self.denoise(memory, outputs, targets, self.weights, step, LABELLED)
+        return losses | named("labelled denoising", noise)

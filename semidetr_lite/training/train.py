@@ -1,17 +1,17 @@
 """The training loop: one for every method, since a method is `losses = method(batch, step)` and
 `method.after_step(step)`.
 
-    train(config, out)    config: see new_config; writes config.json, log.jsonl, pseudo_boxes.jsonl, last.pt,
+    Run(config, out).go()    config: see new_config; writes config.json, log.jsonl, pseudo_boxes.jsonl, last.pt,
     student.safetensors, teacher.safetensors
 
-A run may start from another one (`burn_in`): it takes over weights, average and optimizer, and its step count goes on.
+A run may start from another one (`burn_in`): it takes over weights and average, and its step count goes on;
+the optimizer starts anew.
 """
 
 import json
 import math
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -116,6 +116,8 @@ class Run:
         quiet: bool = False,
     ):
         self.out, self.workers, self.quiet = Path(out), workers, quiet
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"{self.out}: is a file; --out must be a folder")
         state = load_state(self.out / "last.pt") if resume else None
         if state:
             config = json.loads(state["config"])
@@ -179,12 +181,9 @@ class Run:
                 self.step += 1
                 bar.update()
                 if self._due(self.recipe.log_every):
-                    before, self.seconds, began = (
-                        self.seconds,
-                        self.seconds + time.perf_counter() - began,
-                        time.perf_counter(),
-                    )
-                    line = self._log(losses, self.seconds - before)
+                    spent = time.perf_counter() - began
+                    self.seconds += spent
+                    line = self._log(losses, spent)
                     began = time.perf_counter()
         return line
 
@@ -301,13 +300,6 @@ def _plain(line):
     if isinstance(line, dict):
         return {key: _plain(value) for key, value in line.items()}
     return None if isinstance(line, float) and not math.isfinite(line) else line
-
-
-def train(config: dict, out, resume: bool = False, **how) -> dict:
-    """Train a run to its end; see Run. Returns its last log line."""
-    if not shutil.os.path.isdir(out) and os.path.exists(out):
-        raise UserError(f"{out}: is a file; --out must be a folder")
-    return Run(config, out, resume, **how).go()
 
 
 def make_optimizer(method: Averaged, recipe: Recipe) -> torch.optim.Optimizer:
