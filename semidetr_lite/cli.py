@@ -86,7 +86,7 @@ def train(
     out: Path,
     preset: Literal["digits", "coco-10pct"] = "digits",
     method: Literal["supervised", "mean-teacher", "semi-detr"] = "semi-detr",
-    detector: Literal["dino"] = "dino",
+    detector: Literal["dino", "deformable-detr", "detr"] = "dino",
     data: str = "digits",
     images: Path | None = None,
     unlabelled: Path | None = None,

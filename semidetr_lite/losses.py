@@ -5,6 +5,9 @@ One-to-one (DINO; released code: dino_detr_ssod_head.py:751-804): focal loss, we
 dino_detr_ssod_head.py:665-749): quality focal loss, weighted 2, over the sum of the soft targets; L1 and GIoU
 weighted by the soft targets, over the same sum. Every normaliser is that of the whole batch and at least 1.
 
+DETR's scores by softmax over C classes and "no object" (detr.py) have cross-entropy instead, one-to-one only, in which
+"no object" weighs a tenth and the mean is over the weights; class cost and class loss count once there, not twice.
+
 Difference from the released code: L1 counts once (there a key meant for the log doubles it; the COCO presets pass
 l1_weight=10). Proposals of the encoder are trained class-agnostically, on channel 0, as there.
 """
@@ -43,6 +46,18 @@ def _focal(logits, positive, alpha: float = 0.25, gamma: float = 2.0) -> torch.T
         * (positive - logits.sigmoid()).abs() ** gamma
         * F.binary_cross_entropy_with_logits(logits, positive, reduction="none")
     )
+
+
+NO_OBJECT_WEIGHT = 0.1  # of the cross-entropy of queries that should answer "no object" (DETR)
+
+
+def _cross_entropy(logits, labels, assigned) -> torch.Tensor:
+    """Weighted mean per layer: logits (..., B, Q, C + 1), labels (..., B, Q) of the targets, assigned (..., B, Q)."""
+    nothing = assigned < 0
+    labels = torch.where(nothing, logits.shape[-1] - 1, labels)
+    each = -logits.float().log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    weight = torch.where(nothing, NO_OBJECT_WEIGHT, 1.0)
+    return (each * weight).sum((-2, -1)) / weight.sum((-2, -1))
 
 
 class LossWeights(NamedTuple):
@@ -97,6 +112,7 @@ def dense_loss(
     stage: str,
     weights: LossWeights = LossWeights(),
     seen=None,
+    no_object: bool = False,
 ) -> dict:
     """Losses of finished assignments, without leaving the device.
 
@@ -106,6 +122,7 @@ def dense_loss(
         assigned: (..., B, Q) index of the target, -1 for none.
         quality: (..., B, Q) soft class target, 0 where unassigned.
         seen: (B, Q) bool, queries that count at all; None for all.
+        no_object: whether the last logit is "no object" of a softmax; one-to-one only.
     """
     index = assigned.clamp(min=0)
     if targets.valid.shape[1]:
@@ -115,15 +132,19 @@ def dense_loss(
         )
     else:
         labels, boxes = index, torch.full_like(pred_boxes, 0.5, dtype=torch.float32)
-    wanted = torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, labels[..., None], quality[..., None].float())
-    each = (_quality_focal if stage == "one_to_many" else _focal)(logits, wanted)
-    if seen is not None:
-        each = each * seen[..., None]
     norm = quality.float().sum((-2, -1)).clamp(min=1.0)  # one per layer
+    if no_object:
+        classes = weights.class_weight / 2 * _cross_entropy(logits, labels, assigned)
+    else:
+        chosen = quality[..., None].float()
+        wanted = torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, labels[..., None], chosen)
+        each = (_quality_focal if stage == "one_to_many" else _focal)(logits, wanted)
+        each = each if seen is None else each * seen[..., None]
+        classes = weights.class_weight * each.sum((-3, -2, -1)) / norm
     l1 = (pred_boxes.float() - boxes).abs().sum(-1)
     giou = 1 - overlaps(box_convert(pred_boxes.float(), "cxcywh", "xyxy"), box_convert(boxes, "cxcywh", "xyxy"))[1]
     return {
-        "class": (weights.class_weight * each.sum((-3, -2, -1)) / norm).sum(),
+        "class": classes.sum(),
         "l1": (weights.l1_weight * (l1 * quality).sum((-2, -1)) / norm).sum(),
         "giou": (weights.giou_weight * (giou * quality).sum((-2, -1)) / norm).sum(),
     }
@@ -138,10 +159,11 @@ class Layers(NamedTuple):
     logits: torch.Tensor  # (L, B, Q, C)
     boxes: torch.Tensor  # (L, B, Q, 4)
     encoder: bool  # whether the last entry is the encoder's
+    no_object: bool = False  # whether the last logit is "no object" of a softmax
 
     def rows(self, rows: slice) -> "Layers":
         """The same layers for some images of the batch."""
-        return Layers(self.logits[:, rows], self.boxes[:, rows], self.encoder)
+        return self._replace(logits=self.logits[:, rows], boxes=self.boxes[:, rows])
 
 
 def stack_layers(outputs: dict) -> Layers:
@@ -151,12 +173,15 @@ def stack_layers(outputs: dict) -> Layers:
         torch.stack([layer["pred_logits"] for layer in layers]),
         torch.stack([layer["pred_boxes"] for layer in layers]),
         bool(outputs.get("encoder")),
+        bool(outputs.get("no_object")),
     )
 
 
 def layer_costs(layers: Layers, targets: PaddedTargets) -> torch.Tensor:
     """Matching costs (L, B, Q, T) of all layers; the encoder's proposals are priced as class 0."""
-    return batched_cost(layers.logits.detach(), layers.boxes.detach(), targets.boxes, _layer_labels(layers, targets))
+    kind = {"class_cost": "softmax", "class_weight": 1.0} if layers.no_object else {}
+    labels = _layer_labels(layers, targets)
+    return batched_cost(layers.logits.detach(), layers.boxes.detach(), targets.boxes, labels, **kind)
 
 
 def _layer_labels(layers: Layers, targets: PaddedTargets) -> torch.Tensor:
@@ -192,7 +217,7 @@ def detection_loss(
         assigned = torch.from_numpy(assign_one_to_one(costs, valid)).to(layers.logits.device)
         quality = (assigned >= 0).float()
     each = PaddedTargets(targets.boxes.expand(len(labels), -1, -1, -1), labels, targets.valid)
-    return dense_loss(layers.logits, layers.boxes, each, assigned, quality, stage, weights)
+    return dense_loss(layers.logits, layers.boxes, each, assigned, quality, stage, weights, no_object=layers.no_object)
 
 
 def denoising_loss(group: dict, answers: Answers, targets: PaddedTargets, weights: LossWeights = LossWeights()) -> dict:

@@ -14,6 +14,7 @@ from semidetr_lite.data import digits
 from semidetr_lite.training import presets
 from tests.test_train import SMALL
 
+SMALL = {**SMALL, "arguments": {"dino": SMALL["arguments"]}}
 FEW = {"train": 8, "tune": 3, "test": 3}
 
 

@@ -226,16 +226,38 @@ def test_a_padded_image_does_not_feel_what_its_neighbour_shows():
 
 
 def test_boxes_look_forward_twice():
-    """The box of a layer teaches that layer's shift and the one before, and none further back."""
+    """The box of a layer teaches that layer's shift and the one before, and none further back.
+
+    The box head is read twice a layer: in the normed content for the box, in the content itself for the next layer.
+    """
     detector, shifts = small(decoder_layers=4), []
     detector.box_head.register_forward_hook(lambda module, inputs, output: shifts.append(output))
     outputs = detector(torch.rand(1, 3, 64, 64))
+    predicted, handed_on = shifts[0::2], shifts[1::2]
     for number, layer in enumerate(layers_of(outputs)):
-        gradients = torch.autograd.grad(layer["pred_boxes"].sum(), shifts, retain_graph=True, allow_unused=True)
-        reached = [
-            place for place, gradient in enumerate(gradients) if gradient is not None and gradient.abs().sum() > 0
+        gradients = [
+            torch.autograd.grad(layer["pred_boxes"].sum(), part, retain_graph=True, allow_unused=True)
+            for part in (predicted, handed_on)
         ]
-        assert reached == [place for place in (number - 1, number) if place >= 0]
+        reached = [
+            [place for place, gradient in enumerate(part) if gradient is not None and gradient.abs().sum() > 0]
+            for part in gradients
+        ]
+        assert reached == [[number], [number - 1] if number else []]
+
+
+def test_the_next_layer_starts_from_the_content_before_the_norm():
+    """Released code: references are handed on from what the box head reads before the norm."""
+    detector, calls = small(decoder_layers=2), []
+    for layer in detector.decoder:
+        layer.register_forward_hook(lambda module, inputs, output: calls.append((inputs[2], output)))
+    memory = detector.encode(torch.rand(1, 3, 64, 64))
+    outputs = detector.decode(memory)
+    (_, content), (references, _) = calls
+    boxes = (detector.box_head(content) + torch.logit(memory.proposals["pred_boxes"], eps=1e-5)).sigmoid()
+    assert torch.allclose(references[:, :, 0], boxes, atol=1e-5)
+    last = detector.box_head(detector.decoder_norm(calls[1][1])) + torch.logit(boxes, eps=1e-5)
+    assert torch.allclose(outputs["pred_boxes"], last.sigmoid(), atol=1e-5)
 
 
 def test_decoder_boxes_do_not_teach_the_proposals():

@@ -1,128 +1,116 @@
-"""Deformable attention (Zhu et al., ICLR 2021): a query reads a few learned points instead of the whole image.
+"""Deformable DETR (Zhu et al., ICLR 2021): DETR whose attention reads a few points of several maps.
 
-    output(q) = W * concat over heads of  sum over l, p of  weight(q, l, p) * value_l(reference(q) + offset(q, l, p))
+    images -> backbone -> projected maps -> encoder -> tokens;  queries -> decoder reads the tokens -> boxes
 
-with levels l and points p.
+Three forms, as published:
 
-Cost grows linearly with the number of tokens. The function below is pure PyTorch: one `grid_sample` a level, any
-device, no compiled operator.
+* plain: a query is a learned position and a learned content; its reference point is read from the position, and every
+  layer predicts its box around that same point.
+* with_box_refine: every layer has heads of its own and corrects the box of the layer before.
+* two_stage: the queries are not learned; the encoder's best tokens give boxes, and position and content are read from
+  the sine code of each box. This is the form Semi-DETR needs, since only here any box can ask (`groups`).
+
+What is new beside detr.py: the attention, several levels, sigmoid scores without a no-object class, references.
+Difference from the released code: no dropout (0.1 there); anchors near the border or in the padding are never chosen
+as proposals.
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from semidetr_lite.detectors.transformer import FeedForward, Memory, QuerySelfAttention
+from semidetr_lite.boxes import inverse_sigmoid
+from semidetr_lite.detectors.deformable import DeformableDetector, deformable_attention
+from semidetr_lite.detectors.transformer import MLP, Memory, sine_positions
+from semidetr_lite.errors import UserError
+
+__all__ = ["DeformableDETR", "deformable_attention"]
 
 
-def deformable_attention(
-    value: torch.Tensor, shapes: list[tuple[int, int]], locations: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
-    """Weighted bilinear reads from a pyramid of maps.
+class DeformableDETR(DeformableDetector):
+    """The detector.
 
     Args:
-        value: (B, S, M, D/M), the tokens of all levels one after the other, split in heads.
-        shapes: (H, W) of each level.
-        locations: (B, Q, M, L, P, 2), (x, y) in [0, 1] of each level; outside reads zero.
-        weights: (B, Q, M, L, P).
+        num_classes ... anchor_size: see DeformableDetector.
+        with_box_refine, two_stage: the form, see above; two_stage needs with_box_refine.
+        options: mean, std and test_size, see Detector.
 
-    Returns:
-        (B, Q, D).
+    Raises:
+        UserError: two_stage without with_box_refine.
     """
-    batch, _, heads, depth = value.shape
-    queries = locations.shape[1]
-    grids = (2 * locations - 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 1)  # (B*M, L, Q, P, 2)
-    weights = weights.permute(0, 2, 3, 1, 4).flatten(0, 1)  # (B*M, L, Q, P)
-    total = value.new_zeros(())
-    for level, tokens in enumerate(value.split([height * width for height, width in shapes], dim=1)):
-        maps = tokens.permute(0, 2, 3, 1).reshape(batch * heads, depth, *shapes[level])
-        read = F.grid_sample(
-            maps, grids[:, level].to(maps.dtype), mode="bilinear", padding_mode="zeros", align_corners=False
+
+    class_agnostic = True
+
+    def __init__(
+        self,
+        num_classes: int,
+        num_queries: int = 300,
+        dim: int = 256,
+        heads: int = 8,
+        levels: int = 4,
+        points: int = 4,
+        hidden: int = 1024,
+        encoder_layers: int = 6,
+        decoder_layers: int = 6,
+        backbone: str | nn.Module = "resnet50",
+        backbone_weights: str | None = None,
+        anchor_size: float = 0.05,
+        with_box_refine: bool = False,
+        two_stage: bool = False,
+        **options,
+    ):
+        if two_stage and not with_box_refine:
+            raise UserError("DeformableDETR: two_stage=True needs with_box_refine=True")
+        sizes = (num_queries, dim, heads, levels, points, hidden, encoder_layers, decoder_layers)
+        super().__init__(
+            num_classes, *sizes, backbone, backbone_weights, anchor_size, temperature=10_000.0, offset=-0.5, **options
         )
-        total = total + (read * weights[:, level, None].to(read.dtype)).sum(-1)  # (B*M, D/M, Q)
-    return total.view(batch, heads * depth, queries).transpose(1, 2)
+        self.with_box_refine, self.takes_groups = with_box_refine, two_stage
+        if two_stage:
+            self.add_proposals()
+            self.box_code = nn.Sequential(nn.Linear(2 * dim, 2 * dim), nn.LayerNorm(2 * dim))
+        else:
+            self.positions, self.content = nn.Embedding(num_queries, dim), nn.Embedding(num_queries, dim)
+            self.reference_points = nn.Linear(dim, 2)
+        heads = decoder_layers if with_box_refine else 1
+        self.class_heads = nn.ModuleList(nn.Linear(dim, num_classes) for _ in range(heads))
+        self.box_heads = nn.ModuleList(MLP(dim, dim, 4, 3) for _ in range(heads))
+        proposal = [[self.proposal_class], [self.proposal_box]] if two_stage else [[], []]
+        self.start([*self.class_heads, *proposal[0]], [*self.box_heads, *proposal[1]])
+        if not two_stage:  # references are points; a box around one starts at sigmoid(-2) = 0.12 of the image
+            nn.init.constant_(self.box_heads[0][-1].bias[2:], -2.0)
 
+    def matching_queries(self, memory: Memory) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two-stage: content from the code of the encoder's boxes, and these; else learned, with points (B, Q, 2)."""
+        if self.takes_groups:
+            boxes = memory.proposals["pred_boxes"].detach()
+            return self._code(boxes)[1], boxes
+        points = self.reference_points(self.positions.weight).sigmoid()
+        batch = len(memory.tokens)
+        return self.content.weight.expand(batch, -1, -1), points.expand(batch, -1, -1)
 
-class DeformableAttention(nn.Module):
-    """The learned part: where to look and how much, from the query alone.
+    def _code(self, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cxcywh (B, N, 4) -> position and content (B, N, D) each."""
+        places = sine_positions(boxes, self.dim // 2, self.temperature)  # (B, N, 2 * D)
+        return self.box_code(places.to(self.level_embedding.dtype)).chunk(2, -1)
 
-    Args:
-        dim, heads, levels, points: D, M, L, P.
-    """
-
-    def __init__(self, dim: int, heads: int, levels: int, points: int):
-        super().__init__()
-        self.heads, self.levels, self.points = heads, levels, points
-        self.offsets = nn.Linear(dim, heads * levels * points * 2)
-        self.weights = nn.Linear(dim, heads * levels * points)
-        self.value, self.output = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self._start_as_a_star()
-
-    def _start_as_a_star(self) -> None:
-        """Each head starts by looking in its own direction, each point one cell further out, all equally weighted."""
-        for layer in (self.offsets, self.weights):
-            nn.init.zeros_(layer.weight)
-        nn.init.zeros_(self.weights.bias)
-        angles = torch.arange(self.heads) * (2 * math.pi / self.heads)
-        directions = torch.stack([angles.cos(), angles.sin()], -1)
-        directions = directions / directions.abs().amax(-1, keepdim=True)
-        star = directions[:, None, None] * torch.arange(1, self.points + 1)[:, None]  # (M, 1, P, 2)
-        self.offsets.bias.data = star.expand(-1, self.levels, -1, -1).reshape(-1).clone()
-        for layer in (self.value, self.output):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, queries: torch.Tensor, references: torch.Tensor, memory: Memory) -> torch.Tensor:
-        """queries (B, N, D), references (B, N, L, 2) points or (B, N, L, 4) cxcywh boxes, in [0, 1] of each level ->
-        (B, N, D).
-        """
-        batch, count, dim = queries.shape
-        value = self.value(memory.tokens)
-        if memory.mask is not None:
-            value = value.masked_fill(memory.mask[..., None], 0.0)
-        layout = (batch, count, self.heads, self.levels, self.points)
-        offsets = self.offsets(queries).float().view(*layout, 2)
-        weights = self.weights(queries).float().view(*layout[:3], -1).softmax(-1).view(layout)
-        centres = references[:, :, None, :, None, :2].float()
-        if references.shape[-1] == 2:  # offsets in cells of each level
-            cells = torch.tensor([[width, height] for height, width in memory.shapes], device=offsets.device)
-            locations = centres + offsets / cells[:, None]
-        else:  # offsets in half box sides, spread over the points
-            locations = centres + offsets / self.points * references[:, :, None, :, None, 2:].float() * 0.5
-        value = value.view(batch, -1, self.heads, dim // self.heads)
-        return self.output(deformable_attention(value, memory.shapes, locations, weights).to(queries.dtype))
-
-
-class EncoderLayer(nn.Module):
-    """Every token reads around its own place, on every level."""
-
-    def __init__(self, dim: int, heads: int, levels: int, points: int, hidden: int):
-        super().__init__()
-        self.attention = DeformableAttention(dim, heads, levels, points)
-        self.norm = nn.LayerNorm(dim)
-        self.feed_forward = FeedForward(dim, hidden)
-
-    def forward(self, memory: Memory, positions: torch.Tensor, references: torch.Tensor) -> Memory:
-        read = self.attention(memory.tokens + positions, references, memory)
-        return memory._replace(tokens=self.feed_forward(self.norm(memory.tokens + read)))
-
-
-class DecoderLayer(nn.Module):
-    """Queries look at each other, then around their boxes in the image."""
-
-    def __init__(self, dim: int, heads: int, levels: int, points: int, hidden: int):
-        super().__init__()
-        self.self_attention = QuerySelfAttention(dim, heads)
-        self.attention = DeformableAttention(dim, heads, levels, points)
-        self.norm = nn.LayerNorm(dim)
-        self.feed_forward = FeedForward(dim, hidden)
-
-    def forward(
-        self, content, positions, references, memory: Memory, blocked=None, padding=None, context=None
-    ) -> torch.Tensor:
-        """As in QuerySelfAttention.forward, with references (B, N, L, 4) in [0, 1] of each level."""
-        content = self.self_attention(content, positions, blocked, padding, context)
-        read = self.attention(content + positions, references, memory)
-        return self.feed_forward(self.norm(content + read))
+    def refine(self, memory: Memory, content, boxes, blocked=None, padding=None, context=None):
+        """All decoder layers; see DeformableDetector.refine."""
+        layers, states = [], []
+        scale = torch.cat([memory.valid_ratios, memory.valid_ratios], -1)[:, None]  # (B, 1, L, 4)
+        positions = self._code(boxes)[0] if self.takes_groups else self.positions.weight.expand(len(boxes), -1, -1)
+        for number, layer in enumerate(self.decoder):
+            references = boxes[:, :, None] * scale[..., : boxes.shape[-1]]  # (B, N, L, 2 or 4)
+            states.append((content, positions))
+            content = layer(
+                content, positions, references, memory, blocked, padding, context[number] if context else None
+            )
+            head = number if self.with_box_refine else 0
+            before = F.pad(inverse_sigmoid(boxes), (0, 4 - boxes.shape[-1]))  # a point leaves width and height free
+            pred_boxes = (self.box_heads[head](content).float() + before).sigmoid()
+            layers.append(
+                {"pred_logits": self.class_heads[head](content), "pred_boxes": pred_boxes, "queries": content}
+            )
+            if self.with_box_refine:
+                boxes = pred_boxes.detach()
+        return layers, states

@@ -30,11 +30,15 @@ class Detector(nn.Module):
         test_size: (short side, longest long side) that `detect` resizes to, or None to take images as they are.
     """
 
+    used_maps = slice(None)  # of the backbone's
+    takes_groups = False  # whether `decode` takes further queries, each a content and a box
+
     def __init__(self, mean=IMAGENET_MEAN, std=IMAGENET_STD, test_size: tuple[int, int] | None = None):
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.test_size = test_size
+        self.denoising: nn.Module | None = None
         self.nms: float | None = (
             None  # the IoU at which detections of one class suppress each other; set by the training stage
         )
@@ -53,10 +57,62 @@ class Detector(nn.Module):
         """Images as a list of normalised float tensors on the detector's device."""
         ready = []
         for image in images:
+            if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
+                raise UserError(f"an image must be a tensor (3, height, width) with pixels, got {tuple(image.shape)}")
             image = image.to(self.mean.device)
             image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
             ready.append((image - self.mean) / self.std)
         return ready
+
+    def pyramid(self, images: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor], bool]:
+        """L projected maps (B, D, H, W), their masks (B, H, W), True = padding, and whether anything is padding."""
+        if len({tuple(image.shape[-2:]) for image in images}) == 1:
+            maps = self._project(torch.stack(images))
+            masks = [level.new_zeros(level.shape[0], *level.shape[-2:], dtype=torch.bool) for level in maps]
+            return maps, masks, False
+        if self.backbone.sees_padding:
+            return *self._project_padded(images), True
+        return *self._project_apart(images), True
+
+    def _project(self, stacked: torch.Tensor) -> list[torch.Tensor]:
+        """(B, 3, H, W) -> L maps.
+
+        Levels beyond the backbone's come from strided convolutions of its last map, then of each other.
+        """
+        maps = self.backbone(stacked)[self.used_maps]
+        projected = [projection(level) for projection, level in zip(self.projections, maps, strict=False)]
+        source = maps[-1]
+        for projection in self.projections[len(maps) :]:
+            source = projection(source)
+            projected.append(source)
+        return projected
+
+    def _project_padded(self, images):
+        """Images filled up with zeros to the largest height and width; the backbone sees the filled border."""
+        height, width = (max(image.shape[side] for image in images) for side in (-2, -1))
+        stacked = images[0].new_zeros(len(images), 3, height, width)
+        mask = torch.ones(len(images), height, width, dtype=torch.bool, device=stacked.device)
+        for row, image in enumerate(images):
+            stacked[row, :, : image.shape[-2], : image.shape[-1]] = image
+            mask[row, : image.shape[-2], : image.shape[-1]] = False
+        maps = self._project(stacked)
+        return maps, [F.interpolate(mask[:, None].float(), level.shape[-2:])[:, 0] > 0.5 for level in maps]
+
+    def _project_apart(self, images):
+        """Images of each size run together; only the finished maps are filled up, so no image feels its neighbours."""
+        chunks = same_size_chunks(images, len(images))
+        parts = [self._project(torch.stack([images[index] for index in chunk])) for chunk in chunks]
+        maps, masks = [], []
+        for level in zip(*parts, strict=True):
+            height, width = (max(part.shape[side] for part in level) for side in (-2, -1))
+            mask = torch.ones(len(images), height, width, dtype=torch.bool, device=level[0].device)
+            for chunk, part in zip(chunks, level, strict=True):
+                mask[chunk, : part.shape[-2], : part.shape[-1]] = False
+            filled = [F.pad(part, (0, width - part.shape[-1], 0, height - part.shape[-2])) for part in level]
+            order = torch.tensor([index for chunk in chunks for index in chunk]).argsort()
+            maps.append(torch.cat(filled)[order])
+            masks.append(mask)
+        return maps, masks
 
     @torch.no_grad()
     def detect(
@@ -126,6 +182,15 @@ def same_size_chunks(images: Sequence[torch.Tensor], at_most: int) -> list[list[
     return [group[start : start + at_most] for group in by_size.values() for start in range(0, len(group), at_most)]
 
 
+def class_scores(outputs: dict) -> torch.Tensor:
+    """(B, Q, C): sigmoids, or softmax without its last entry, "no object"; there only a query's best class counts."""
+    logits = outputs["pred_logits"].float()
+    if not outputs.get("no_object"):
+        return logits.sigmoid()
+    scores = logits.softmax(-1)[..., :-1]
+    return torch.where(scores == scores.amax(-1, keepdim=True), scores, -1.0)
+
+
 def best_boxes(outputs: dict, sizes: torch.Tensor, top: int, score: float = 0.0, nms: float | None = None):
     """The best (query, class) pairs of each image, as tensors of one length; nothing leaves the device.
 
@@ -139,7 +204,7 @@ def best_boxes(outputs: dict, sizes: torch.Tensor, top: int, score: float = 0.0,
     Returns:
         boxes (B, K, 4) xyxy pixels inside the image, scores (B, K) falling, labels (B, K), valid (B, K) bool.
     """
-    scores = outputs["pred_logits"].float().sigmoid()
+    scores = class_scores(outputs)
     classes = scores.shape[-1]
     scores, order = scores.flatten(1).topk(min(top, scores.shape[1] * classes), dim=1)
     labels = order % classes

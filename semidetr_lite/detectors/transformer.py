@@ -5,6 +5,7 @@ in DINO).
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,10 +22,11 @@ class Memory(NamedTuple):
     valid_ratios: torch.Tensor  # (B, L, 2): share of each level's width and height that is image
     features: list[torch.Tensor]  # the projected maps (B, D, H, W) before the encoder
     proposals: dict | None  # two-stage: outputs dict of the chosen tokens
+    positions: torch.Tensor | None = None  # (B, S, D), where the decoder needs them again (DETR)
 
     def rows(self, rows: slice) -> "Memory":
         """The same for some images of the batch."""
-        tokens, mask, shapes, ratios, features, proposals = self
+        tokens, mask, shapes, ratios, features, proposals, positions = self
         return Memory(
             tokens[rows],
             None if mask is None else mask[rows],
@@ -32,6 +34,7 @@ class Memory(NamedTuple):
             ratios[rows],
             [level[rows] for level in features],
             None if proposals is None else {key: value[rows] for key, value in proposals.items()},
+            None if positions is None else positions[rows],
         )
 
 
@@ -51,14 +54,21 @@ def sine_positions(coordinates: torch.Tensor, dim: int, temperature: float = 20.
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(-3)
 
 
-def map_positions(mask: torch.Tensor, dim: int, temperature: float = 20.0) -> torch.Tensor:
+def map_positions(mask: torch.Tensor, dim: int, temperature: float = 20.0, offset: float = 0.0) -> torch.Tensor:
     """Positions of the cells of a map.
 
-    Mask (B, H, W), True = padding -> (B, H, W, dim), the first half y, the second x.
+    Args:
+        mask: (B, H, W), True = padding.
+        dim: D.
+        temperature: 20 in DINO, 10,000 in DETR and Deformable DETR.
+        offset: added to the cells' counts, which begin at 1 (Deformable DETR: -0.5).
+
+    Returns:
+        (B, H, W, D), the first half y, the second x.
     """
     inside = (~mask).float()
     y, x = inside.cumsum(1), inside.cumsum(2)
-    y, x = y / (y[:, -1:] + 1e-6), x / (x[:, :, -1:] + 1e-6)
+    y, x = (y + offset) / (y[:, -1:] + 1e-6), (x + offset) / (x[:, :, -1:] + 1e-6)
     return sine_positions(torch.stack([y, x], -1), dim // 2, temperature)
 
 
@@ -106,11 +116,27 @@ class QuerySelfAttention(nn.Module):
         return self.norm(content + seen)
 
 
+def split_queries(layer: dict, sizes: list[int]) -> list[dict]:
+    """One outputs dict per part of the queries; a last size of -1 takes the rest."""
+    start, parts = 0, []
+    for size in sizes:
+        stop = None if size == -1 else start + size
+        parts.append({key: value[:, start:stop] for key, value in layer.items()})
+        start = stop
+    return parts
+
+
+def as_outputs(layers: Sequence[dict]) -> dict:
+    """The last layer's dict with the earlier ones under "aux_outputs"."""
+    return {**layers[-1], "aux_outputs": list(layers[:-1])}
+
+
 def output_rows(outputs: dict, rows: slice) -> dict:
     """An outputs dict for some images of the batch, query groups left out."""
     part = {key: value[rows] for key, value in outputs.items() if isinstance(value, torch.Tensor)}
+    part["no_object"] = outputs.get("no_object", False)
     part["aux_outputs"] = [{key: value[rows] for key, value in layer.items()} for layer in outputs["aux_outputs"]]
     if outputs.get("encoder"):
         part["encoder"] = {key: value[rows] for key, value in outputs["encoder"].items()}
-    part["context"] = [(content[rows], positions[rows]) for content, positions in outputs["context"]]
+    part["context"] = [(content[rows], positions[rows]) for content, positions in outputs.get("context", [])]
     return part

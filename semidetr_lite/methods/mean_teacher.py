@@ -83,10 +83,12 @@ class Averaged(nn.Module):
     def denoise(
         self, memory: Memory, outputs: dict, targets: PaddedTargets, weights: LossWeights, step: int, stream: int
     ):
-        """Denoising losses of a batch, {} if it holds no box.
+        """Denoising losses of a batch, {} if it holds no box or the detector has no denoising.
 
         The questions are decoded against the kept matching queries.
         """
+        if self.student.denoising is None:
+            return {}
         made = self.student.denoising(*targets, self.rngs(step, stream, len(targets.labels)))
         if made is None:
             return {}

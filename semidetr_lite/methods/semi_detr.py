@@ -24,6 +24,7 @@ import torch
 from semidetr_lite.boxes import to_model
 from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.detectors.transformer import Memory, QueryGroup, output_rows
+from semidetr_lite.errors import UserError
 from semidetr_lite.losses import Layers, detection_loss, layer_costs, stack_layers
 from semidetr_lite.matching import PaddedTargets, batched_cost, pad_targets
 from semidetr_lite.methods.cost_mining import matched_costs, reliable_threshold, remember
@@ -55,6 +56,9 @@ class SemiDETR(Averaged):
         cost_memory: past matching costs that join the mixture.
         most: pseudo-boxes looked at in an image.
         nms: IoU of the suppression of pseudo-boxes, and of detections in stage one.
+
+    Raises:
+        UserError: a detector whose queries are no boxes.
     """
 
     def __init__(
@@ -71,6 +75,11 @@ class SemiDETR(Averaged):
         nms: float = 0.6,
         **shared,
     ):
+        if not student.takes_groups:
+            raise UserError(
+                f"semi-detr asks with boxes as queries, which {type(student).__name__} in this form cannot: choose "
+                "dino, or deformable-detr with two_stage=True"
+            )
         super().__init__(student, **shared)
         self.one_to_many_steps, self.score_cut, self.unlabelled_weight = one_to_many_steps, score_cut, unlabelled_weight
         self.candidates, self.consistency_weight, self.most, self.nms = candidates, consistency_weight, most, nms

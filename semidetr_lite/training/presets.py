@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from semidetr_lite.data import coco, digits
 from semidetr_lite.data.splits import Splits
 from semidetr_lite.data.views import ViewSettings
+from semidetr_lite.detectors.deformable_detr import DeformableDETR
 from semidetr_lite.detectors.detector import Detector
+from semidetr_lite.detectors.detr import DETR
 from semidetr_lite.detectors.dino import DINO
 from semidetr_lite.errors import UserError
 from semidetr_lite.losses import LossWeights
@@ -19,14 +21,14 @@ from semidetr_lite.methods.semi_detr import SemiDETR
 from semidetr_lite.methods.supervised import Supervised
 
 METHODS = {"supervised": Supervised, "mean-teacher": MeanTeacher, "semi-detr": SemiDETR}
-DETECTORS = {"dino": DINO}
+DETECTORS = {"dino": DINO, "deformable-detr": DeformableDETR, "detr": DETR}
 
 
 @dataclass(frozen=True)
 class Recipe:
     """A preset. Step counts are optimizer steps of one run."""
 
-    arguments: dict  # keyword arguments of the detector
+    arguments: dict  # keyword arguments of the detector; in PRESETS of each detector by its name
     views: ViewSettings
     steps: int
     labelled: int = 16  # images a step
@@ -54,20 +56,24 @@ class Recipe:
     evaluate_images: int = 5000  # of the tune split, at intervals
 
 
+TINY = {
+    "num_queries": 30,
+    "dim": 64,
+    "heads": 4,
+    "hidden": 256,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "backbone": "tiny",
+}
+TINY_DEFORMABLE = {"levels": 3, "points": 4, "anchor_size": 0.1}
+RESNET = {"backbone": "resnet50", "backbone_weights": "IMAGENET1K_V1", "test_size": (800, 1333)}
+
 PRESETS = {
     "digits": Recipe(
         arguments={
-            "num_queries": 30,
-            "dim": 64,
-            "heads": 4,
-            "levels": 3,
-            "points": 4,
-            "hidden": 256,
-            "encoder_layers": 2,
-            "decoder_layers": 3,
-            "backbone": "tiny",
-            "anchor_size": 0.1,
-            "denoising_queries": 20,
+            "dino": {**TINY, **TINY_DEFORMABLE, "denoising_queries": 20, "query_temperature": 20.0},
+            "deformable-detr": {**TINY, **TINY_DEFORMABLE, "with_box_refine": True, "two_stage": True},
+            "detr": {**TINY, "level": 0},
         },
         views=ViewSettings(zoom=(0.85, 1.18), shift=0.06, weak_zoom=(0.95, 1.0), strong_rotation=3.0, strong_shear=3.0),
         steps=1000,
@@ -91,10 +97,9 @@ PRESETS = {
     ),
     "coco-10pct": Recipe(
         arguments={
-            "num_queries": 900,
-            "backbone": "resnet50",
-            "backbone_weights": "IMAGENET1K_V1",
-            "test_size": (800, 1333),
+            "dino": RESNET,
+            "deformable-detr": {**RESNET, "with_box_refine": True, "two_stage": True},
+            "detr": RESNET,
         },
         views=ViewSettings(short_sides=tuple(range(480, 801, 32))),
         steps=120_000,

@@ -63,6 +63,7 @@ def new_config(
         if name not in known:
             raise UserError(f"no {kind} called {name!r}: choose from {', '.join(known)}")
     recipe = recipe_as_dict(PRESETS[preset])
+    recipe["arguments"] = recipe["arguments"][detector]
     unknown = sorted(set(changes) - set(recipe))
     if unknown:
         raise UserError(f"no field {unknown[0]!r} in a preset: choose from {', '.join(recipe)}")

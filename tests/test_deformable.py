@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from semidetr_lite.detectors.deformable_detr import (
+from semidetr_lite.detectors.deformable import (
     DecoderLayer,
     DeformableAttention,
     EncoderLayer,

@@ -1,0 +1,354 @@
+"""Deformable attention (Zhu et al., ICLR 2021): a query reads a few learned points instead of the whole image.
+
+    output(q) = W * concat over heads of  sum over l, p of  weight(q, l, p) * value_l(reference(q) + offset(q, l, p))
+
+with levels l and points p. Cost grows linearly with the number of tokens. The function below is pure PyTorch: one
+`grid_sample` a level, any device, no compiled operator.
+
+Below it stands what Deformable DETR and DINO share: layers, encoder, the choice of proposals among its tokens
+("two-stage"), and a decoder run that takes query groups beside the matching queries.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from semidetr_lite.boxes import inverse_sigmoid
+from semidetr_lite.detectors.backbone import make_backbone
+from semidetr_lite.detectors.denoising import group_mask
+from semidetr_lite.detectors.detector import Detector
+from semidetr_lite.detectors.transformer import (
+    MLP,
+    FeedForward,
+    Memory,
+    QueryGroup,
+    QuerySelfAttention,
+    as_outputs,
+    map_positions,
+    split_queries,
+)
+
+
+def deformable_attention(
+    value: torch.Tensor, shapes: list[tuple[int, int]], locations: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Weighted bilinear reads from a pyramid of maps.
+
+    Args:
+        value: (B, S, M, D/M), the tokens of all levels one after the other, split in heads.
+        shapes: (H, W) of each level.
+        locations: (B, Q, M, L, P, 2), (x, y) in [0, 1] of each level; outside reads zero.
+        weights: (B, Q, M, L, P).
+
+    Returns:
+        (B, Q, D).
+    """
+    batch, _, heads, depth = value.shape
+    queries = locations.shape[1]
+    grids = (2 * locations - 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 1)  # (B*M, L, Q, P, 2)
+    weights = weights.permute(0, 2, 3, 1, 4).flatten(0, 1)  # (B*M, L, Q, P)
+    total = value.new_zeros(())
+    for level, tokens in enumerate(value.split([height * width for height, width in shapes], dim=1)):
+        maps = tokens.permute(0, 2, 3, 1).reshape(batch * heads, depth, *shapes[level])
+        read = F.grid_sample(
+            maps, grids[:, level].to(maps.dtype), mode="bilinear", padding_mode="zeros", align_corners=False
+        )
+        total = total + (read * weights[:, level, None].to(read.dtype)).sum(-1)  # (B*M, D/M, Q)
+    return total.view(batch, heads * depth, queries).transpose(1, 2)
+
+
+class DeformableAttention(nn.Module):
+    """The learned part: where to look and how much, from the query alone.
+
+    Args:
+        dim, heads, levels, points: D, M, L, P.
+    """
+
+    def __init__(self, dim: int, heads: int, levels: int, points: int):
+        super().__init__()
+        self.heads, self.levels, self.points = heads, levels, points
+        self.offsets = nn.Linear(dim, heads * levels * points * 2)
+        self.weights = nn.Linear(dim, heads * levels * points)
+        self.value, self.output = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self._start_as_a_star()
+
+    def _start_as_a_star(self) -> None:
+        """Each head starts by looking in its own direction, each point one cell further out, all equally weighted."""
+        for layer in (self.offsets, self.weights):
+            nn.init.zeros_(layer.weight)
+        nn.init.zeros_(self.weights.bias)
+        angles = torch.arange(self.heads) * (2 * math.pi / self.heads)
+        directions = torch.stack([angles.cos(), angles.sin()], -1)
+        directions = directions / directions.abs().amax(-1, keepdim=True)
+        star = directions[:, None, None] * torch.arange(1, self.points + 1)[:, None]  # (M, 1, P, 2)
+        self.offsets.bias.data = star.expand(-1, self.levels, -1, -1).reshape(-1).clone()
+        for layer in (self.value, self.output):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, queries: torch.Tensor, references: torch.Tensor, memory: Memory) -> torch.Tensor:
+        """queries (B, N, D), references (B, N, L, 2) points or (B, N, L, 4) cxcywh boxes, in [0, 1] of each level ->
+        (B, N, D).
+        """
+        batch, count, dim = queries.shape
+        value = self.value(memory.tokens)
+        if memory.mask is not None:
+            value = value.masked_fill(memory.mask[..., None], 0.0)
+        layout = (batch, count, self.heads, self.levels, self.points)
+        offsets = self.offsets(queries).float().view(*layout, 2)
+        weights = self.weights(queries).float().view(*layout[:3], -1).softmax(-1).view(layout)
+        centres = references[:, :, None, :, None, :2].float()
+        if references.shape[-1] == 2:  # offsets in cells of each level
+            cells = torch.tensor([[width, height] for height, width in memory.shapes], device=offsets.device)
+            locations = centres + offsets / cells[:, None]
+        else:  # offsets in half box sides, spread over the points
+            locations = centres + offsets / self.points * references[:, :, None, :, None, 2:].float() * 0.5
+        value = value.view(batch, -1, self.heads, dim // self.heads)
+        return self.output(deformable_attention(value, memory.shapes, locations, weights).to(queries.dtype))
+
+
+class EncoderLayer(nn.Module):
+    """Every token reads around its own place, on every level."""
+
+    def __init__(self, dim: int, heads: int, levels: int, points: int, hidden: int):
+        super().__init__()
+        self.attention = DeformableAttention(dim, heads, levels, points)
+        self.norm = nn.LayerNorm(dim)
+        self.feed_forward = FeedForward(dim, hidden)
+
+    def forward(self, memory: Memory, positions: torch.Tensor, references: torch.Tensor) -> Memory:
+        read = self.attention(memory.tokens + positions, references, memory)
+        return memory._replace(tokens=self.feed_forward(self.norm(memory.tokens + read)))
+
+
+class DecoderLayer(nn.Module):
+    """Queries look at each other, then around their boxes in the image."""
+
+    def __init__(self, dim: int, heads: int, levels: int, points: int, hidden: int):
+        super().__init__()
+        self.self_attention = QuerySelfAttention(dim, heads)
+        self.attention = DeformableAttention(dim, heads, levels, points)
+        self.norm = nn.LayerNorm(dim)
+        self.feed_forward = FeedForward(dim, hidden)
+
+    def forward(
+        self, content, positions, references, memory: Memory, blocked=None, padding=None, context=None
+    ) -> torch.Tensor:
+        """As in QuerySelfAttention.forward, with references as in DeformableAttention.forward."""
+        content = self.self_attention(content, positions, blocked, padding, context)
+        read = self.attention(content + positions, references, memory)
+        return self.feed_forward(self.norm(content + read))
+
+
+class DeformableDetector(Detector):
+    """Backbone, deformable encoder, decoder layers; the queries are the business of the detectors.
+
+    Args:
+        num_classes: C.
+        num_queries: Q matching queries; with proposals at most the number of tokens is used.
+        dim, heads, levels, points: D, M, L, P.
+        hidden: width of the feed-forward networks.
+        encoder_layers, decoder_layers: their numbers.
+        backbone: "tiny", a torchvision ResNet by name, or a module with `channels` and `sees_padding`.
+        backbone_weights: see `make_backbone`.
+        anchor_size: side of the encoder's anchors on the first level, as a share of the image; doubles with each level.
+        temperature, offset: of the positions, see `map_positions`.
+        options: mean, std and test_size, see Detector.
+    """
+
+    takes_groups = True
+    class_agnostic = False  # whether proposals are chosen by class channel 0 or by their best class
+
+    def __init__(
+        self,
+        num_classes: int,
+        num_queries: int,
+        dim: int,
+        heads: int,
+        levels: int,
+        points: int,
+        hidden: int,
+        encoder_layers: int,
+        decoder_layers: int,
+        backbone: str | nn.Module,
+        backbone_weights: str | None,
+        anchor_size: float,
+        temperature: float,
+        offset: float,
+        **options,
+    ):
+        super().__init__(**options)
+        self.num_classes, self.num_queries, self.dim, self.anchor_size = num_classes, num_queries, dim, anchor_size
+        self.temperature, self.offset = temperature, offset
+        self.backbone = make_backbone(backbone, backbone_weights)
+        self.used_maps = slice(-levels, None)
+        used = self.backbone.channels[self.used_maps]
+        self.projections = nn.ModuleList(_projection(channels, dim, 1) for channels in used)
+        for extra in range(levels - len(used)):
+            self.projections.append(_projection(used[-1] if extra == 0 else dim, dim, 3))
+        self.level_embedding = nn.Parameter(torch.randn(levels, dim))
+        sizes = (dim, heads, levels, points, hidden)
+        self.encoder = nn.ModuleList(EncoderLayer(*sizes) for _ in range(encoder_layers))
+        self.decoder = nn.ModuleList(DecoderLayer(*sizes) for _ in range(decoder_layers))
+
+    def add_proposals(self) -> None:
+        """The layers that choose tokens as proposals."""
+        self.proposal = nn.Sequential(nn.Linear(self.dim, self.dim), nn.LayerNorm(self.dim))
+        self.proposal_class, self.proposal_box = nn.Linear(self.dim, self.num_classes), MLP(self.dim, self.dim, 4, 3)
+
+    def start(self, class_heads: Sequence[nn.Linear], box_heads: Sequence[MLP]) -> None:
+        """Initial values: scores start at 0.01, boxes where their references are."""
+        for name, parameter in self.named_parameters():
+            if (
+                parameter.dim() > 1
+                and name.startswith(("decoder.", "encoder."))
+                and ".attention.offsets" not in name
+                and ".attention.weights" not in name
+            ):
+                nn.init.xavier_uniform_(parameter)
+        for head in class_heads:
+            nn.init.constant_(head.bias, -math.log(0.99 / 0.01))
+        for head in box_heads:
+            nn.init.zeros_(head[-1].weight)
+            nn.init.zeros_(head[-1].bias)
+
+    # ---- encoder
+    # ----------------------------------------------------------------------------------------------------------
+
+    def encode(self, images) -> Memory:
+        """images -> Memory, with the tokens chosen as proposals if the detector has them."""
+        maps, masks, padded = self.pyramid(self.normalised(images))
+        shapes = [tuple(level.shape[-2:]) for level in maps]
+        tokens = torch.cat([level.flatten(2).transpose(1, 2) for level in maps], 1)  # (B, S, D)
+        places = [map_positions(mask, self.dim, self.temperature, self.offset) for mask in masks]  # (B, H, W, D)
+        positions = torch.cat(
+            [(place + here).flatten(1, 2) for place, here in zip(places, self.level_embedding, strict=True)], 1
+        )
+        mask = torch.cat([mask.flatten(1) for mask in masks], 1)
+        ratios = torch.stack([_valid_ratio(mask) for mask in masks], 1)  # (B, L, 2)
+        memory = Memory(tokens, mask if padded else None, shapes, ratios, maps, None)
+        references = _cell_centres(shapes, ratios)
+        for layer in self.encoder:
+            memory = layer(memory, positions, references)
+        return memory._replace(proposals=self.propose(memory, mask)) if hasattr(self, "proposal") else memory
+
+    def propose(self, memory: Memory, mask: torch.Tensor) -> dict:
+        """The Q best tokens as an outputs dict: a box each, refined from an anchor at the token's place."""
+        anchors, usable = _anchors(memory.shapes, memory.valid_ratios, self.anchor_size)
+        usable = usable & ~mask
+        embedded = self.proposal(memory.tokens.masked_fill(~usable[..., None], 0.0))
+        scores = self.proposal_class(embedded)
+        best = scores[..., 0] if self.class_agnostic else scores.amax(-1)
+        best = best.masked_fill(~usable, -torch.inf)
+        chosen = best.topk(min(self.num_queries, best.shape[1]), dim=1).indices[..., None]  # (B, Q, 1)
+        embedded = embedded.gather(1, chosen.expand(-1, -1, self.dim))
+        boxes = self.proposal_box(embedded).float() + inverse_sigmoid(anchors.gather(1, chosen.expand(-1, -1, 4)))
+        return {"pred_logits": self.proposal_class(embedded), "pred_boxes": boxes.sigmoid(), "queries": embedded}
+
+    # ---- decoder
+    # ----------------------------------------------------------------------------------------------------------
+
+    def matching_queries(self, memory: Memory) -> tuple[torch.Tensor, torch.Tensor]:
+        """content (B, Q, D) and boxes (B, Q, 4) cxcywh in [0, 1] (or points (B, Q, 2)) of the matching queries."""
+        raise NotImplementedError
+
+    def refine(self, memory: Memory, content, boxes, blocked=None, padding=None, context=None):
+        """All decoder layers.
+
+        Args:
+            content, boxes: (B, N, D), (B, N, 4).
+            blocked, padding: see QuerySelfAttention.forward.
+            context: per layer (content, positions) of further queries that are seen but not decoded again.
+
+        Returns:
+            One outputs dict a layer, and what the queries of each layer were, (content, positions).
+        """
+        raise NotImplementedError
+
+    def decode(self, memory: Memory, groups: Sequence[QueryGroup] = ()) -> dict:
+        """The matching queries, and beside them any query groups, which they never see -> outputs."""
+        if groups and not self.takes_groups:
+            raise ValueError("query groups are boxes: DeformableDETR takes them with two_stage=True only")
+        content, boxes = self.matching_queries(memory)
+        sizes = [group.content.shape[1] for group in groups]
+        blocked, padding = self._masks(groups, boxes.shape[1], boxes.device)
+        content = torch.cat([*(group.content for group in groups), content], 1)
+        boxes = torch.cat([*(group.boxes for group in groups), boxes], 1)
+        layers, states = self.refine(memory, content, boxes, blocked, padding)
+        *parts, matching = zip(*(split_queries(layer, [*sizes, -1]) for layer in layers), strict=True)
+        outputs = as_outputs(matching)
+        if memory.proposals is not None:
+            outputs["encoder"] = memory.proposals
+        outputs["groups"] = [as_outputs(part) for part in parts]
+        start = sum(sizes)
+        outputs["context"] = [(content[:, start:], positions[:, start:]) for content, positions in states]
+        return outputs
+
+    def decode_groups(self, memory: Memory, outputs: dict, groups: Sequence[QueryGroup]) -> list[dict]:
+        """Decode groups afterwards, against the matching queries that `decode` kept.
+
+        Exactly what decoding them together would give.
+        """
+        matching = outputs["pred_boxes"].shape[1]
+        blocked, padding = self._masks(groups, matching, memory.tokens.device)
+        content = torch.cat([group.content for group in groups], 1)
+        boxes = torch.cat([group.boxes for group in groups], 1)
+        layers, _ = self.refine(memory, content, boxes, blocked[: content.shape[1]], padding, outputs["context"])
+        sizes = [group.content.shape[1] for group in groups]
+        return [as_outputs(part) for part in zip(*(split_queries(layer, sizes) for layer in layers), strict=True)]
+
+    def _masks(
+        self, groups: Sequence[QueryGroup], matching: int, device
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(blocked (N, N) or None, padding (B, N) or None) for the groups followed by the matching queries."""
+        if not groups:
+            return None, None
+        blocked = group_mask([g.content.shape[1] // g.copies for g in groups for _ in range(g.copies)], matching).to(
+            device
+        )
+        valid = torch.cat([group.valid for group in groups], 1)
+        return blocked, F.pad(~valid, (0, matching))
+
+
+def _projection(channels: int, dim: int, kernel: int) -> nn.Sequential:
+    """A 1x1 convolution, or a strided 3x3 one, and GroupNorm."""
+    conv = nn.Conv2d(channels, dim, kernel, stride=2 if kernel == 3 else 1, padding=kernel // 2)
+    nn.init.xavier_uniform_(conv.weight)
+    nn.init.zeros_(conv.bias)
+    return nn.Sequential(conv, nn.GroupNorm(math.gcd(32, dim // 2), dim))
+
+
+def _valid_ratio(mask: torch.Tensor) -> torch.Tensor:
+    """(B, H, W) padding -> (B, 2): the share of width and height that is image."""
+    return torch.stack([(~mask[:, 0]).float().mean(1), (~mask[:, :, 0]).float().mean(1)], -1)
+
+
+def _centres(shape: tuple[int, int], device) -> torch.Tensor:
+    """(H*W, 2) cell centres (x, y), in cells."""
+    y, x = torch.meshgrid(
+        torch.arange(shape[0], device=device) + 0.5, torch.arange(shape[1], device=device) + 0.5, indexing="ij"
+    )
+    return torch.stack([x, y], -1).view(-1, 2)
+
+
+def _cell_centres(shapes: list[tuple[int, int]], ratios: torch.Tensor) -> torch.Tensor:
+    """(B, S, L, 2): where each token lies, in [0, 1] of each level's map."""
+    places = []
+    for level, shape in enumerate(shapes):
+        cells = ratios[:, None, level] * ratios.new_tensor([shape[1], shape[0]])  # (B, 1, 2) image in cells
+        places.append(_centres(shape, ratios.device)[None] / cells)  # (B, H*W, 2) in [0, 1] of the image
+    return torch.cat(places, 1)[:, :, None] * ratios[:, None]
+
+
+def _anchors(shapes: list[tuple[int, int]], ratios: torch.Tensor, size: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, S, 4) cxcywh anchors in [0, 1] of the image, and (B, S) whether they lie well inside it."""
+    anchors = []
+    for level, shape in enumerate(shapes):
+        cells = ratios[:, None, level] * ratios.new_tensor([shape[1], shape[0]])
+        centres = _centres(shape, ratios.device)[None] / cells
+        anchors.append(torch.cat([centres, torch.full_like(centres, min(size * 2.0**level, 0.98))], -1))
+    anchors = torch.cat(anchors, 1)
+    return anchors, ((anchors > 0.01) & (anchors < 0.99)).all(-1)
