@@ -65,7 +65,7 @@ class DeformableDETR(DeformableDetector):
         super().__init__(
             num_classes, *sizes, backbone, backbone_weights, anchor_size, temperature=10_000.0, offset=-0.5, **options
         )
-        self.with_box_refine, self.takes_groups = with_box_refine, two_stage
+        self.with_box_refine, self.two_stage, self.takes_groups = with_box_refine, two_stage, two_stage
         if two_stage:
             self.add_proposals()
             self.box_code = nn.Sequential(nn.Linear(2 * dim, 2 * dim), nn.LayerNorm(2 * dim))
@@ -82,7 +82,7 @@ class DeformableDETR(DeformableDetector):
 
     def matching_queries(self, memory: Memory) -> tuple[torch.Tensor, torch.Tensor]:
         """Two-stage: content from the code of the encoder's boxes, and these; else learned, with points (B, Q, 2)."""
-        if self.takes_groups:
+        if self.two_stage:
             boxes = memory.proposals["pred_boxes"].detach()
             return self._code(boxes)[1], boxes
         points = self.reference_points(self.positions.weight).sigmoid()
@@ -98,7 +98,7 @@ class DeformableDETR(DeformableDetector):
         """All decoder layers; see DeformableDetector.refine."""
         layers, states = [], []
         scale = torch.cat([memory.valid_ratios, memory.valid_ratios], -1)[:, None]  # (B, 1, L, 4)
-        positions = self._code(boxes)[0] if self.takes_groups else self.positions.weight.expand(len(boxes), -1, -1)
+        positions = self._code(boxes)[0] if self.two_stage else self.positions.weight.expand(len(boxes), -1, -1)
         for number, layer in enumerate(self.decoder):
             references = boxes[:, :, None] * scale[..., : boxes.shape[-1]]  # (B, N, L, 2 or 4)
             states.append((content, positions))
