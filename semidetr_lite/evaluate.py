@@ -46,6 +46,58 @@ def evaluate(detections, targets) -> dict[str, float]:
     return _figures(truth, found)
 
 
+def evaluate_voc(detections: list[dict], targets: list[dict]) -> dict:
+    """Pascal VOC's AP at an IoU of 0.5: {"AP50_11point", "AP50_allpoint", "per_class" {label: the two and "boxes"}}.
+
+    `AP50_11point` averages the best precision at recall >= 0, 0.1 ... 1 (VOC 2007), `AP50_allpoint` is the area under
+    the precision made monotone (VOC 2010 on). A detection goes to the truth box of its class that it overlaps most,
+    taken or not: the first one there is right, a later one wrong. On a box marked "difficult" or "crowd" it is neither,
+    and nobody has to find such a box. All detections count, by score over all images. Values in 0..1, averaged over the
+    classes with a box to find ("boxes" of them), nan without any. Boxes in pixels, width x2 - x1: what voc_to_coco.py
+    makes of inclusive corners, so that IoUs are the official ones. Source: the VOC development kit, VOCevaldet.m.
+    """
+    if len(detections) != len(targets):
+        raise ValueError(f"{len(detections)} detections for {len(targets)} targets: one dict per image in each")
+    ignored = [_marked(target, "difficult") | _marked(target, "crowd") for target in targets]
+    verdicts = [_voc_verdicts(*image) for image in zip(detections, targets, ignored)]
+    labels, scores, right = np.concatenate([np.zeros((3, 0)), *verdicts], axis=1)
+    wanted = [target["labels"].cpu()[~ignore] for target, ignore in zip(targets, ignored)]
+    per_class = {}
+    for label, boxes in zip(*np.unique(np.concatenate([np.zeros(0, dtype=int), *wanted]), return_counts=True)):
+        order = np.argsort(-scores[labels == label], kind="stable")
+        hits = right[labels == label][order].cumsum()
+        recall, precision = hits / boxes, hits / np.arange(1, len(hits) + 1)
+        best = np.maximum.accumulate(precision[::-1])[::-1]  # at this recall or a higher one
+        eleven = float(np.mean([best[recall >= step / 10].max(initial=0) for step in range(11)]))
+        area = float((np.diff(recall, prepend=0) * best).sum())
+        per_class[int(label)] = {"AP50_11point": eleven, "AP50_allpoint": area, "boxes": int(boxes)}
+    rows = [[found["AP50_11point"], found["AP50_allpoint"]] for found in per_class.values()] or [[np.nan, np.nan]]
+    eleven, area = np.mean(rows, axis=0).tolist()
+    return {"AP50_11point": eleven, "AP50_allpoint": area, "per_class": per_class}
+
+
+def _voc_verdicts(detection: dict, target: dict, ignored: torch.Tensor) -> np.ndarray:
+    """(3, N): label, score and whether it is right, of the detections of one image that count, by falling score."""
+    boxes, labels, scores = (detection[key].double().cpu() for key in ("boxes", "labels", "scores"))
+    order = scores.argsort(descending=True, stable=True)
+    order = order[(boxes.isfinite().all(1) & scores.isfinite())[order]]
+    boxes, labels, scores = boxes[order], labels[order], scores[order]
+    same = labels[:, None] == target["labels"].cpu()
+    overlap = (box_iou(boxes, target["boxes"].double().cpu()) * same).numpy()
+    overlap = np.pad(overlap, ((0, 0), (0, 1)))  # (N, T + 1): a box that nothing overlaps, for images without truth
+    best = overlap.argmax(1)
+    hit = overlap.max(1) >= 0.5
+    first = np.zeros(len(best), dtype=bool)
+    first[hit.nonzero()[0][np.unique(best[hit], return_index=True)[1]]] = True
+    counted = ~(hit & np.append(ignored, False)[best])
+    return np.stack([labels.numpy(), scores.numpy(), first])[:, counted]
+
+
+def _marked(target: dict, name: str) -> torch.Tensor:
+    """The marks `name` of a target's boxes, (T,) bool; none where the target has no such field."""
+    return target[name].cpu().bool() if name in target else torch.zeros(len(target["boxes"]), dtype=torch.bool)
+
+
 def to_coco_json(detections: list[dict], image_ids: list[int], categories: list[dict]) -> list[dict]:
     """Detections as a COCO results file has them: [{"image_id", "category_id", "bbox" [x, y, width, height], "score"}].
 
@@ -72,7 +124,7 @@ def box_errors(detection: dict, truth: dict, iou: float = 0.5) -> dict[str, torc
     """
     boxes, labels = detection["boxes"].double().cpu(), detection["labels"].cpu()
     true_boxes, true_labels = truth["boxes"].double().cpu(), truth["labels"].cpu()
-    crowd = truth["crowd"].cpu().bool() if "crowd" in truth else torch.zeros(len(true_boxes), dtype=torch.bool)
+    crowd = _marked(truth, "crowd")
     same = labels[:, None] == true_labels[None]
     overlap = (box_iou(boxes, true_boxes) * (same & ~crowd)).numpy()  # (N, T)
     in_crowd = ((_covered(boxes, true_boxes) >= iou) & same & crowd).any(1).tolist()

@@ -599,6 +599,40 @@ def plot_attention_mask(mask, queries=None, names=None, title=None) -> Picture:
     return figure
 
 
+def show_data_summary(summary: dict[str, dict], title=None) -> Picture:
+    """Histograms of `doctor_data`'s summary: boxes of each class, sides of boxes, sides of images; a colour a part."""
+    figure = Picture(figsize=(WIDTH, 3.2), dpi=DPI, layout="constrained", facecolor="white")
+    classes, boxes, images = figure.subplots(1, 3)
+    colors = dict(zip(summary, LINE_COLORS))
+    for ax, key, label in (
+        (boxes, "box_sides", "square root of the area, px"),
+        (images, "image_sides", "longer side, px"),
+    ):
+        _plain(ax).set(xlabel=label, ylabel=key.removesuffix("_sides") + ("es" if ax is boxes else "s"))
+        known = {name: part[key] for name, part in summary.items() if key in part}
+        edges = next((one["edges"] for one in known.values()), [0])
+        for order, (name, one) in enumerate(known.items()):
+            width = 0.85 / len(known)
+            places = np.arange(len(edges)) + (order - (len(known) - 1) / 2) * width
+            ax.bar(places, one["counts"], width, color=colors[name])
+        ax.set_xticks(np.arange(len(edges)) - 0.5, edges, rotation=60)
+    labelled = {name: part["classes"] for name, part in summary.items() if "classes" in part}
+    for name, counts in labelled.items():
+        ranked = sorted(counts.values(), reverse=True)
+        _plain(classes).plot(range(1, len(ranked) + 1), ranked, color=colors[name], marker=".", linewidth=1.2)
+    classes.set(xlabel="class, the most frequent first", ylabel="boxes", yscale="symlog", ylim=(0, None))
+    handles = [Patch(color=color, label=name) for name, color in colors.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    counts = next(iter(labelled.values()), {})
+    said = f"{sum(part['images'] for part in summary.values()):,} images"
+    if counts:
+        rare = min(counts, key=counts.get)
+        said += f"; of {len(counts)} classes the rarest, {rare}, has {counts[rare]:,} {_plural('box', counts[rare])}"
+    style = {"fontsize": 10, "weight": "bold", "color": INK, "ha": "left", "parse_math": False}
+    figure.suptitle(said if title is None else title, x=0.01, **style)
+    return figure
+
+
 def _plot(width: float, height: float):
     """A figure with one bare plot."""
     figure = Picture(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")

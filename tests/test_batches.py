@@ -10,21 +10,25 @@ import torch
 from semidetr_lite.data.batches import Batches, Sampler
 from semidetr_lite.data.splits import Joined, Splits, Subset, Unlabelled
 from semidetr_lite.data.views import ViewSettings
+from semidetr_lite.errors import UserError
 
 SQUARE, WIDE, TALL = (16, 16), (16, 24), (24, 16)
 VIEWS = ViewSettings(flip=True, shift=0.1, patches=2)
 
 
 class Noise:
-    """Images of random pixels, each with one box."""
+    """Images of random pixels, each with one box; those with the ids `bad` cannot be read."""
 
-    def __init__(self, sizes: list[tuple[int, int]], first: int = 0):
-        self.sizes, self.first = sizes, first
+    def __init__(self, sizes: list[tuple[int, int]], first: int = 0, bad=()):
+        self.sizes, self.first, self.bad, self.reads = sizes, first, bad, Counter()
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     def __getitem__(self, index: int):
+        self.reads[index] += 1
+        if self.first + index in self.bad:
+            raise UserError(f"{self.first + index}.jpg: not a readable image")
         size = self.sizes[index]
         generator = torch.Generator().manual_seed(self.first + index)
         image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
@@ -32,10 +36,10 @@ class Noise:
         return image, {"boxes": boxes, "labels": labels, "size": size, "image_id": self.first + index}
 
 
-def some_splits(labelled: int = 10, unlabelled: int = 40) -> Splits:
+def some_splits(labelled: int = 10, unlabelled: int = 40, bad=()) -> Splits:
     shapes = [SQUARE, SQUARE, SQUARE, WIDE, TALL]
-    data = Noise([shapes[i % 5] for i in range(labelled)])
-    other = Noise([shapes[i % 5] for i in range(unlabelled)], first=1000)
+    data = Noise([shapes[i % 5] for i in range(labelled)], bad=bad)
+    other = Noise([shapes[i % 5] for i in range(unlabelled)], first=1000, bad=bad)
     return Splits(data, Unlabelled(other, list(range(unlabelled))), data, data, [], flip=True)
 
 
@@ -64,11 +68,13 @@ def test_a_batch_is_a_function_of_seed_and_step():
     assert not same(first, Batches(some_splits(), 3, 4, VIEWS, seed=2)[0])
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_the_same_through_a_loader_with_any_number_of_workers(workers):
-    batches = Batches(some_splits(), 2, 2, VIEWS, seed=5)
+@pytest.mark.parametrize("workers, start", [(0, None), (1, None), (2, None), (1, "spawn")])
+def test_the_same_through_a_loader_with_any_number_of_workers(workers, start):
+    batches = Batches(some_splits(bad=(1003, 1010)), 2, 2, VIEWS, seed=5)
     steps = range(3, 8)  # resumed at step 3
-    loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, num_workers=workers)
+    loader = torch.utils.data.DataLoader(
+        batches, batch_size=None, sampler=steps, num_workers=workers, multiprocessing_context=start
+    )
     for step, batch in zip(steps, loader, strict=True):
         assert same(batch, batches[step])
 
@@ -112,6 +118,68 @@ def test_views_are_mirrored_only_where_the_data_allow_it():
         for kind in ("labelled", "weak", "strong"):
             turned = [target["matrix"][0, 0] < 0 for step in range(6) for target in batches[step][kind][1]]
             assert any(turned) == flip and not all(turned)
+
+
+def test_an_unlabelled_image_is_read_once_for_its_two_views():
+    splits = some_splits()
+    batch = Batches(splits, 2, 4, VIEWS, seed=0)[7]
+    reads = splits.unlabelled.dataset.reads
+    assert sum(reads.values()) == 4 == len(batch["weak"][0]) == len(batch["strong"][0])
+
+
+# Images that cannot be read
+
+
+def ids(batch: dict, kind: str) -> list[int]:
+    return [target["image_id"] for target in batch[kind][1]]
+
+
+def test_an_unreadable_unlabelled_image_is_replaced_and_counted(capsys):
+    good = [Batches(some_splits(), 2, 4, VIEWS, seed=0)[step] for step in range(15)]
+    bad = {1000, 1007, 1011, 1024, 1033}
+    batches = Batches(some_splits(bad=bad), 2, 4, VIEWS, seed=0)
+    seen = [batches[step] for step in range(15)]
+    replaced = 0
+    for before, after in zip(good, seen):
+        assert ids(after, "weak") == ids(after, "strong") and not bad & set(ids(after, "weak"))
+        assert len({shape_of(image) for image in after["weak"][0]}) == 1
+        assert ids(before, "labelled") == ids(after, "labelled")
+        for old, new in zip(ids(before, "weak"), ids(after, "weak")):
+            assert old == new or old in bad
+            replaced += old != new
+    assert replaced > 3
+    assert all(same(batches[step], seen[step]) for step in (14, 3, 12))  # whatever was skipped before
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and all(line.startswith("warning: ") and "not a readable image" in line for line in lines)
+    assert ["1 unreadable image " in lines[0], "2 unreadable" in lines[1], "4 unreadable" in lines[2]] == [True] * 3
+
+
+def test_an_unreadable_labelled_image_ends_the_run_unless_told_otherwise(capsys):
+    splits = some_splits(bad={4})
+    batches = Batches(splits, 3, 0, VIEWS, seed=0)
+    with pytest.raises(UserError, match="4.jpg"):
+        [batches[step] for step in range(20)]
+    batches = Batches(splits, 3, 0, VIEWS, seed=0, skip_unreadable=True)
+    seen = {number for step in range(20) for number in ids(batches[step], "labelled")}
+    assert seen == set(range(10)) - {4} and "4.jpg" in capsys.readouterr().err
+
+
+def test_where_nothing_can_be_read_the_run_ends(capsys):
+    batches = Batches(some_splits(bad=range(1000, 1040)), 2, 2, VIEWS, seed=0)
+    with pytest.raises(UserError, match="not a readable image"):
+        batches[0]
+
+
+def test_images_of_unknown_size_are_not_drawn():
+    sampler = Sampler([SQUARE, (0, 0), WIDE, (0, 0), SQUARE], 2, seed=0)
+    assert {index for turn in range(9) for shape in (0, 1, -1) for index in sampler.draw(shape, turn)} == {0, 2, 4}
+
+
+def test_no_unlabelled_image_at_all():
+    splits = replace(some_splits(), unlabelled=Unlabelled(Noise([]), []))
+    assert list(Batches(splits, 2, 0, VIEWS, seed=0)[0]) == ["labelled"]
+    with pytest.raises(UserError, match="unlabelled"):
+        Batches(splits, 2, 2, VIEWS, seed=0)
 
 
 # Shapes

@@ -3,6 +3,8 @@
 import copy
 import json
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from semidetr_lite.data.coco import CocoDataset, ImageFolder, load, read_image
+from semidetr_lite.data import images as image_files
+from semidetr_lite.data.coco import CocoDataset, load, read_json
+from semidetr_lite.data.images import ImageFolder, header_size, read_image
 from semidetr_lite.errors import UserError
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "coco-permissive-320"
@@ -101,6 +105,40 @@ class TestCocoDataset:
         exif[0x0112] = 6  # "turn by 90 degrees to see it upright"
         pixels = picture(tmp_path / "turned.png", 24, 32, exif=exif)
         assert np.array_equal(read_image(tmp_path / "turned.png").permute(1, 2, 0).numpy(), pixels)
+
+    def test_boxes_drawn_on_the_upright_image(self, tmp_path):
+        path = make(tmp_path, document() | {"annotations": []})
+        content = json.loads(path.read_text())
+        content["images"][1] |= {"height": 32, "width": 24}
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        pixels = picture(tmp_path / "images" / "1.png", 24, 32, exif=exif)
+        image, target = CocoDataset(write(path, content), tmp_path / "images")[1]
+        assert target["size"] == (32, 24) and np.array_equal(image.permute(1, 2, 0).numpy(), np.rot90(pixels, -1))
+
+    def test_difficult_objects_are_marked(self, tmp_path):
+        content = document()
+        content["annotations"][3]["difficult"] = 1
+        dataset = CocoDataset(make(tmp_path, content), tmp_path / "images")
+        assert dataset.target(1)["difficult"].tolist() == [False, False, True]
+        assert dataset.target(2)["difficult"].shape == (0,) and dataset.target(2)["difficult"].dtype == torch.bool
+        assert "difficult" not in CocoDataset(make(tmp_path / "b"), tmp_path / "b" / "images").target(1)
+
+    @pytest.mark.parametrize("indent", [None, 1])
+    def test_outlines_are_left_out_and_nothing_else(self, tmp_path, indent, monkeypatch):
+        content = document()
+        content["annotations"][0]["segmentation"] = [[1, 2.5, -3e-2, 4], [5, 6]]
+        content["annotations"][1]["segmentation"] = []
+        content["annotations"][2]["segmentation"] = {"counts": [1, 2], "size": [24, 32]}
+        content["images"][0]["file_name"] = 'a "segmentation": [[1]] b.png'
+        content["info"] = {"segmentation": "kept", "other": [[1, 2]]}
+        path = write(tmp_path / "a.json", json.dumps(content, indent=indent))
+        expected = copy.deepcopy(content)
+        expected["annotations"][0]["segmentation"] = []
+        assert read_json(path) == expected
+        path.write_text(path.read_text()[:-1])
+        end = path.read_text().count("\n") + 1
+        refused(path, tmp_path, f"line {end} ")
 
     @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA"])
     def test_every_mode_becomes_rgb(self, tmp_path, mode):
@@ -209,6 +247,7 @@ class TestBadJson:
             ("annotations", {"bbox": None}, ["annotation 4", "4 numbers"]),
             ("annotations", {"area": "large"}, ["annotation 4", "area"]),
             ("annotations", {"iscrowd": 5}, ["annotation 4", "iscrowd"]),
+            ("annotations", {"difficult": "no"}, ["annotation 4", "difficult"]),
         ],
     )
     def test_bad_row(self, tmp_path, part, change, words):
@@ -263,6 +302,41 @@ class TestBadImages:
             read_image(tmp_path / "a.png")
         one_line(error.value, tmp_path / "a.png", "8 bits")
 
+    def test_sixteen_bits_of_colour_keep_their_high_byte(self, tmp_path):
+        row = b"\0" + bytes([200, 7, 100, 0, 50, 255]) * 2  # two pixels of 3 x 16 bits
+        chunks = [
+            (b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)),
+            (b"IDAT", zlib.compress(row)),
+            (b"IEND", b""),
+        ]
+        body = b"".join(
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+            for kind, data in chunks
+        )
+        (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+        assert read_image(tmp_path / "a.png")[:, 0, 1].tolist() == [200, 100, 50]
+
+    def test_transparent_palettes_and_animations(self, tmp_path, recwarn):
+        palette = Image.new("P", (4, 3))
+        palette.putpalette([255, 0, 0, 0, 255, 0])
+        palette.save(tmp_path / "a.png", transparency=b"\x00\xff")
+        frames = [Image.new("RGB", (4, 3), colour) for colour in ("red", "blue")]
+        for name in ("a.gif", "b.png", "a.tiff"):
+            frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        for name in ("a.png", "a.gif", "b.png", "a.tiff"):
+            assert read_image(tmp_path / name)[:, 0, 0].tolist() == [255, 0, 0]
+        assert not list(recwarn) and len(ImageFolder(tmp_path)) == 4
+
+    @pytest.mark.parametrize("factor", [1.5, 3])  # Pillow warns over its limit, and raises over twice that
+    def test_far_too_many_pixels(self, tmp_path, factor, monkeypatch, recwarn):
+        picture(tmp_path / "a.png")
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", int(24 * 32 / factor))
+        for read in (read_image, header_size):
+            with pytest.raises(UserError) as error:
+                read(tmp_path / "a.png")
+            one_line(error.value, tmp_path / "a.png", "pixels", "make it smaller")
+        assert not list(recwarn)
+
     def test_another_size_than_declared(self, tmp_path):
         dataset = CocoDataset(make(tmp_path), tmp_path / "images")
         picture(tmp_path / "images" / "1.png", height=32, width=24)
@@ -290,8 +364,46 @@ class TestImageFolder:
         write(tmp_path / "broken" / "a.png", "no image")
         for name, word in [("empty", "no image"), ("none", "no such folder"), ("broken", "not a readable image")]:
             with pytest.raises(UserError) as error:
-                ImageFolder(tmp_path / name)
+                _ = ImageFolder(tmp_path / name).sizes
             one_line(error.value, tmp_path / name, word)
+
+    def test_headers_are_read_when_sizes_are_asked_for_and_bad_ones_counted(self, tmp_path, monkeypatch, capsys):
+        for name in "abc":
+            picture(tmp_path / f"{name}.png")
+        write(tmp_path / "d.png", "no image")
+        (tmp_path / "e.png").symlink_to("nowhere.png")
+        looks = []
+        monkeypatch.setattr(
+            image_files, "header_size", lambda path, upright: looks.append(path) or header_size(path, upright)
+        )
+        dataset = ImageFolder(tmp_path)
+        assert len(dataset) == 5 and dataset[0][1]["size"] == (24, 32) and not looks
+        assert dataset.sizes == [(24, 32)] * 3 + [(0, 0)] * 2 and dataset.sizes and len(looks) == 5
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and "2 of 5 images are left out" in err and "d.png" in err
+
+    def test_links_are_followed_and_no_file_is_taken_twice(self, tmp_path):
+        picture(tmp_path / "store" / "1.png")
+        picture(tmp_path / "store" / "deep" / "2.png")
+        picture(tmp_path / "data" / "own ä 中.png")
+        (tmp_path / "data" / "z.png").symlink_to(tmp_path / "store" / "1.png")
+        (tmp_path / "data" / "more").symlink_to(tmp_path / "store")
+        (tmp_path / "store" / "round").symlink_to(tmp_path / "data")  # a circle
+        dataset = ImageFolder(tmp_path / "data")
+        assert sorted(path.name for path in dataset.paths) in (
+            ["1.png", "2.png", "own ä 中.png"],
+            ["2.png", "own ä 中.png", "z.png"],
+        )
+        assert dataset[0][0].shape == (3, 24, 32)
+
+    def test_images_are_turned_upright(self, tmp_path):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        pixels = picture(tmp_path / "turned.png", 24, 32, exif=exif)
+        dataset = ImageFolder(tmp_path)
+        image, target = dataset[0]
+        assert dataset.sizes == [(32, 24)] and target["size"] == (32, 24)
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), np.rot90(pixels, -1))
 
 
 class TestLoad:
@@ -364,6 +476,16 @@ class TestLoad:
             splits.unlabelled[5]
         splits = load(**data, validation=val, percent=100)
         assert len(splits.labelled) == 6 and image_ids(splits.unlabelled) == [16, 17]
+
+    def test_a_labelled_link_is_not_unlabelled_as_well(self, tmp_path):
+        make(tmp_path / "data", document(4))
+        (tmp_path / "pool").mkdir()
+        for name in ("1.png", "3.png"):
+            (tmp_path / "data" / "images" / name).rename(tmp_path / "pool" / name)
+            (tmp_path / "data" / "images" / name).symlink_to(tmp_path / "pool" / name)
+        picture(tmp_path / "pool" / "new one.png")
+        splits = load(tmp_path / "data", unlabelled=tmp_path / "pool", percent=100)
+        assert [path.name for path in splits.unlabelled.datasets[1].paths] == ["new one.png"]
 
     def test_images_of_the_jsons_are_not_unlabelled_as_well(self, tmp_path, capsys):
         make(tmp_path, document(6))

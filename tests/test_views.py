@@ -344,6 +344,37 @@ def test_views_are_functions_of_their_generator():
     assert torch.equal(image, before)
 
 
+@pytest.mark.parametrize("view", [labelled_view, weak_view, strong_view])
+def test_bytes_that_are_resized_stay_bytes_and_show_what_floats_show(view):
+    rng = np.random.default_rng(0)
+    coarse = torch.from_numpy(rng.integers(60, 200, (3, 12, 16), dtype=np.uint8))
+    image = F.resize(coarse, [48, 64])  # smooth, so that rounding before equalize and the like moves little
+    target = still_target([[10, 10, 30, 30]], (48, 64))
+    settings, far = ViewSettings(short_sides=(72, 96), patches=2), []
+    for seed in range(25):
+        seen, moved = view(image, target, np.random.default_rng(seed), settings)
+        wanted, expected = view(image.float() / 255, target, np.random.default_rng(seed), settings)
+        assert seen.dtype == torch.uint8 and wanted.dtype == torch.float32
+        assert tuple(seen.shape[1:]) == moved["size"] and torch.equal(moved["matrix"], expected["matrix"])
+        far.append(float((seen.float() / 255 - wanted).abs().mean()))
+    assert np.median(far) < 0.004 and max(far) < 0.03
+    assert np.sum(np.array(far) > 0.01) <= 3  # the hard steps of solarize, equalize and posterize
+
+
+@pytest.mark.parametrize("image", [torch.rand(3, 30, 41), torch.randint(0, 256, (3, 30, 41), dtype=torch.uint8)])
+def test_a_mirror_is_exact_and_no_move_is_none(image):
+    assert torch.equal(warp(image, matrix([-1.0, 0, 41], [0, 1, 0]), (30, 41)), image.flip(-1))
+    assert torch.equal(warp(image, torch.eye(3), (30, 41)), image)
+    assert warp(image, torch.eye(3), (20, 50)).shape == (3, 20, 50)
+
+
+def test_bytes_and_floats_are_warped_alike():
+    image = torch.randint(0, 256, (3, 60, 90), dtype=torch.uint8)
+    for move in (rotation((60, 90), 20), shear((60, 90), 0.3, -0.2), matrix([1.3, 0, -7.5], [0, 0.8, 3])):
+        ours, floats = warp(image, move, (70, 80)), warp(image.float() / 255, move, (70, 80))
+        assert ours.dtype == torch.uint8 and (ours.float() - 255 * floats).abs().max() <= 0.52
+
+
 def test_an_image_without_boxes_goes_through_every_view():
     for view in (labelled_view, weak_view, strong_view):
         target = view(torch.rand(3, 40, 60), still_target([], (40, 60)), np.random.default_rng(0), ViewSettings())[1]
@@ -442,3 +473,5 @@ def test_colour_operations_equal_pillow(operation, magnitude):
     assert np.abs(ours - theirs).max() <= 2.0  # Pillow rounds in between
     if operation:
         assert np.abs(theirs - array).max() > 2.0
+    bytes_ = recolour(torch.from_numpy(array).permute(2, 0, 1), Scripted(magnitude, operation))
+    assert np.abs(bytes_.permute(1, 2, 0).numpy() - theirs).max() <= 1.0

@@ -3,8 +3,12 @@
 A batch is {"labelled": (images, targets), "weak": (images, targets), "strong": (images, targets)}. The same step
 always gives the same batch, whatever the number of worker processes and wherever a run was resumed. All images of a
 step come from one shape group (square, wide or tall), so that little or nothing is padded.
+
+An unlabelled image that cannot be read is replaced by another one of its shape group, drawn by (seed, step, position)
+like everything else, and counted on stderr; a labelled one ends the run with its name, unless told otherwise.
 """
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -12,15 +16,17 @@ import torch
 
 from semidetr_lite.data.splits import Dataset, Splits
 from semidetr_lite.data.views import ViewSettings, labelled_view, strong_view, weak_view
+from semidetr_lite.errors import UserError
 
-LABELLED, WEAK, STRONG, ORDER, GROUPS = range(5)  # separate streams of random numbers
+LABELLED, WEAK, STRONG, ORDER, GROUPS, SPARE = range(6)  # separate streams of random numbers
+TRIES = 20  # images tried for one that can be read
 
 
 class Sampler:
     """Endless reshuffled passes over the images of each shape group.
 
     Args:
-        sizes: (H, W) of every image.
+        sizes: (H, W) of every image; (0, 0), for one that cannot be read, is in no group.
         batch: images a step.
         seed: of the shuffles.
     """
@@ -28,15 +34,18 @@ class Sampler:
     def __init__(self, sizes: list[tuple[int, int]], batch: int, seed: int):
         self.batch, self.seed = batch, seed
         self.groups: dict[int, np.ndarray] = {}
-        shapes = np.array([int(np.sign(width - height)) for height, width in sizes])
-        for shape in np.unique(shapes):
-            self.groups[int(shape)] = np.nonzero(shapes == shape)[0]
+        heights, widths = np.array(sizes, dtype=np.int64).reshape(-1, 2).T
+        shapes = np.sign(widths - heights)
+        for shape in np.unique(shapes[heights > 0]):
+            self.groups[int(shape)] = np.nonzero((shapes == shape) & (heights > 0))[0]
+
+    def pool(self, shape: int) -> np.ndarray:
+        """The indices of a shape group; of all images if the group is unknown here."""
+        return self.groups[shape] if shape in self.groups else np.concatenate(list(self.groups.values()))
 
     def draw(self, shape: int, turn: int) -> list[int]:
-        """The indices of the turn-th batch of a shape group (all images if the group is unknown here)."""
-        pool = self.groups.get(shape)
-        if pool is None:
-            pool = np.concatenate(list(self.groups.values()))
+        """The indices of the turn-th batch of a shape group."""
+        pool = self.pool(shape)
         places = np.arange(turn * self.batch, (turn + 1) * self.batch)
         passes = {
             int(p): np.random.default_rng([self.seed, ORDER, shape + 1, int(p)]).permutation(pool)
@@ -53,12 +62,18 @@ class Batches(torch.utils.data.Dataset):
         labelled, unlabelled: images of each kind a step; `unlabelled` may be 0, as for supervised training.
         views: how far the views may go; mirrored only where the data allow it too.
         seed: of everything random here.
+        skip_unreadable: whether a labelled image that cannot be read is replaced too, and not a UserError.
     """
 
     cycle = 100  # steps over which the shape groups appear in their exact proportions
 
-    def __init__(self, splits: Splits, labelled: int, unlabelled: int, views: ViewSettings, seed: int):
+    def __init__(
+        self, splits: Splits, labelled: int, unlabelled: int, views: ViewSettings, seed: int, skip_unreadable=False
+    ):
+        if unlabelled and not len(splits.unlabelled):
+            raise UserError("no unlabelled image: give a folder of them (--unlabelled), or label less than 100 percent")
         self.splits, self.seed = splits, seed
+        self.skip_unreadable, self.skipped = skip_unreadable, set()
         self.views = replace(views, flip=views.flip and splits.flip)
         self.labelled = Sampler(splits.labelled.sizes, labelled, seed)
         self.unlabelled = Sampler(splits.unlabelled.sizes, unlabelled, seed + 1) if unlabelled else None
@@ -78,22 +93,40 @@ class Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, step: int) -> dict:
         shape, turn = self.shape_and_turn(step)
-        batch = {
-            "labelled": self._views(
-                self.splits.labelled, self.labelled.draw(shape, turn), labelled_view, step, LABELLED
-            )
-        }
+        chosen = self._read(self.splits.labelled, self.labelled, shape, turn, step, LABELLED)
+        batch = {"labelled": self._views(chosen, labelled_view, step, LABELLED)}
         if self.unlabelled is not None:
-            chosen = self.unlabelled.draw(shape, turn)
-            batch["weak"] = self._views(self.splits.unlabelled, chosen, weak_view, step, WEAK)
-            batch["strong"] = self._views(self.splits.unlabelled, chosen, strong_view, step, STRONG)
+            chosen = self._read(self.splits.unlabelled, self.unlabelled, shape, turn, step, WEAK)  # once for both views
+            batch["weak"] = self._views(chosen, weak_view, step, WEAK)
+            batch["strong"] = self._views(chosen, strong_view, step, STRONG)
         return batch
 
-    def _views(
-        self, dataset: Dataset, indices: list[int], view, step: int, stream: int
-    ) -> tuple[list[torch.Tensor], list[dict]]:
+    def _read(self, dataset: Dataset, sampler: Sampler, shape: int, turn: int, step: int, stream: int) -> list[tuple]:
+        """The images and targets of a step, those that cannot be read replaced."""
+        read = []
+        for position, index in enumerate(sampler.draw(shape, turn)):
+            for attempt in range(TRIES):
+                try:
+                    read.append(dataset[index])
+                    break
+                except UserError as problem:
+                    if attempt == TRIES - 1 or (stream == LABELLED and not self.skip_unreadable):
+                        raise
+                    self._count(str(problem))
+                    rng = np.random.default_rng([self.seed, SPARE, stream, step, position, attempt])
+                    index = int(rng.choice(sampler.pool(shape)))
+        return read
+
+    def _count(self, problem: str) -> None:
+        """Say on stderr what is skipped: the first, the second, the fourth, the eighth ... image of this process."""
+        known = len(self.skipped)
+        self.skipped.add(problem)
+        if len(self.skipped) > known and known & (known + 1) == 0:
+            count = f"{known + 1} unreadable {'image' if known == 0 else 'images'} skipped so far"
+            print(f"warning: {count} by this process, the last: {problem}", file=sys.stderr)
+
+    def _views(self, read: list[tuple], view, step: int, stream: int) -> tuple[list[torch.Tensor], list[dict]]:
         made = []
-        for position, index in enumerate(indices):
-            image, target = dataset[index]
+        for position, (image, target) in enumerate(read):
             made.append(view(image, target, np.random.default_rng([self.seed, stream, step, position]), self.views))
         return [image for image, _ in made], [target for _, target in made]

@@ -1,12 +1,14 @@
-"""Any data in COCO's format: a json with the boxes, a folder with the images, perhaps a folder of unlabelled images.
+"""Any labelled images as COCO has them: a json or folder with the boxes, and perhaps a folder of unlabelled images.
 
     {"images": [{"id", "file_name", "width", "height"}],
-     "annotations": [{"id", "image_id", "category_id", "bbox": [x, y, width, height], "area", "iscrowd"}],
+     "annotations": [{"id", "image_id", "category_id", "bbox": [x, y, width, height], "area", "iscrowd", "difficult"}],
      "categories": [{"id", "name"}]}
 
-Category ids may have gaps; the labels 0..C-1 follow them in ascending order. A crowd region (`iscrowd` 1) stays among
-the boxes and is marked in "crowd"; an image may have no box at all. Boxes refer to the pixels as they are stored, so a
-rotation noted in an image's EXIF data is not applied, here as in COCO.
+A Pascal VOC or YOLO folder is read into the same rows (formats.py), so there is one data set class for all. Category
+ids may have gaps; the labels 0..C-1 follow them in ascending order. A crowd region (`iscrowd` 1) stays among the boxes
+and is marked in "crowd", a `difficult` object in "difficult"; an image may have no box at all. Boxes refer to the
+pixels as they are stored, so a rotation noted in an image's EXIF data is not applied, here as in COCO; unless the size
+the json declares is that of the rotated image.
 
 Real files are not spotless: COCO's own training set holds two boxes of no height. A box that reaches over the edge of
 its image is cut there; one that is empty or wholly outside is dropped; one line on stderr counts both. Where more than
@@ -15,42 +17,40 @@ one box in a hundred would be dropped, the whole file is in doubt and is refused
 
 import json
 import os
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
+from semidetr_lite.data.formats import Labels, read_voc, read_yolo
+from semidetr_lite.data.images import IMAGE_SUFFIXES, ImageFolder, read_image
 from semidetr_lite.data.splits import Joined, Splits, Subset, Unlabelled, labelled_indices
 from semidetr_lite.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+__all__ = ["IMAGE_SUFFIXES", "CocoDataset", "ImageFolder", "load", "read_coco", "read_image"]
 DROPPED_AT_MOST = 0.01  # of the boxes of a file
 
 
 def load(data, images=None, unlabelled=None, percent: float = 10, fold: int = 1, validation=None) -> Splits:
-    """The splits of a COCO-format data set.
+    """The splits of a data set on disk.
 
-    `data` is a json, its images in the folder `images`; or a folder with instances_train*.json and perhaps
-    instances_val*.json in it or in its annotations/, and the images in train2017/ and val2017/ (named as the jsons
-    are), in images/ or in the folder itself. Of the training images `percent` % are labelled, drawn by `fold`; the
-    others are unlabelled, and so is every image in the folder `unlabelled` that the jsons do not list. The json
-    `validation`, given or found, is both tune and test. Where there is none, a fifth of the training images, always
-    the same, is set aside for it, and a line on stderr says so. Raises UserError for what cannot be used.
+    `data`, `images` and `validation` are as `find_labels` takes them. Of the training images `percent` % are labelled,
+    drawn by `fold`; the others are unlabelled, and so is every image in and below the folder `unlabelled` that the
+    labels do not list. The validation images are both tune and test. Where there are none, a fifth of the training
+    images, always the same, is set aside, and a line on stderr says so. Raises UserError for what cannot be used.
     """
-    annotations, found = _find_annotations(Path(data))
-    validation = found if validation is None else Path(validation)
-    if images and not Path(images).is_dir():
-        raise UserError(f"{images}: no such folder of images")
-    near = [] if images else [annotations]
-    train = whole = CocoDataset(annotations, _image_folders(annotations, images, around=near))
+    labels, measured = find_labels(data, images, validation)
+    train = whole = CocoDataset(labels)
     opened = [whole]
-    if validation is None:
-        train, held_out = _set_aside(whole, annotations)
+    if measured is None:
+        train, held_out = _set_aside(whole)
     else:
-        held_out = CocoDataset(validation, _image_folders(validation, images, around=[validation, annotations]))
-        _check_same_categories(held_out, whole)
+        held_out = CocoDataset(measured)
+        for fault in category_faults(labels, measured):
+            raise UserError(fault)
         opened.append(held_out)
 
     chosen = labelled_indices(len(train), percent, fold)
@@ -62,42 +62,85 @@ def load(data, images=None, unlabelled=None, percent: float = 10, fold: int = 1,
     return Splits(Subset(train, chosen), pool, held_out, held_out, whole.categories, flip=True)
 
 
-class CocoDataset:
-    """The images of one COCO json: `ds[i] -> (image uint8 (3, H, W), target)`, the targets with boxes in pixels, xyxy.
+def find_labels(data, images=None, validation=None, categories=None) -> tuple[Labels, Labels | None]:
+    """The labels to train on, and those to measure on or None.
 
-    `annotations` is the json, `images` a folder, or a list of them: the first that holds the json's first image is
-    taken. `.categories` [{"id", "name"}] in the order of the labels; `.sizes` [(H, W)] and `.image_ids` [int] in the
-    order of the json. Raises UserError: at opening for a fault of the json or a missing image, at reading for an image
-    that cannot be decoded or has another size than the json says.
+    `data` is a COCO json, its images in the folder `images`; or a folder:
+
+        COCO   instances_train*.json and perhaps instances_val*.json in it or in its annotations/, and the images in
+               train2017/ and val2017/ (named as the jsons are), in images/ or in the folder itself
+        VOC    JPEGImages/, Annotations/*.xml and perhaps ImageSets/Main/*.txt; see `read_voc`
+        YOLO   images/ and labels/ with data.yaml or classes.txt; see `read_yolo`
+
+    `validation` is a json or folder of the same kinds; it replaces what `data` has for validation. `categories`
+    [{"id", "name"}] are those a VOC folder has to agree with. Raises UserError for what is not there.
+    """
+    data = Path(data)
+    if images and not Path(images).is_dir():
+        raise UserError(f"{images}: no such folder of images")
+    train, measured = _find_annotations(data)
+    if train is not None:
+        labels = read_labels(train, _image_folders(train, images, around=[] if images else [train]))
+        if measured is not None and validation is None:
+            measured = read_labels(measured, _image_folders(measured, images, around=[measured, train]))
+    elif any(data.glob("Annotations/*.xml")):
+        labels, measured = read_voc(data, images, categories)
+    elif any(data.glob("labels/**/*.txt")) or any(data.glob("*/labels/*.txt")):
+        labels, measured = read_yolo(data)
+    else:
+        kinds = "no instances_train*.json in this folder or in its annotations/, no Annotations/*.xml, no labels/*.txt"
+        raise UserError(f"{data}: {kinds}; give the path of a COCO json, or a COCO, VOC or YOLO folder")
+    if validation is not None and Path(validation).is_dir():
+        whole, part = find_labels(validation, categories=labels.document["categories"])
+        measured = part or whole
+    elif validation is not None:
+        around = [Path(validation), *filter(None, [train])]
+        measured = read_labels(validation, _image_folders(around[0], images, around))
+    return labels, measured
+
+
+class CocoDataset:
+    """Labelled images: `ds[i] -> (image uint8 (3, H, W), target)`, the targets with boxes in pixels, xyxy.
+
+    `annotations` is a json, `images` a folder, or a list of them: the first that holds an image of the json is taken;
+    or `annotations` are Labels, which name their folders. `.categories` [{"id", "name"}] in the order of the labels;
+    `.sizes` [(H, W)] and `.image_ids` [int] in the order of the json. Raises UserError: at opening for a fault of the
+    json or a missing image, at reading for an image that cannot be decoded or has another size than the json says. A
+    list `faults` takes a line about each fault of the json instead.
     """
 
-    def __init__(self, annotations, images):
-        self.annotations = Path(annotations)
-        document = read_coco(self.annotations)
-        listed = document["images"]
-        _check_images(self.annotations, listed)
-        _check_names(self.annotations, document["categories"])
+    def __init__(self, annotations, images=(), faults: list[str] | None = None):
+        folders = [Path(folder) for folder in (images if isinstance(images, list | tuple) else [images])]
+        labels = annotations if isinstance(annotations, Labels) else read_labels(annotations, folders)
+        if faults is not None:
+            faults += labels.faults
+        elif labels.faults:
+            raise UserError(labels.faults[0])
+        self.annotations, self.upright = labels.source, labels.upright
+        listed = labels.document["images"]
         self.image_ids = [image["id"] for image in listed]
         self.sizes = [(image["height"], image["width"]) for image in listed]
-        by_id = sorted(document["categories"], key=lambda row: row["id"])
+        by_id = sorted(labels.document["categories"], key=lambda row: row["id"])
         self.categories = [{"id": row["id"], "name": row["name"]} for row in by_id]
         self.names = [image["file_name"] for image in listed]
-        folders = images if isinstance(images, list) else [images]
-        self.folder = _folder_with_images([Path(folder) for folder in folders], self.names, self.annotations)
-        self._keep_boxes(document["annotations"])
+        self.folder = _folder_with_images(labels, self.names)
+        if faults is None:
+            self._check_images_are_there()
+        self._keep_boxes(labels.document["annotations"], faults)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict]:
         target = self.target(index)
-        path = self.folder / self.names[index]
-        image = read_image(path)
-        height, width = image.shape[1:]
-        if (height, width) != target["size"]:
+        path, size = self.folder / self.names[index], target["size"]
+        image = read_image(path, self.upright)
+        if image.shape[1:] == size[::-1] != size:  # the boxes may have been drawn on the image turned upright
+            image = read_image(path, upright=True)
+        if image.shape[1:] != size:
             raise UserError(
-                f"{path}: the image is {width} x {height} pixels, but {self.annotations} says "
-                f"{target['size'][1]} x {target['size'][0]}; use the images the boxes were drawn on"
+                f"{path}: the image is {image.shape[2]} x {image.shape[1]} pixels, but {self.annotations} says "
+                f"{size[1]} x {size[0]}; use the images the boxes were drawn on"
             )
         return image, target
 
@@ -105,15 +148,25 @@ class CocoDataset:
         """The target of one image, without decoding the image."""
         index = range(len(self))[index]  # -1 is the last one
         rows = slice(self._starts[index], self._starts[index + 1])
-        fields = {name: torch.tensor(values[rows]) for name, values in self._rows.items()}
+        fields = {name: torch.tensor(values[rows]) for name, values in self.fields.items()}
         return {**fields, "size": self.sizes[index], "image_id": self.image_ids[index]}
 
     def paths(self) -> list[str]:
-        """Where the images lie, links of the folder resolved, so that two ways to the same file compare equal."""
-        folder = os.path.realpath(self.folder)
-        return [os.path.normpath(os.path.join(folder, name)) for name in self.names]
+        """Where the images lie, links resolved, so that two ways to the same file compare equal."""
+        return [os.path.realpath(os.path.join(self.folder, name)) for name in self.names]
 
-    def _keep_boxes(self, rows: list[dict]) -> None:
+    def _check_images_are_there(self) -> None:
+        listings: dict[str, set] = {}
+        for name in self.names:
+            parent, base = os.path.split(name)
+            if parent not in listings:
+                there = self.folder / parent
+                listings[parent] = set(os.listdir(there)) if there.is_dir() else set()
+            # A disk that ignores case may list another spelling of a file that is there.
+            if base not in listings[parent] and not (self.folder / name).is_file():
+                raise UserError(f"{self.folder / name}: the image is missing, though {self.annotations} lists it")
+
+    def _keep_boxes(self, rows: list[dict], faults: list[str] | None) -> None:
         """Store the boxes as flat arrays, image after image: a few large objects, which worker processes can share."""
         place = {image_id: index for index, image_id in enumerate(self.image_ids)}
         label = {category["id"]: index for index, category in enumerate(self.categories)}
@@ -121,7 +174,10 @@ class CocoDataset:
         xywh = np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(-1, 4)
         sizes = np.array(self.sizes, dtype=np.float64).reshape(-1, 2)[owner]
         boxes, usable, cut = _boxes_in_image(xywh, sizes)
-        _report_boxes(self.annotations, rows, ~usable, cut)
+        if faults is None:
+            _report_boxes(self.annotations, rows, ~usable, cut)
+        else:
+            faults += [self._box_fault(rows[row], owner[row], usable[row]) for row in np.flatnonzero(~usable | cut)]
 
         own_area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
         area = np.array([row.get("area", np.nan) for row in rows], dtype=np.float32)
@@ -131,71 +187,69 @@ class CocoDataset:
             "crowd": np.array([bool(row.get("iscrowd", 0)) for row in rows], dtype=bool),
             "area": np.where(np.isfinite(area), area, own_area),
         }
+        if any("difficult" in row for row in rows):
+            fields["difficult"] = np.array([bool(row.get("difficult", 0)) for row in rows], dtype=bool)
         order = np.flatnonzero(usable)
         order = order[owner[order].argsort(kind="stable")]
-        self._rows = {name: values[order] for name, values in fields.items()}
+        self.fields = {name: values[order] for name, values in fields.items()}
         self._starts = np.searchsorted(owner[order], np.arange(len(self.names) + 1))
 
-
-class ImageFolder:
-    """The images in a folder and below it, sorted by path, without labels: `ds[i] -> (image, {"size", "image_id"})`.
-
-    Image ids count from `first_id`. Files among `listed` (paths as `CocoDataset.paths` gives them) are passed over: an
-    image that is labelled or measured on is not unlabelled as well. Opening reads the headers alone, for `.sizes`.
-    Raises UserError for a missing folder, one without any image, and an image that cannot be read.
-    """
-
-    def __init__(self, folder, first_id: int = 0, listed=frozenset()):
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder of images")
-        real = os.path.realpath(folder)
-        found = sorted(path for path in folder.rglob("[!.]*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        self.paths = [path for path in found if os.path.join(real, path.relative_to(folder)) not in listed]
-        if not found:
-            raise UserError(f"{folder}: no image in this folder or below ({' '.join(IMAGE_SUFFIXES)})")
-        if not self.paths:
-            raise UserError(f"{folder}: the annotations list every image of this folder; none is left as unlabelled")
-        if len(self.paths) < len(found):
-            count = f"{len(found) - len(self.paths)} of its {len(found)} images"
-            print(f"{folder}: {count} are in the annotations and not taken as unlabelled", file=sys.stderr)
-        self.first_id = first_id
-        self.sizes = [_header_size(path) for path in self.paths]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict]:
-        index = range(len(self))[index]  # -1 is the last one
-        return read_image(self.paths[index]), {"size": self.sizes[index], "image_id": self.first_id + index}
-
-
-def read_image(path) -> torch.Tensor:
-    """An image file as RGB uint8 (3, H, W), rotation by EXIF data not applied. Raises UserError naming the file."""
-    try:
-        with Image.open(path) as file:
-            if file.mode.startswith(("I", "F")):
-                raise ValueError(f"its pixels are of mode {file.mode}; save it with 8 bits per channel")
-            pixels = np.array(file.convert("RGB"))
-    except Exception as problem:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and more, by format
-        raise _unreadable(path, problem) from problem
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))  # (H, W, 3) -> (3, H, W)
+    def _box_fault(self, row: dict, place: int, usable: bool) -> str:
+        what = "reaches out of the image" if usable else "is empty or outside the image"
+        height, width = self.sizes[place]
+        box = f"{self.folder / self.names[place]}: the box {row['bbox']} (annotation {row.get('id')})"
+        return f"{box} {what}, {width} x {height} pixels"
 
 
 def read_json(path):
-    """The content of a json file. Raises UserError naming the file and where it stops being json."""
+    """The content of a json file. Raises UserError naming the file and where it stops being json.
+
+    Outlines, the "segmentation" of an annotation, are cut out before json sees them: they are two thirds of COCO's
+    files and nothing here uses them.
+    """
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            return json.load(file)
+        with open(path, "rb") as file:
+            return json.loads(b"".join(_without_outlines(file)).decode("utf-8-sig"))
     except OSError as problem:
         raise UserError(f"{path}: cannot be read: {problem.strerror}") from problem
     except (ValueError, RecursionError) as problem:
         raise UserError(f"{path}: not valid json: {problem}") from problem
 
 
+OUTLINE = re.compile(rb'"segmentation"\s*:\s*\[[][\d\s.,eE+-]*\]')
+
+
+def _without_outlines(file) -> Iterator[bytes]:
+    """The bytes of a json in large pieces, each list of numbers called "segmentation" an empty one of as many lines."""
+    rest = b""
+    while block := file.read(1 << 24):
+        whole, end, rest = (rest + block).rpartition(b"}")  # no outline holds a brace
+        yield OUTLINE.sub(lambda found: b'"segmentation":[' + b"\n" * found[0].count(b"\n") + b"]", whole) + end
+    yield rest
+
+
 def read_coco(path) -> dict:
     """The content of a COCO json, its ids checked: there, unique and known. Raises UserError naming the file."""
-    document = read_json(path)
+    document, faults = sound_rows(path, read_json(path), files=False)
+    for fault in faults:
+        raise UserError(fault)
+    return document
+
+
+def read_labels(path, folders: list[Path]) -> Labels:
+    """A COCO json and where its images may lie; where it is none, its one fault says so."""
+    try:
+        document, faults = sound_rows(path, read_json(path))
+    except UserError as problem:
+        document, faults = {"images": [], "annotations": [], "categories": []}, [str(problem)]
+    return Labels(Path(path), document, faults, folders)
+
+
+def sound_rows(path, document, files: bool = True) -> tuple[dict, list[str]]:
+    """The rows of a COCO json that can be used, and a line about each that cannot.
+
+    With `files` the images need names and sizes and the categories names. Raises UserError for other content.
+    """
     parts = ("images", "annotations", "categories")
     if not isinstance(document, dict):
         raise UserError(f"{path}: not COCO's format: it holds no object with {', '.join(parts)}")
@@ -205,10 +259,23 @@ def read_coco(path) -> dict:
             raise UserError(f'{path}: not COCO\'s format: it has no list of objects "{part}"')
         if not rows and part != "annotations":
             raise UserError(f'{path}: its list "{part}" is empty')
-        if part != "annotations":
-            _check_ids(path, part, rows)
-    _check_annotations(path, document)
-    return document
+    faults, sound = [], dict(document)
+    for part, check in (("images", _image_fault), ("categories", _category_fault)):
+        sound[part], seen = [], set()
+        for place, row in enumerate(document[part], 1):
+            fault = _id_fault(part, place, row.get("id"), seen) or (check(row) if files else None)
+            faults.append(f"{path}: {fault}") if fault else sound[part].append(row)
+    known = {part: {row.get("id") for row in document[part] if type(row.get("id")) is int} for part in parts[::2]}
+    usable = {part: {row["id"] for row in sound[part]} for part in parts[::2]}
+    sound["annotations"] = []
+    for place, row in enumerate(document["annotations"], 1):
+        fault = _annotation_fault(row, known["images"], known["categories"])
+        if fault:
+            name = f"annotation {row['id']}" if "id" in row else f"annotation number {place}"
+            faults.append(f"{path}: {name} {fault}")
+        elif row["image_id"] in usable["images"] and row["category_id"] in usable["categories"]:
+            sound["annotations"].append(row)
+    return sound, faults
 
 
 def is_numbers(values, count: int) -> bool:
@@ -216,46 +283,40 @@ def is_numbers(values, count: int) -> bool:
     return isinstance(values, list) and len(values) == count and all(type(value) in (int, float) for value in values)
 
 
-def _check_ids(path, part: str, rows: list[dict]) -> None:
-    seen = set()
-    for place, row in enumerate(rows, 1):
-        number = row.get("id")
-        if type(number) is not int:
-            raise UserError(f'{path}: number {place} of the {part} has no whole number as "id"')
-        if number in seen:
-            raise UserError(f"{path}: two of the {part} have the id {number}; ids must be unique")
-        seen.add(number)
+def _id_fault(part: str, place: int, number, seen: set) -> str | None:
+    if type(number) is not int:
+        return f'number {place} of the {part} has no whole number as "id"'
+    if number in seen:
+        return f"two of the {part} have the id {number}; ids must be unique"
+    seen.add(number)
+    return None
 
 
-def _check_images(path, rows: list[dict]) -> None:
-    for row in rows:
-        name = row.get("file_name")
-        if not isinstance(name, str) or not name:
-            raise UserError(f'{path}: image {row["id"]} has no "file_name"')
-        if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] in (os.pardir, os.curdir):
-            raise UserError(f"{path}: image {row['id']} has the file_name {name!r}, which leaves the folder of images")
-        if not all(type(row.get(side)) is int and row[side] > 0 for side in ("width", "height")):
-            raise UserError(f'{path}: image {row["id"]} needs "width" and "height", whole numbers of pixels over 0')
+def _image_fault(row: dict) -> str | None:
+    name = row.get("file_name")
+    if not isinstance(name, str) or not name:
+        return f'image {row["id"]} has no "file_name"'
+    if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] in (os.pardir, os.curdir):
+        return f"image {row['id']} has the file_name {name!r}, which leaves the folder of images"
+    if not all(type(row.get(side)) is int and row[side] > 0 for side in ("width", "height")):
+        return f'image {row["id"]} needs "width" and "height", whole numbers of pixels over 0'
+    return None
 
 
-def _check_names(path, categories: list[dict]) -> None:
-    for row in categories:
-        if not isinstance(row.get("name"), str):
-            raise UserError(f'{path}: category {row["id"]} has no "name"')
+def _category_fault(row: dict) -> str | None:
+    return None if isinstance(row.get("name"), str) else f'category {row["id"]} has no "name"'
 
 
-def _check_annotations(path, document: dict) -> None:
-    images = {row["id"] for row in document["images"]}
-    categories = {row["id"] for row in document["categories"]}
-    for place, row in enumerate(document["annotations"], 1):
-        name = f"annotation {row['id']}" if "id" in row else f"annotation number {place}"
-        if not is_numbers(row.get("bbox"), 4):
-            raise UserError(f'{path}: {name} needs a "bbox" of 4 numbers, [x, y, width, height]')
-        for key, known, part in (("image_id", images, "images"), ("category_id", categories, "categories")):
-            if type(row.get(key)) is not int or row[key] not in known:
-                raise UserError(f"{path}: {name} has the {key} {row.get(key)!r}, which is not among the {part}")
-        if not is_numbers([row.get("area", 0)], 1) or row.get("iscrowd", 0) not in (0, 1):
-            raise UserError(f'{path}: {name} needs a number as "area" and 0 or 1 as "iscrowd"')
+def _annotation_fault(row: dict, images: set, categories: set) -> str | None:
+    if not is_numbers(row.get("bbox"), 4):
+        return 'needs a "bbox" of 4 numbers, [x, y, width, height]'
+    for key, known, part in (("image_id", images, "images"), ("category_id", categories, "categories")):
+        if type(row.get(key)) is not int or row[key] not in known:
+            return f"has the {key} {row.get(key)!r}, which is not among the {part}"
+    marks = row.get("iscrowd", 0) in (0, 1) and row.get("difficult", 0) in (0, 1)
+    if not marks or not is_numbers([row.get("area", 0)], 1):
+        return 'needs a number as "area" and 0 or 1 as "iscrowd" (and as "difficult", if it is there)'
+    return None
 
 
 def _boxes_in_image(xywh: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -291,28 +352,21 @@ def _report_boxes(path, rows: list[dict], dropped: np.ndarray, cut: np.ndarray) 
         print(f"warning: {path}: {'; '.join(notes)}", file=sys.stderr)
 
 
-def _folder_with_images(folders: list[Path], names: list[str], annotations: Path) -> Path:
-    """The first folder that holds the first image; the others are then looked up in its listing."""
-    there = [folder for folder in folders if folder.is_dir()]
+def _folder_with_images(labels: Labels, names: list[str]) -> Path:
+    """The first of the folders that holds the first image that is in any of them."""
+    there = [folder for folder in labels.folders if folder.is_dir()]
     if not there:
-        raise UserError(f"{folders[0]}: no such folder of images (for {annotations}); name it with --images")
-    folder = next((folder for folder in there if (folder / names[0]).is_file()), None)
+        folder = labels.folders[0] if labels.folders else labels.source.parent
+        raise UserError(f"{folder}: no such folder of images (for {labels.source}); name it with --images")
+    folder = next((folder for name in names for folder in there if (folder / name).is_file()), None)
     if folder is None:
         tried = " and ".join(str(folder) for folder in there)
-        raise UserError(f"{annotations}: its image {names[0]} is not in {tried}; name the folder with --images")
-    listings: dict[str, set] = {}
-    for name in names:
-        parent, base = os.path.split(name)
-        if parent not in listings:
-            listings[parent] = set(os.listdir(folder / parent)) if (folder / parent).is_dir() else set()
-        # A disk that ignores case may list another spelling of a file that is there.
-        if base not in listings[parent] and not (folder / name).is_file():
-            raise UserError(f"{folder / name}: the image is missing, though {annotations} lists it")
+        raise UserError(f"{labels.source}: its image {names[0]} is not in {tried}; name the folder with --images")
     return folder
 
 
-def _find_annotations(data: Path) -> tuple[Path, Path | None]:
-    """The training json and, in a folder, the validation json beside it."""
+def _find_annotations(data: Path) -> tuple[Path | None, Path | None]:
+    """The training json and, in a folder, the validation json beside it; None for what a folder does not have."""
     if not data.is_dir():
         return data, None
     found = {}
@@ -322,8 +376,6 @@ def _find_annotations(data: Path) -> tuple[Path, Path | None]:
             names = ", ".join(str(path.relative_to(data)) for path in jsons)
             raise UserError(f"{data}: several instances_{part}*.json ({names}); give the path of the one you mean")
         found[part] = jsons[0] if jsons else None
-    if found["train"] is None:
-        raise UserError(f"{data}: no instances_train*.json in this folder or in its annotations/; give its path")
     return found["train"], found["val"]
 
 
@@ -336,37 +388,24 @@ def _image_folders(annotations: Path, images, around: list[Path]) -> list[Path]:
     return named + [folder for base in bases for folder in (base, base / "images")]
 
 
-def _set_aside(whole: CocoDataset, annotations: Path) -> tuple[Subset, Subset]:
+def _set_aside(whole: CocoDataset) -> tuple[Subset, Subset]:
     """Without a validation json, hold out a fifth of the images, the same in every run: (train, held out)."""
     if len(whole) < 2:
-        raise UserError(f"{annotations}: one image cannot be trained on and measured on; give a validation json")
+        raise UserError(f"{whole.annotations}: one image cannot be trained on and measured on; give a validation json")
     held_out = labelled_indices(len(whole), percent=20, fold=0)
     rest = sorted(set(range(len(whole))) - set(held_out))
     share = f"{len(held_out)} of its {len(whole)} images"
-    print(f"{annotations}: no validation json, so {share} are set aside to measure on", file=sys.stderr)
+    print(f"{whole.annotations}: no validation images, so {share} are set aside to measure on", file=sys.stderr)
     return Subset(whole, rest), Subset(whole, held_out)
 
 
-def _check_same_categories(one: CocoDataset, other: CocoDataset) -> None:
-    """Labels mean the same in both jsons, or UserError about the first category that differs."""
-    ours, theirs = ({row["id"]: row["name"] for row in dataset.categories} for dataset in (one, other))
+def category_faults(one: Labels, other: Labels) -> list[str]:
+    """A line about each category id that does not mean the same in both."""
+    ours, theirs = ({row["id"]: row["name"] for row in labels.document["categories"]} for labels in (one, other))
+    faults = []
     for category in sorted(ours.keys() | theirs.keys()):
         if ours.get(category) != theirs.get(category):
             here, there = (repr(names[category]) if category in names else "missing" for names in (ours, theirs))
-            raise UserError(
-                f"{one.annotations}: category {category} is {here}, but {there} in {other.annotations}; make them agree"
-            )
-
-
-def _header_size(path) -> tuple[int, int]:
-    """(H, W) of an image file from its header alone."""
-    try:
-        with Image.open(path) as file:
-            return file.height, file.width
-    except Exception as problem:  # as in read_image
-        raise _unreadable(path, problem) from problem
-
-
-def _unreadable(path, problem: Exception) -> UserError:
-    reason = getattr(problem, "strerror", None) or " ".join(str(problem).split()) or type(problem).__name__
-    return UserError(f"{path}: not a readable image: {reason}")
+            pair = f"{one.source}: category {category} is {here}, but {there} in {other.source}"
+            faults.append(f"{pair}; make them agree")
+    return faults

@@ -35,6 +35,9 @@ class Splits:
     flip: bool  # whether a mirrored image is still a valid one (not for digits)
 
 
+SEED = 2023  # of every draw of labelled images
+
+
 def labelled_indices(count: int, percent: float, fold: int) -> list[int]:
     """The sorted indices of the labelled images.
 
@@ -43,7 +46,7 @@ def labelled_indices(count: int, percent: float, fold: int) -> list[int]:
     if not 0 < percent <= 100:
         raise UserError(f"percent must be over 0 and at most 100, got {percent:g}")
     chosen = max(1, round(count * percent / 100))
-    order = np.random.default_rng([fold, 2023]).permutation(count)
+    order = np.random.default_rng([fold, SEED]).permutation(count)
     return sorted(int(index) for index in order[:chosen])
 
 
