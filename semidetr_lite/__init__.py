@@ -2,7 +2,14 @@
 transformers.
 """
 
-from semidetr_lite.training.checkpoint import load_detector
-
 __all__ = ["load_detector"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    """`load_detector`, imported when it is asked for: torch takes seconds."""
+    if name == "load_detector":
+        from semidetr_lite.training.checkpoint import load_detector
+
+        return load_detector
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The commands: demo, train, evaluate, predict, compare. Each is a plain function; its arguments are its options."""
+"""The commands: demo, train, evaluate, predict, compare, doctor. Each is a plain function, its arguments the options."""
 
 import json
 import sys
@@ -9,7 +9,9 @@ import tyro
 from tqdm import tqdm
 
 from semidetr_lite.data.coco import IMAGE_SUFFIXES
+from semidetr_lite.data.doctor import doctor_data
 from semidetr_lite.detectors.detector import as_tensor
+from semidetr_lite.detectors.public_weights import describe
 from semidetr_lite.errors import UserError
 from semidetr_lite.evaluate import evaluate as evaluate_detections
 from semidetr_lite.evaluate import to_coco_json
@@ -18,7 +20,7 @@ from semidetr_lite.training.checkpoint import load_detector, write_whole
 from semidetr_lite.training.measure import measure
 from semidetr_lite.training.presets import load_splits
 from semidetr_lite.training.train import Run, new_config
-from semidetr_lite.visualize import png, show_targets
+from semidetr_lite.visualize import png, show_data_summary, show_targets
 
 Folder = Annotated[Path, tyro.conf.Positional]
 Folders = Annotated[tuple[Path, ...], tyro.conf.Positional]
@@ -96,6 +98,9 @@ def train(
     seed: int = 0,
     steps: int | None = None,
     burn_in: Path | None = None,
+    folds: Path | None = None,
+    flip: bool = True,
+    skip_unreadable: bool = False,
     resume: bool = False,
     workers: int = 1,
 ) -> None:
@@ -106,21 +111,36 @@ def train(
         preset: named settings (sizes, views, weights, schedule).
         method: how to learn.
         detector: what to train.
-        data: "digits", a folder with COCO annotations and images, or a COCO json.
+        data: "digits", a COCO json, or a COCO, VOC or YOLO folder (data_scripts/README.md).
         images: the folder of the json's images.
-        unlabelled: a folder of further images without labels.
-        validation: a COCO json to measure on; without one, a fifth of the images is set aside.
+        unlabelled: a folder of further images without labels, or a COCO json of such.
+        validation: a json or folder to measure on; without one, a fifth of the images is set aside.
         percent: share of the images whose labels are used.
         fold: which draw of them.
         seed: of weights, views and noise.
         steps: optimizer steps; the preset's if not given.
         burn_in: a finished run to start from.
+        folds: a folder of folds with its manifest (data_scripts/make_splits.py) to read percent and fold from.
+        flip: whether views may be mirrored; say --no-flip for letters and digits.
+        skip_unreadable: go on when a labelled image cannot be read.
         resume: go on with the run in --out.
         workers: processes that load data.
     """
-    paths = {"images": images, "unlabelled": unlabelled, "validation": validation, "burn_in": burn_in}
+    paths = {"images": images, "unlabelled": unlabelled, "validation": validation, "burn_in": burn_in, "folds": folds}
     paths = {name: None if path is None else str(path) for name, path in paths.items()}
-    config = new_config(preset, method, detector, data, percent=percent, fold=fold, seed=seed, steps=steps, **paths)
+    config = new_config(
+        preset,
+        method,
+        detector,
+        data,
+        percent=percent,
+        fold=fold,
+        seed=seed,
+        steps=steps,
+        flip=flip,
+        skip_unreadable=skip_unreadable,
+        **paths,
+    )
     run = Run(config, out, resume, workers=workers)
     print(
         f"{out}: {len(run.splits.labelled)} labelled, {len(run.splits.unlabelled)} unlabelled images, "
@@ -212,6 +232,37 @@ def _image_files(path: Path) -> list[Path]:
     return files
 
 
+def doctor(
+    data: str | None = None,
+    images: Path | None = None,
+    unlabelled: Path | None = None,
+    validation: Path | None = None,
+    weights: Path | None = None,
+    out: Path | None = None,
+) -> None:
+    """Say what is in a data set, and everything that is wrong with it; or what a published weights file is.
+
+    Args:
+        data: as in `train`: a COCO json, or a COCO, VOC or YOLO folder.
+        images: the folder of the json's images.
+        unlabelled: a folder of further images without labels.
+        validation: a json or folder to measure on.
+        weights: a file of weights that others published.
+        out: a .png file for a picture of the sizes and classes.
+    """
+    if weights is None and data is None:
+        raise UserError("doctor: give --data or --weights")
+    if weights is not None:
+        print("\n".join(describe(weights)))
+    if data is not None:
+        lines, found, defects = doctor_data(data, images, unlabelled, validation)
+        print("\n".join(lines))
+        if out is not None:
+            write_whole(out, lambda where: where.write_bytes(png(show_data_summary(found))))
+        if defects:
+            raise UserError(f"{data}: {defects} defects, listed above")
+
+
 def compare(runs: Folders, out: Path, images: int = 8, score: float = 0.3) -> None:
     """Write one page about several runs: AP table, curves, pseudo-boxes over training, pictures side by side.
 
@@ -224,7 +275,14 @@ def compare(runs: Folders, out: Path, images: int = 8, score: float = 0.3) -> No
     print(f"page with pictures: {write_report(list(runs), out, images, score)}")
 
 
-COMMANDS = {"demo": demo, "train": train, "evaluate": evaluate, "predict": predict, "compare": compare}
+COMMANDS = {
+    "demo": demo,
+    "train": train,
+    "evaluate": evaluate,
+    "predict": predict,
+    "compare": compare,
+    "doctor": doctor,
+}
 
 
 def main() -> int:

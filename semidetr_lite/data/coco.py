@@ -34,13 +34,17 @@ __all__ = ["IMAGE_SUFFIXES", "CocoDataset", "ImageFolder", "load", "read_coco", 
 DROPPED_AT_MOST = 0.01  # of the boxes of a file
 
 
-def load(data, images=None, unlabelled=None, percent: float = 10, fold: int = 1, validation=None) -> Splits:
+def load(
+    data, images=None, unlabelled=None, percent: float = 10, fold: int = 1, validation=None, folds=None, flip=True
+) -> Splits:
     """The splits of a data set on disk.
 
     `data`, `images` and `validation` are as `find_labels` takes them. Of the training images `percent` % are labelled,
-    drawn by `fold`; the others are unlabelled, and so is every image in and below the folder `unlabelled` that the
-    labels do not list. The validation images are both tune and test. Where there are none, a fifth of the training
-    images, always the same, is set aside, and a line on stderr says so. Raises UserError for what cannot be used.
+    drawn by `fold` or read from `folds`, a folder of folds with its manifest. The others are unlabelled, and so is
+    every image in and below the folder `unlabelled` (or in that json of images) that the labels do not list. `flip`
+    says whether a mirrored object is still the same. The validation images are both tune and test. Where there are
+    none, a fifth of the training images, always the same, is set aside, and a line on stderr says so. Raises UserError
+    for what cannot be used.
     """
     labels, measured = find_labels(data, images, validation)
     train = whole = CocoDataset(labels)
@@ -53,13 +57,24 @@ def load(data, images=None, unlabelled=None, percent: float = 10, fold: int = 1,
             raise UserError(fault)
         opened.append(held_out)
 
-    chosen = labelled_indices(len(train), percent, fold)
+    if folds is None:
+        chosen = labelled_indices(len(train), percent, fold)
+    elif measured is None:
+        raise UserError(f"{folds}: folds leave no image to measure on; give a json with --validation")
+    else:
+        from semidetr_lite.data.folds import labelled_in_manifest  # which reads jsons with this module
+
+        chosen = labelled_in_manifest(folds, train.image_ids, percent, fold)
     pool = Unlabelled(train, sorted(set(range(len(train))) - set(chosen)))
     if unlabelled is not None:
+        paths = None
+        if Path(unlabelled).suffix == ".json":
+            more = CocoDataset(unlabelled, _image_folders(Path(unlabelled), None, [Path(unlabelled)]))
+            unlabelled, paths = more.folder, more.paths()
         first_id = max(image_id for dataset in opened for image_id in dataset.image_ids) + 1
         listed = {path for dataset in opened for path in dataset.paths()}
-        pool = Joined([pool, ImageFolder(unlabelled, first_id=first_id, listed=listed)])
-    return Splits(Subset(train, chosen), pool, held_out, held_out, whole.categories, flip=True)
+        pool = Joined([pool, ImageFolder(unlabelled, first_id, listed, paths)])
+    return Splits(Subset(train, chosen), pool, held_out, held_out, whole.categories, flip=flip)
 
 
 def find_labels(data, images=None, validation=None, categories=None) -> tuple[Labels, Labels | None]:
@@ -381,7 +396,7 @@ def _find_annotations(data: Path) -> tuple[Path | None, Path | None]:
 
 def _image_folders(annotations: Path, images, around: list[Path]) -> list[Path]:
     """Where the images of a json may lie: in the folder given or around these jsons; folders of its name come first."""
-    part = annotations.stem.removeprefix("instances_")  # as in train2017
+    part = annotations.stem.removeprefix("instances_").removeprefix("image_info_")  # as in train2017
     bases = [Path(images)] if images else []
     bases += [path.parent.parent if path.parent.name == "annotations" else path.parent for path in around]
     named = [folder for base in bases for folder in (base / part, base / "images" / part)]

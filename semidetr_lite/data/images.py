@@ -84,17 +84,18 @@ class ImageFolder:
     """The images in a folder and below it, sorted by path, without labels: `ds[i] -> (image, {"size", "image_id"})`.
 
     Image ids count from `first_id`. Files among `listed` (paths as `CocoDataset.paths` gives them) are passed over: an
-    image that is labelled or measured on is not unlabelled as well. Images are turned upright as their EXIF data ask,
+    image that is labelled or measured on is not unlabelled as well. `paths` are the images, where not all of the folder
+    are meant. Images are turned upright as their EXIF data ask,
     as every viewer shows them. Raises UserError for a missing folder, one without any image, and an image that cannot
     be read. `.sizes` [(H, W)] reads all headers when it is first asked for; an image whose header cannot be read has
     the size (0, 0) and is counted on stderr.
     """
 
-    def __init__(self, folder, first_id: int = 0, listed=frozenset()):
+    def __init__(self, folder, first_id: int = 0, listed=frozenset(), paths: list[str] | None = None):
         self.folder, self.first_id = Path(folder), first_id
         if not self.folder.is_dir():
             raise UserError(f"{folder}: no such folder of images")
-        found = images_below(folder)
+        found = images_below(folder) if paths is None else {os.path.realpath(path): path for path in paths}
         self.paths = [Path(path) for place, path in found.items() if place not in listed]
         if not found:
             raise UserError(f"{folder}: no image in this folder or below ({' '.join(IMAGE_SUFFIXES)})")

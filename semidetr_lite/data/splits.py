@@ -5,6 +5,7 @@ images.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -81,10 +82,13 @@ class Joined:
 
     def __init__(self, datasets: list[Dataset]):
         self.datasets = list(datasets)
-        self.sizes = [size for dataset in self.datasets for size in dataset.sizes]
+
+    @cached_property
+    def sizes(self) -> list[tuple[int, int]]:
+        return [size for dataset in self.datasets for size in dataset.sizes]
 
     def __len__(self) -> int:
-        return len(self.sizes)
+        return sum(map(len, self.datasets))
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict]:
         index = range(len(self))[index]

@@ -15,6 +15,7 @@ from torch import nn
 from torchvision.ops import nms as suppress
 
 from semidetr_lite.boxes import to_pixels
+from semidetr_lite.data.images import read_image
 from semidetr_lite.data.views import resized
 from semidetr_lite.detectors.transformer import Memory
 from semidetr_lite.errors import UserError
@@ -166,11 +167,7 @@ def as_tensor(image) -> torch.Tensor:
     if isinstance(image, torch.Tensor):
         return image
     if not isinstance(image, Image.Image):
-        try:
-            with Image.open(image) as opened:
-                image = opened.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as problem:
-            raise UserError(f"{image}: cannot be read as an image ({problem}); give a .jpg or .png file") from None
+        return read_image(image, upright=True)
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 

@@ -1,9 +1,12 @@
 """What is measured during training: AP, and the teacher's pseudo-boxes against the truth that training never sees."""
 
+from collections.abc import Iterator
+
 import torch
 
 from semidetr_lite.data.splits import Dataset
 from semidetr_lite.detectors.detector import Detector
+from semidetr_lite.errors import UserError
 from semidetr_lite.evaluate import box_errors, evaluate
 from semidetr_lite.matching import matching_cost
 from semidetr_lite.methods.cost_mining import matched_costs
@@ -27,11 +30,19 @@ def plain_pseudo_boxes(method: MeanTeacher, images: list) -> PseudoBoxes:
     )
 
 
+def readable(dataset: Dataset, images: int) -> Iterator[tuple[torch.Tensor, dict]]:
+    """The first `images` images of a dataset, less those that cannot be read."""
+    for index in range(min(images, len(dataset))):
+        try:
+            yield dataset[index]
+        except UserError:  # training has counted it
+            continue
+
+
 def pseudo_quality(method: MeanTeacher, dataset: Dataset, images: int = 100) -> dict:
     """Precision and recall (IoU 0.5, right class) of the boxes over the score cut; {} where no truth is known."""
     hits = boxes = objects = 0
-    for index in range(min(images, len(dataset))):
-        image, target = dataset[index]
+    for image, target in readable(dataset, images):
         if "truth" not in target:
             return {}
         pseudo = plain_pseudo_boxes(method, [image])
@@ -53,8 +64,7 @@ def watched_boxes(method: MeanTeacher, dataset: Dataset, step: int, images: int 
     The teacher's boxes on a few fixed images, what the student would pay for each, and what becomes of them.
     """
     lines = []
-    for index in range(min(images, len(dataset))):
-        image, target = dataset[index]
+    for image, target in readable(dataset, images):
         pseudo = plain_pseudo_boxes(method, [image])
         outputs = method.student([image])
         found = {"boxes": pseudo.boxes[0], "labels": pseudo.labels[0], "size": tuple(image.shape[-2:])}

@@ -116,7 +116,14 @@ def load_splits(config: dict) -> Splits:
     if config["data"] == "digits":
         return digits.load(config["percent"], config["fold"])
     return coco.load(
-        config["data"], config["images"], config["unlabelled"], config["percent"], config["fold"], config["validation"]
+        config["data"],
+        config["images"],
+        config["unlabelled"],
+        config["percent"],
+        config["fold"],
+        config["validation"],
+        config.get("folds"),
+        config.get("flip", True),
     )
 
 

@@ -52,6 +52,9 @@ def new_config(
     seed: int = 0,
     steps: int | None = None,
     burn_in: str | None = None,
+    folds: str | None = None,
+    flip: bool = True,
+    skip_unreadable: bool = False,
     **changes,
 ) -> dict:
     """The settings of a run, complete, as they go to config.json. `changes` replace fields of the preset's Recipe."""
@@ -74,7 +77,8 @@ def new_config(
     return {
         "preset": preset, "method": method, "detector": detector, "data": data, "images": images, "unlabelled":
         unlabelled, "validation": validation, "percent": percent, "fold": fold, "seed": seed, "steps": steps,
-        "burn_in": burn_in, "recipe": json.loads(json.dumps(recipe)), **_origin(),
+        "burn_in": burn_in, "folds": folds, "flip": flip, "skip_unreadable": skip_unreadable,
+        "recipe": json.loads(json.dumps(recipe)), **_origin(),
     }  # fmt: skip
 
 
@@ -211,7 +215,14 @@ class Run:
     def _loader(self):
         """The batches of the steps that are left."""
         unlabelled = 0 if self.config["method"] == "supervised" else self.recipe.unlabelled
-        batches = Batches(self.splits, self.recipe.labelled, unlabelled, self.recipe.views, self.config["seed"])
+        batches = Batches(
+            self.splits,
+            self.recipe.labelled,
+            unlabelled,
+            self.recipe.views,
+            self.config["seed"],
+            self.config.get("skip_unreadable", False),
+        )
         steps = range(self.offset + self.step, self.offset + self.config["steps"])
         return torch.utils.data.DataLoader(
             batches,

@@ -1,0 +1,208 @@
+"""One training step and one inference of our Deformable DETR beside the one in `transformers`, paired in one process.
+
+Both: ResNet-50 (random weights, frozen BatchNorm, stem and first stage not trained), two-stage with box refinement,
+auxiliary losses, 6 + 6 layers, 300 queries, 256 channels, batch 2. A step is forward, matching, loss and backward;
+ours is Supervised without denoising. The two take turns, and ratios are of medians.
+
+    python benchmarks/detector_speed.py --rounds 5
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import time
+from datetime import date
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+CLASSES, QUERIES = 91, 300
+
+
+def targets_of(count: int, sizes: list[tuple[int, int]]) -> list[dict]:
+    """`count` random boxes an image, the same for both."""
+    rng = torch.Generator().manual_seed(0)
+    found = []
+    for height, width in sizes:
+        corner = torch.rand(count, 2, generator=rng) * 0.6
+        side = torch.rand(count, 2, generator=rng) * 0.3 + 0.05
+        boxes = torch.cat([corner, corner + side], 1) * torch.tensor([width, height, width, height])
+        labels = torch.randint(1, CLASSES, (count,), generator=rng)
+        found.append({"boxes": boxes, "labels": labels, "size": (height, width)})
+    return found
+
+
+class Ours:
+    """semidetr_lite.DeformableDETR under the supervised method."""
+
+    def __init__(self):
+        from semidetr_lite.detectors.deformable_detr import DeformableDETR
+        from semidetr_lite.methods.supervised import Supervised
+
+        torch.manual_seed(0)
+        self.detector = DeformableDETR(CLASSES, QUERIES, with_box_refine=True, two_stage=True)
+        self.method = Supervised(self.detector)
+        self.parts = {
+            "backbone": self.detector.backbone,
+            "encoder": self.detector.encoder,
+            "decoder": self.detector.decoder,
+        }
+
+    def prepare(self, images, targets):
+        self.images, self.targets = list(images), targets
+
+    def step(self):
+        self.method.train()
+        self.detector.zero_grad(set_to_none=True)
+        sum(self.method({"labelled": (self.images, self.targets)}, 0).values()).backward()
+
+    @torch.no_grad()
+    def infer(self):
+        self.detector.eval()
+        self.detector(self.images)
+
+
+class Theirs:
+    """transformers' DeformableDetrForObjectDetection."""
+
+    def __init__(self):
+        import transformers
+
+        torch.manual_seed(0)
+        config = transformers.DeformableDetrConfig(
+            use_timm_backbone=True,
+            backbone="resnet50",
+            use_pretrained_backbone=False,
+            backbone_config=None,
+            num_labels=CLASSES,
+            num_queries=QUERIES,
+            two_stage_num_proposals=QUERIES,
+            with_box_refine=True,
+            two_stage=True,
+            auxiliary_loss=True,
+            dropout=0.0,
+            attention_dropout=0.0,
+            activation_dropout=0.0,
+        )
+        self.detector = transformers.DeformableDetrForObjectDetection(config)
+
+    def prepare(self, images, targets):
+        from semidetr_lite.boxes import to_model
+
+        self.pixels = torch.stack(list(images))
+        self.mask = torch.ones(len(images), *images[0].shape[1:], dtype=torch.long)
+        self.labels = [
+            {"class_labels": target["labels"], "boxes": to_model(target["boxes"], target["size"])} for target in targets
+        ]
+
+    def step(self):
+        self.detector.train()
+        self.detector.zero_grad(set_to_none=True)
+        self.detector(self.pixels, pixel_mask=self.mask, labels=self.labels).loss.backward()
+
+    @torch.no_grad()
+    def infer(self):
+        self.detector.eval()
+        self.detector(self.pixels, pixel_mask=self.mask)
+
+
+class Clock:
+    """Seconds spent in modules, forward only, by hooks."""
+
+    def __init__(self, **modules):
+        self.spent, self.began = dict.fromkeys(modules, 0.0), {}
+        for name, module in modules.items():
+            for part in module if isinstance(module, torch.nn.ModuleList) else [module]:
+                part.register_forward_pre_hook(
+                    lambda m, i, name=name: self.began.__setitem__(name, time.perf_counter())
+                )
+                part.register_forward_hook(lambda m, i, o, name=name: self._add(name))
+
+    def _add(self, name):
+        self.spent[name] += time.perf_counter() - self.began[name]
+
+
+def seconds(call) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def paired(size: tuple[int, int], rounds: int) -> dict:
+    """Medians of both, taking turns; and where a training step's forward goes."""
+    sizes = [size] * 2
+    images, targets = torch.rand(2, 3, *size), targets_of(7, sizes)
+    both = {"ours": Ours(), "theirs": Theirs()}
+    ours, theirs = both["ours"].detector, both["theirs"].detector
+    clocks = {
+        "ours": Clock(backbone=ours.backbone, encoder=ours.encoder, decoder=ours.decoder),
+        "theirs": Clock(
+            backbone=theirs.model.backbone, encoder=theirs.model.encoder.layers, decoder=theirs.model.decoder.layers
+        ),
+    }
+    for one in both.values():
+        one.prepare(images, targets)
+        one.step(), one.infer()
+    found = {name: {"step": [], "infer": []} for name in both}
+    for clock in clocks.values():
+        clock.spent = dict.fromkeys(clock.spent, 0.0)
+    for _ in range(rounds):
+        for name, one in both.items():
+            found[name]["step"].append(seconds(one.step))
+    split = {
+        name: {part: round(spent / rounds, 3) for part, spent in clock.spent.items()} for name, clock in clocks.items()
+    }
+    for _ in range(rounds):
+        for name, one in both.items():
+            found[name]["infer"].append(seconds(one.infer))
+    medians = {name: {what: statistics.median(times) for what, times in row.items()} for name, row in found.items()}
+    return {
+        "size": f"{size[0]}x{size[1]}",
+        **{f"{name}_{what}_s": round(value, 3) for name, row in medians.items() for what, value in row.items()},
+        "step_ratio": round(medians["theirs"]["step"] / medians["ours"]["step"], 2),
+        "infer_ratio": round(medians["theirs"]["infer"] / medians["ours"]["infer"], 2),
+        "forward_split_s": split,
+    }
+
+
+def _peak(which: str, size: tuple[int, int], queue) -> None:
+    one = {"ours": Ours, "theirs": Theirs}[which]()
+    one.prepare(torch.rand(2, 3, *size), targets_of(7, [size] * 2))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    one.step(), one.step()
+    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, before / 1024))
+
+
+def peak(which: str, size: tuple[int, int]) -> float:
+    """Peak resident MB of two training steps in a process of their own."""
+    context = get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_peak, args=(which, size, queue))
+    process.start()
+    found = queue.get()
+    process.join()
+    return round(found[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sizes", nargs="*", default=["320x320", "512x640"])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/detector_speed.jsonl"))
+    options = parser.parse_args()
+    options.out.parent.mkdir(exist_ok=True)
+    for text in options.sizes:
+        size = tuple(int(side) for side in text.split("x"))
+        row = paired(size, options.rounds) | {f"{who}_peak_MB": peak(who, size) for who in ("ours", "theirs")}
+        row |= {"date": str(date.today()), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        row |= {"machine": f"{platform.machine()}, {platform.system()}", "rounds": options.rounds}
+        print(json.dumps(row, indent=1))
+        with open(options.out, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
