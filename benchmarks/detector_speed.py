@@ -10,7 +10,6 @@ ours is Supervised without denoising. The two take turns, and ratios are of medi
 import argparse
 import json
 import platform
-import resource
 import statistics
 import time
 from datetime import date
@@ -171,9 +170,9 @@ def paired(size: tuple[int, int], rounds: int) -> dict:
 def _peak(which: str, size: tuple[int, int], queue) -> None:
     one = {"ours": Ours, "theirs": Theirs}[which]()
     one.prepare(torch.rand(2, 3, *size), targets_of(7, [size] * 2))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     one.step(), one.step()
-    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, before / 1024))
+    status = Path("/proc/self/status").read_text()  # of this process alone; getrusage would inherit its parent's
+    queue.put(int(status.split("VmHWM:")[1].split()[0]) / 1024)
 
 
 def peak(which: str, size: tuple[int, int]) -> float:
@@ -184,7 +183,7 @@ def peak(which: str, size: tuple[int, int]) -> float:
     process.start()
     found = queue.get()
     process.join()
-    return round(found[0])
+    return round(found)
 
 
 def main() -> None:

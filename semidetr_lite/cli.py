@@ -1,4 +1,4 @@
-"""The commands: demo, train, evaluate, predict, compare, doctor. Each is a plain function, its arguments the options."""
+"""The commands: demo, train, evaluate, predict, compare, doctor. Each is a plain function."""
 
 import json
 import sys

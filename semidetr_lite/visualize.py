@@ -14,9 +14,11 @@ writes its own unless one is given, and `title=""` leaves it out. The figures ar
 pyplot does not know them: nothing to close.
 """
 
+import base64
 import io
 import re
 import textwrap
+from html import escape
 
 import numpy as np
 import torch
@@ -28,6 +30,7 @@ from matplotlib.patches import ConnectionPatch, Patch, Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import LogLocator
+from PIL import Image
 
 from semidetr_lite.errors import UserError
 from semidetr_lite.evaluate import box_errors
@@ -38,13 +41,14 @@ CLASS_COLORS = (
     *("#999933", "#7B5FC7", "#7FE0C8", "#8B5A2B", "#C9B8FF"),
 )
 METHOD_COLORS = {
+    "control": "#8C6D1F",  # before the method it is a control for
     "supervised": "#5A5A5A",
     "mean-teacher": "#0072B2",
     "semi-detr": "#D55E00",
     "soft-teacher": "#009E73",
     "dense-teacher": "#CC79A7",
 }
-OTHER_COLORS = ("#56B4E9", "#8C6D1F", "#7B5FC7", "#000000")
+OTHER_COLORS = ("#56B4E9", "#7B5FC7", "#000000")
 LINE_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8C6D1F", "#56B4E9", "#5A5A5A")
 # style: (colour, None for the colour of the class; line width in points; line style; hatch)
 STYLES = {
@@ -58,39 +62,56 @@ STYLES = {
     "mined": (None, 1.6, "--", None),
     "dropped": (GREY, 0.9, ":", None),
 }
+NAMES = {"false_alarm": "false alarm", "mined": "mined only"}  # of styles in a legend, where they differ
 LABEL_POINTS, MOST_LABELS = 7, 12
 WIDTH, EDGE, DPI = 9.0, 0.1, 80  # inches, inches, pixels an inch
+BESIDE = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.02), "fontsize": 8, "frameon": False}  # a legend
 
 
 class Picture(Figure):
     """A figure that shows itself when it is the last line of a notebook cell, with or without pyplot."""
 
-    def _repr_png_(self) -> bytes:
-        return png(self)
+    def _repr_html_(self) -> str:
+        return image_tag(self)
+
+
+def image_tag(figure: Figure, text: str = "", dpi: int | None = None) -> str:
+    """The figure inside an HTML tag, described by `text`, else by its own words, for those who do not see it."""
+    code = base64.b64encode(png(figure, dpi)).decode("ascii")
+    return f'<img src="data:image/png;base64,{code}" alt="{escape(text or _words(figure))}">'
+
+
+def _words(figure: Figure) -> str:
+    """What a figure says: its title, then the title, the axes and the labels of each plot or image."""
+    said = [text.get_text() for text in figure.texts]
+    for ax in figure.axes:
+        said += [ax.get_title(loc="left"), " over ".join(filter(None, (ax.get_ylabel(), ax.get_xlabel())))]
+        said.append(", ".join(text.get_text() for text in ax.texts))
+    return re.sub(r"\s+", " ", "; ".join(filter(None, said)))
 
 
 def png(figure: Figure, dpi: int | None = None) -> bytes:
-    """The figure as the bytes of a PNG file, at its own resolution unless `dpi` is given."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi or figure.dpi)
-    return buffer.getvalue()
+    """The figure as the bytes of a PNG file, at its own resolution unless `dpi` is given.
+
+    256 colours of its own: a third of the size, no difference to be seen.
+    """
+    drawn, packed = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi or figure.dpi)
+    Image.open(drawn).convert("RGB").quantize(256).save(packed, "PNG", optimize=True)
+    return packed.getvalue()
 
 
 def class_color(label: int) -> str | tuple[float, float, float]:
     """The colour of a class: ten distinct ones, then the same ten lighter, then darker."""
     color, turn = CLASS_COLORS[label % len(CLASS_COLORS)], label // len(CLASS_COLORS) % 3
-    if turn == 0:
-        return color
-    return tuple(0.55 * part + (0.45 if turn == 1 else 0) for part in to_rgb(color))
+    return tuple(0.55 * part + (0.45 if turn == 1 else 0) for part in to_rgb(color)) if turn else color
 
 
 def method_color(name: str, position: int = 0) -> str:
     """The fixed colour of the method that `name` mentions; a name that mentions none takes a colour by its position."""
     plain = name.lower().replace("_", "-").replace(" ", "-")
-    for method, color in METHOD_COLORS.items():
-        if method in plain:
-            return color
-    return OTHER_COLORS[position % len(OTHER_COLORS)]
+    known = [color for method, color in METHOD_COLORS.items() if method in plain]
+    return known[0] if known else OTHER_COLORS[position % len(OTHER_COLORS)]
 
 
 # ---- one image with its boxes ----------------------------------------------------------------------------------------
@@ -111,31 +132,36 @@ def draw_boxes(ax, image, target=None, truth=None, categories=None, style="predi
     ax.imshow(pixels, extent=(0, width, height, 0), interpolation=smooth)
     ax.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
-    alone = target is None or len(_boxes(target)) == 0
-    labels = []
-    for box, label, _ in _rows(truth):
-        labels.append(_draw_box(ax, box, "truth", label, _name(label, categories) if alone else ""))
     rows = _rows(target)
+    labels = [
+        _draw_box(ax, box, "truth", label, "" if rows else _text(label, categories)) for box, label, _ in _rows(truth)
+    ]
     styles = [style] * len(rows) if isinstance(style, str) else style
-    ranked = sorted((-1 if score != score else -score, place) for place, (_, _, score) in enumerate(rows))
-    named = {place for _, place in [pair for pair in ranked if styles[pair[1]] != "dropped"][:MOST_LABELS]}
-    for place, ((box, label, score), key) in enumerate(zip(rows, styles)):
-        text = f"{_name(label, categories)} {_decimals(score)}".strip() if place in named else ""
-        labels.append(_draw_box(ax, box, key, label, text))
+    ranked = sorted(range(len(rows)), key=lambda place: -1 if rows[place][2] is None else -rows[place][2])
+    named = [place for place in ranked if styles[place] != "dropped"][:MOST_LABELS]
+    for place, (box, label, score) in enumerate(rows):
+        text = _text(label, categories, score) if place in named else ""
+        labels.append(_draw_box(ax, box, styles[place], label, text))
     _write_labels(ax, labels, (height, width))
 
 
 def _draw_box(ax, box, style: str, label: int, text: str = "", width: float | None = None):
     """One rectangle in its style; returns (box, colour, text) for the label to be placed once all boxes are known."""
-    color, line, dashes, hatch = STYLES[style]
-    color, line = class_color(label) if color is None else color, line if width is None else width
-    around, dark = (1.6, "black") if style == "truth" else (1.2, "#00000088")
-    patch = Rectangle(box[:2], box[2] - box[0], box[3] - box[1], fill=False, gid=style)
-    patch.set(edgecolor=color, linewidth=line, linestyle=dashes, hatch=hatch)
-    patch.set(path_effects=[withStroke(linewidth=line + around, foreground=dark)], clip_on=False)
+    color = STYLES[style][0] or class_color(label)
+    patch = Rectangle(box[:2], box[2] - box[0], box[3] - box[1], gid=style, clip_on=False, **_line(style, color, width))
     patch.set_zorder(2 if style in ("truth", "dropped") else 3)
     ax.add_patch(patch)
     return box, color, text
+
+
+def _line(style: str, color, width: float | None = None) -> dict:
+    """Arguments of a patch in a style; an outline sets it off from any photograph."""
+    _, line, dashes, hatch = STYLES[style]
+    line = line if width is None else width
+    around, dark = (1.6, "black") if style == "truth" else (1.2, "#00000088")
+    outline = [withStroke(linewidth=line + around, foreground=dark)]
+    look = {"edgecolor": color, "linewidth": line, "linestyle": dashes, "hatch": hatch}
+    return {"fill": False, "path_effects": outline, **look}
 
 
 def _write_labels(ax, labels, size: tuple[int, int]) -> None:
@@ -149,33 +175,30 @@ def _write_labels(ax, labels, size: tuple[int, int]) -> None:
         if not text:
             continue
         extent = text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] + 3
-        x, y, width, height = _free_place(box, extent * per_point, (LABEL_POINTS + 3) * per_point, size, boxes, taken)
-        taken.append((x, y, x + width, y + height))
+        place = _free_place(box, per_point * np.array([extent, LABEL_POINTS + 3]), size, boxes, taken)
+        taken.append(place)
         ink = "white" if np.dot(to_rgb(color), (0.299, 0.587, 0.114)) < 0.55 else "black"
         around = {"facecolor": color, "edgecolor": "none", "pad": 0.8}
         style = {"fontsize": LABEL_POINTS, "ha": "center", "va": "center", "parse_math": False, "zorder": 4}
-        ax.text(x + width / 2, y + height / 2, text, color=ink, bbox=around, **style)
+        ax.text(*(place[:2] + place[2:]) / 2, text, color=ink, bbox=around, **style)
 
 
-def _free_place(box, width: float, height: float, size: tuple[int, int], boxes, taken):
-    """The place (x, y, width, height) around `box`, inside the image, that overlaps labels and boxes least."""
-    x1, y1, x2, y2 = box
-    over, under, right, left = y1 - height, y2, x2 - width, x1 - width
-    corners = [(x1, over), (x1, under), (right, over), (right, under), (x2, y1), (left, y1), (x1, y1)]
-    best, least = None, float("inf")
-    for order, (x, y) in enumerate(corners):
-        x, y = max(0, min(x, size[1] - width)), max(0, min(y, size[0] - height))
-        place = (x, y, x + width, y + height)
-        covered = 5 * sum(_shared(place, other) for other in taken) + sum(_shared(place, other) for other in boxes)
-        covered += 0.02 * order * width * height
-        if covered < least:
-            best, least = (x, y, width, height), covered
-    return best
+def _free_place(box, extent: np.ndarray, size: tuple[int, int], boxes, taken) -> np.ndarray:
+    """The place, xyxy, for a text of `extent` (width, height) at `box`, in the image, that overlaps others least."""
+    (x1, y1, x2, y2), (width, height) = box, extent
+    over, right, left = y1 - height, x2 - width, x1 - width
+    corners = [(x1, over), (x1, y2), (right, over), (right, y2), (x2, y1), (left, y1), (x1, y1)]
+    corners = np.clip(corners, 0, np.maximum((size[1] - width, size[0] - height), 0))
+    places = np.hstack([corners, corners + extent])
+    order = np.arange(len(places)) * width * height
+    return places[(5 * _covered(places, taken) + _covered(places, boxes) + 0.02 * order).argmin()]
 
 
-def _shared(a, b) -> float:
-    """The area that two xyxy boxes share."""
-    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+def _covered(places: np.ndarray, others) -> np.ndarray:
+    """How much of the others (M, 4) each place (N, 4) covers: areas (N,)."""
+    places, others = places[:, None], np.reshape(others, (1, -1, 4))
+    shared = np.minimum(places[..., 2:], others[..., 2:]) - np.maximum(places[..., :2], others[..., :2])
+    return shared.clip(0).prod(-1).sum(1)
 
 
 def _pixels(image) -> np.ndarray:
@@ -188,25 +211,19 @@ def _pixels(image) -> np.ndarray:
     return image.permute(1, 2, 0).numpy()
 
 
-def _boxes(target) -> list:
-    """The boxes of a target as lists of four numbers; none for None and for an unlabelled target."""
-    return [] if target is None or "boxes" not in target else torch.as_tensor(target["boxes"]).tolist()
-
-
 def _rows(target) -> list:
-    """A target as a list of (box, label, score), the score nan where there is none."""
-    boxes = _boxes(target)
-    labels = torch.as_tensor(target["labels"]).tolist() if boxes else []
-    scores = torch.as_tensor(target["scores"]).tolist() if boxes and "scores" in target else [float("nan")] * len(boxes)
-    return list(zip(boxes, labels, scores))
+    """A target as a list of (box, label, score or None); empty for None and for an unlabelled target."""
+    if target is None or "boxes" not in target:
+        return []
+    boxes, labels = (torch.as_tensor(target[key]).tolist() for key in ("boxes", "labels"))
+    scores = torch.as_tensor(target["scores"]).tolist() if "scores" in target else [None] * len(boxes)
+    return [(box, label, None if score != score else score) for box, label, score in zip(boxes, labels, scores)]
 
 
-def _name(label: int, categories) -> str:
-    return str(label) if categories is None else str(categories[label]["name"])
-
-
-def _decimals(score: float) -> str:
-    return "" if score != score else f"{score:.2f}".removeprefix("0")
+def _text(label: int, categories, score: float | None = None) -> str:
+    """The words at a box: "cat .87"."""
+    name = str(label) if categories is None else str(categories[label]["name"])
+    return name if score is None else f"{name} {f'{score:.2f}'.removeprefix('0')}"
 
 
 def _chosen(target: dict, indices) -> dict:
@@ -219,9 +236,8 @@ def _chosen(target: dict, indices) -> dict:
 
 def show_targets(images, targets, categories, titles=None, columns=4, style="truth", title=None) -> Picture:
     """Images side by side with their targets, as truth or in another style (`"prediction"`, `"pseudo"`)."""
-    count = sum(len(_boxes(target)) for target in targets)
-    finding = f"{count} {_plural('object', count)} on {len(images)} {_plural('image', len(images))}"
-    figure, axes = _page([_size(image) for image in images], columns, titles, finding if title is None else title)
+    finding = f"{_count(sum(len(_rows(target)) for target in targets), 'object')} on {_count(len(images), 'image')}"
+    figure, axes = _page(images, columns, titles, finding if title is None else title)
     for ax, image, target in zip(axes, images, targets):
         draw_boxes(ax, image, target, categories=categories, style=style)
     return figure
@@ -235,30 +251,31 @@ def show_views(weak_image, strong_image, weak_boxes, strong_boxes, keep=None, ti
     """
     weak, strong = torch.as_tensor(weak_boxes).reshape(-1, 4), torch.as_tensor(strong_boxes).reshape(-1, 4)
     keep = torch.ones(len(weak), dtype=torch.bool) if keep is None else torch.as_tensor(keep, dtype=torch.bool)
-    finding = f"{int(keep.sum())} of {len(weak)} {_plural('box', len(weak))} in view after the strong augmentation"
-    sizes, titles = [_size(weak_image), _size(strong_image)], ["weak view", "strong view"]
-    figure, axes = _page(sizes, 2, titles, finding if title is None else title, cell=3.2, gap=0.35)
+    finding = f"{int(keep.sum())} of {_count(len(weak), 'box', 'boxes')} in view after the strong augmentation"
+    images, titles = [weak_image, strong_image], ["weak view", "strong view"]
+    figure, axes = _page(images, 2, titles, finding if title is None else title, cell=3.2, gap=0.35)
     numbers, labels = [{"name": str(number + 1)} for number in range(len(weak))], torch.arange(len(weak))
     styles = ["prediction" if kept else "dropped" for kept in keep.tolist()]
     draw_boxes(axes[0], weak_image, {"boxes": weak, "labels": labels}, categories=numbers, style=styles)
     draw_boxes(axes[1], strong_image, {"boxes": strong[keep], "labels": labels[keep]}, categories=numbers)
     for index in labels[keep].tolist():
         ends = [((boxes[index, :2] + boxes[index, 2:]) / 2).tolist() for boxes in (weak, strong)]
-        line = ConnectionPatch(*ends, "data", "data", axesA=axes[0], axesB=axes[1], alpha=0.6)
-        line.set(color=class_color(index), linewidth=1)
-        figure.add_artist(line)
+        look = {"color": class_color(index), "linewidth": 1, "alpha": 0.6}
+        figure.add_artist(ConnectionPatch(*ends, "data", "data", axesA=axes[0], axesB=axes[1], **look))
     return figure
 
 
-def show_hits(
-    images, detections, truths, categories, score=0.3, titles=None, columns=4, title=None, legend=True
-) -> Picture:
-    """Detections that score at least `score` against the truth at IoU 0.5: hits, false alarms and misses told apart."""
+def show_hits(images, detections, truths, categories, score=0.3, columns=4, title=None) -> Picture:
+    """Detections that score at least `score` against the truth at IoU 0.5: hits, false alarms and misses told apart.
+
+    `title=""` leaves out every word around the images.
+    """
     errors = [count_hits(detection, truth, score) for detection, truth in zip(detections, truths)]
-    titles = [hit_sentence(error) for error in errors] if titles is None else titles
-    title = hit_sentence(*errors) + f" at score {score:g}" if title is None else title
-    keys = ("hit", "false_alarm", "missed") if legend else ()
-    figure, axes = _page([_size(image) for image in images], columns, titles, title, legend=keys)
+    if title == "":
+        figure, axes = _page(images, columns)
+    else:
+        captions, said = [hit_sentence(error) for error in errors], f"{hit_sentence(*errors)} at score {score:g}"
+        figure, axes = _page(images, columns, captions, title or said, ("hit", "false_alarm", "missed"))
     for ax, image, detection, truth, error in zip(axes, images, detections, truths, errors):
         missed = {**_chosen(truth, error["misses"]), "scores": torch.full((len(error["misses"]),), torch.nan)}
         parts = [missed, _chosen(detection, error["false_alarms"]), _chosen(detection, error["hits"])]
@@ -278,22 +295,22 @@ def count_hits(detection: dict, truth: dict, score=0.3) -> dict:
 def hit_sentence(*errors: dict) -> str:
     """The counts of one or several `count_hits` in words: "3 hits · 1 false alarm · 0 missed"."""
     hits, alarms, misses = (sum(len(error[key]) for error in errors) for key in ("hits", "false_alarms", "misses"))
-    return f"{hits:,} {_plural('hit', hits)} · {alarms:,} {_plural('false alarm', alarms)} · {misses:,} missed"
+    return f"{_count(hits, 'hit')} · {_count(alarms, 'false alarm')} · {misses:,} missed"
 
 
-def show_pseudo_boxes(image, line, truth=None, categories=None, title=None, legend=True) -> Picture:
+def show_pseudo_boxes(image, line, truth=None, categories=None, title=None) -> Picture:
     """The teacher's boxes for one image at one step against the truth: kept, mined only, dropped.
 
     `line` is a line of `pseudo_boxes.jsonl`, or a list of such lines for the same image, drawn as a row over the steps.
-    `truth` is a target of the image or None. A box both kept and mined counts as kept.
+    `truth` is a target of the image or None. A box both kept and mined counts as kept. `title=""` leaves out every word
+    around the images.
     """
     lines = [line] if isinstance(line, dict) else list(line)
-    titles = [f"step {one['step']:,}: {pseudo_sentence(one, truth)}" for one in lines] if title is None else None
-    keys = ("truth", "kept", "mined", "dropped") if legend else ()
-    figure, axes = _page([_size(image)] * len(lines), len(lines), titles, title or "", legend=keys)
+    captions = [f"step {one['step']:,}: {pseudo_sentence(one, truth)}" for one in lines]
+    words = (captions, title or "", ("truth", "kept", "mined", "dropped")) if title != "" else ()
+    figure, axes = _page([image] * len(lines), len(lines), *words)
     for ax, one in zip(axes, lines):
-        target = {"boxes": one["boxes"], "labels": one["labels"], "scores": one["scores"]}
-        draw_boxes(ax, image, target, truth, categories, style=_pseudo_styles(one))
+        draw_boxes(ax, image, one, truth, categories, style=_pseudo_styles(one))
     return figure
 
 
@@ -303,8 +320,7 @@ def pseudo_sentence(line: dict, truth: dict | None = None) -> str:
     kept = [index for index, style in enumerate(styles) if style == "kept"]
     right = ""
     if truth is not None and kept:
-        target = {key: torch.as_tensor(line[key])[kept] for key in ("boxes", "labels", "scores")}
-        right = f" ({len(box_errors(target, truth, iou=0.5)['hits'])} right)"
+        right = f" ({len(box_errors(_chosen(line, kept), truth, iou=0.5)['hits'])} right)"
     return f"{len(kept)} kept{right} · {styles.count('mined')} mined · {styles.count('dropped')} dropped"
 
 
@@ -312,74 +328,53 @@ def _pseudo_styles(line: dict) -> list[str]:
     return ["kept" if kept else "mined" if mined else "dropped" for kept, mined in zip(line["kept"], line["mined"])]
 
 
-def _plural(word: str, count: int) -> str:
-    endings = {"x": "xes", "y": "ies"}
-    return word if count == 1 else word[:-1] + endings.get(word[-1], word[-1] + "s")
+def _count(count: int, word: str, many: str = "") -> str:
+    """A number with what it counts: "1 box", "2 boxes"."""
+    return f"{count:,} {word if count == 1 else many or word + 's'}"
 
 
-def _size(image) -> tuple[int, int]:
-    return tuple(image.shape[-2:])
-
-
-def _page(sizes, columns, titles=None, title="", legend=(), cell=2.2, gap=0.1) -> tuple[Picture, list]:
+def _page(images, columns, titles=None, title="", legend=(), cell=2.2, gap=EDGE) -> tuple[Picture, list]:
     """A figure with one axes per image, all images at one scale, and room for exactly the text there is.
 
-    Sizes [(H, W)] in pixels; `cell` is the usual width of an image and `gap` the space between two, in inches.
+    `cell` is the usual width of a column and `gap` the space between two, in inches; `legend` holds keys of STYLES.
     """
-    columns = max(1, min(columns, len(sizes)))
-    around = EDGE if len(sizes) > 1 or title or legend or any(titles or ()) else 0.0  # a lone image fills its figure
-    rows = [range(start, min(start + columns, len(sizes))) for start in range(0, len(sizes), columns)]
+    sizes = np.array([image.shape[-2:] for image in images]).reshape(-1, 2)
+    columns = max(1, min(columns, len(images)))
+    around = EDGE if len(images) > 1 or title or legend or any(titles or ()) else 0.0  # a lone image fills its figure
     width = min(WIDTH, 2 * around + columns * cell + (columns - 1) * gap)
-    widest = max((sum(sizes[i][1] for i in row) for row in rows), default=1)
-    scale = (width - 2 * around - (columns - 1) * gap) / widest  # inches per pixel
-    header = _wrap(title, width, 10)
-    captions = [_wrap(text, size[1] * scale, 8) for text, size in zip(titles or [""] * len(sizes), sizes)]
-    above = [max(0.14 * (captions[i].count("\n") + bool(captions[i])) for i in row) for row in rows]
+    column = (width - 2 * around - (columns - 1) * gap) / columns
+    sizes = sizes * column / sizes[:, 1].max(initial=1)  # in inches
+    captions = [_wrap(text, column, 8) for text in titles or [""] * len(images)]
+    rows = [slice(start, start + columns) for start in range(0, len(images), columns)]
+    above = [0.14 * max(caption.count("\n") + bool(caption) for caption in captions[row]) for row in rows]
+    high = [room + sizes[row, 0].max() for row, room in zip(rows, above)]
+    header, wraps = _wrap(title, width, 10), len(legend) * 1.1 > width
     top = around + (0.17 * (header.count("\n") + 1) + 0.04 if header else 0)
-    wraps = len(legend) * 1.1 > width
     bottom = around + (0.2 * (1 + wraps) if legend else 0)
-    inside = sum(max(sizes[i][0] for i in row) * scale for row in rows) + sum(above) + around * (len(rows) - 1)
-    height = top + inside + bottom
+    height = top + sum(high) + around * (len(rows) - 1) + bottom
     figure, axes = Picture(figsize=(width, height), dpi=DPI, facecolor="white"), []
-    if header:
-        style = {"fontsize": 10, "weight": "bold", "color": INK, "va": "top", "parse_math": False}
-        figure.text(around / width, 1 - around / height, header, **style)
-    edge = height - top
-    for row, room in zip(rows, above):
-        left, edge = around, edge - room
-        for i in row:
-            high, wide = sizes[i][0] * scale, sizes[i][1] * scale
-            axes.append(figure.add_axes((left / width, (edge - high) / height, wide / width, high / height)))
-            axes[-1].set_title(captions[i], fontsize=8, loc="left", pad=2, color=INK, linespacing=1.1, parse_math=False)
-            left += wide + gap
-        edge -= max(sizes[i][0] for i in row) * scale + around
+    _headline(figure, header, x=around / width, y=1 - around / height)
+    for place, (tall, wide) in enumerate(sizes):
+        row, left = place // columns, around + (place % columns) * (column + gap)
+        edge = height - top - sum(high[:row]) - around * row - above[row]
+        axes.append(figure.add_axes((left / width, (edge - tall) / height, wide / width, tall / height)))
+        style = {"fontsize": 8, "pad": 2, "color": INK, "linespacing": 1.1, "parse_math": False}
+        axes[-1].set_title(captions[place], loc="left", **style)
     if legend:
-        _draw_legend(figure, legend, columns=2 if wraps else len(legend))
+        handles = [Patch(label=NAMES.get(key, key), **_line(key, STYLES[key][0] or "#56B4E9")) for key in legend]
+        style = {"fontsize": 8, "frameon": False, "handlelength": 1.8, "borderaxespad": 0.3}
+        figure.legend(handles=handles, loc="lower left", ncols=2 if wraps else len(legend), **style)
     return figure, axes
 
 
-def _wrap(text: str | None, inches: float, points: int) -> str:
+def _wrap(text: str, inches: float, points: int) -> str:
     """Break a line so that it fits a width; a letter is about 0.6 times as wide as its size."""
-    return textwrap.fill(unbroken(text or ""), max(12, int(inches / (0.0082 * points))))
+    return textwrap.fill(unbroken(text), max(12, int(inches / (0.0082 * points))))
 
 
 def unbroken(text: str) -> str:
     """The text with spaces that do not break between a number and what it counts, and before a separating dot."""
     return re.sub(r"(?<=\d) | (?=·)", "\u00a0", text)
-
-
-def _draw_legend(figure, keys, columns: int) -> None:
-    """The meaning of the line styles in one or two lines at the foot of a page."""
-    names = {"false_alarm": "false alarm", "mined": "mined only"}
-    handles = []
-    for key in keys:
-        color, line, dashes, hatch = STYLES[key]
-        color = "#56B4E9" if color is None else color
-        outline = withStroke(linewidth=line + 1.6, foreground="black" if key == "truth" else "#00000055")
-        style = {"edgecolor": color, "linewidth": line, "linestyle": dashes, "hatch": hatch, "path_effects": [outline]}
-        handles.append(Patch(fill=False, label=names.get(key, key), **style))
-    style = {"fontsize": 8, "frameon": False, "handlelength": 1.8, "borderaxespad": 0.3}
-    figure.legend(handles=handles, loc="lower left", ncols=columns, **style)
 
 
 # ---- curves and diagrams ---------------------------------------------------------------------------------------------
@@ -392,36 +387,37 @@ def plot_curves(logs: dict[str, list[dict]], x="step", title=None) -> Picture:
     colour, so the name should mention it; a second run of a method gets another marker.
     """
     figure, ax = _plot(7.5, 3.4)
-    ends = []
+    ends, used = [], []
     for position, (name, log) in enumerate(logs.items()):
         color = method_color(name, position)
-        earlier = [method_color(other, place) for place, other in enumerate(list(logs)[:position])].count(color)
         for key, dashes, size in (("AP_student", (0, (3, 1.5)), 1.1), ("AP_teacher", "-", 2.0)):
             rows = [line for line in log if _known(line.get(key))]
             places = [line["step"] if x == "step" else line["seconds"] / 60 for line in rows]
             values = [100 * line[key] for line in rows]
-            marker = "os^Dv"[earlier % 5] if key == "AP_teacher" else None
+            marker = "os^Dv"[used.count(color) % 5] if key == "AP_teacher" else None
             style = {"color": color, "linestyle": dashes, "linewidth": size, "marker": marker, "markersize": 4}
-            ax.plot(places, values, gid=f"{name} {key}", **style)
+            (drawn,) = ax.plot(places, values, gid=f"{name} {key}", **style)
             if rows and key == "AP_teacher":
-                ends.append((places[-1], values[-1], name, color))
-    lines = (("teacher", 2, "-"), ("student", 1.1, "--"))
-    handles = [Line2D([], [], color=INK, linewidth=size, linestyle=dashes, label=name) for name, size, dashes in lines]
-    ax.legend(handles=handles, loc="lower right", fontsize=8, frameon=False, ncols=2)
+                drawn.set_label(f"{name} {values[-1]:.1f}")
+                ends.append((values[-1], name, drawn))
+        used.append(color)
+    ranked = sorted(ends, key=lambda end: -end[0])
+    student = Line2D([], [], color=INK, linewidth=1.1, linestyle="--", label="dashed: student")
+    ax.legend(handles=[*(drawn for _, _, drawn in ranked), student], title="teacher, at the end", **BESIDE)
+    ax.get_legend().get_title().set(fontsize=8, color="#555555")
     ax.set(xlabel="step" if x == "step" else "minutes of training", ylabel="AP on the tune split, %", ylim=(0, None))
-    _label_ends(ax, [(place, value, f"{name} {value:.1f}", color) for place, value, name, color in ends])
-    _headline(ax, _curve_finding(ends) if title is None else title)
+    _headline(figure, title, _curve_finding(ends, ranked))
     return figure
 
 
-def _curve_finding(ends) -> str:
-    """The sentence over the curves: who ends highest, and by how much over the first run."""
+def _curve_finding(ends, ranked) -> str:
+    """The sentence over the curves: who ends highest, and by how much over the first of the others."""
     if not ends:
         return "No evaluation yet"
-    best = max(ends, key=lambda end: end[1])
-    text = f"{best[2]}: the teacher ends at {best[1]:.1f} AP"
-    others = [end for end in ends if end is not best]
-    return text + (f", {best[1] - others[0][1]:.1f} above {others[0][2]}" if others else "")
+    value, name, _ = ranked[0]
+    others = [end for end in ends if end is not ranked[0]]
+    more = f", {value - others[0][0]:.1f} above {others[0][1]}" if others else ""
+    return f"{name}: the teacher ends at {value:.1f} AP{more}"
 
 
 def plot_losses(log: list[dict], title=None) -> Picture:
@@ -429,54 +425,50 @@ def plot_losses(log: list[dict], title=None) -> Picture:
     figure, ax = _plot(7.5, 3.4)
     log = [line for line in log if line.get("losses")]
     names = sorted({name for line in log for name in line["losses"]}, key=lambda name: -log[-1]["losses"].get(name, 0))
-    steps = [line["step"] for line in log]
     for position, name in enumerate(names):
         values = np.array([line["losses"].get(name, np.nan) for line in log], dtype=float)
         values[~(values > 0)] = np.nan
         color, dashes = LINE_COLORS[position % len(LINE_COLORS)], ("-", "--", ":")[position // len(LINE_COLORS) % 3]
-        ax.plot(steps, values, color=color, linestyle=dashes, linewidth=1.4, label=name)
-    totals = [sum(line["losses"].values()) for line in log]
+        ax.plot([line["step"] for line in log], values, color=color, linestyle=dashes, linewidth=1.4, label=name)
     ax.set(xlabel="step", ylabel="weighted loss", yscale="log")
-    for which in ("major", "minor"):
-        ax.tick_params(axis="y", which=which, labelsize=8, colors="#555555", length=2)
+    ax.tick_params(axis="y", which="both", labelsize=8, colors="#555555", length=2)
     ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter("{x:g}")
     if names:
-        ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.02), fontsize=8, frameon=False, labelspacing=0.3)
-    finding = f"The total goes from {totals[0]:.2f} to {totals[-1]:.2f}" if log else "No loss logged yet"
-    _headline(ax, finding if title is None else title)
+        ax.legend(labelspacing=0.3, **BESIDE)
+    totals = [sum(line["losses"].values()) for line in log]
+    _headline(
+        figure, title, f"The total goes from {totals[0]:.2f} to {totals[-1]:.2f}" if log else "No loss logged yet"
+    )
     return figure
 
 
 def plot_pseudo_quality(log: list[dict], title=None) -> Picture:
     """Precision and recall of the pseudo-boxes, their number per image and the cost threshold over the steps."""
-    figure = Picture(figsize=(WIDTH, 2.7), dpi=DPI, layout="constrained", facecolor="white")
-    panels = (
-        ("right or found, %", (("pseudo_precision", "precision", 100), ("pseudo_recall", "recall", 100))),
-        ("boxes an image", (("pseudo_per_image", "kept", 1), ("mined_per_image", "mined", 1))),
-        ("matching cost", (("cost_threshold", "threshold", 1),)),
-    )
+    panels = {
+        "right or found, %": {"pseudo_precision": "precision", "pseudo_recall": "recall"},
+        "boxes an image": {"pseudo_per_image": "kept", "mined_per_image": "mined"},
+        "matching cost": {"cost_threshold": "threshold"},
+    }
+    known = {key: [line for line in log if _known(line.get(key))] for series in panels.values() for key in series}
+    panels = {name: series for name, series in panels.items() if any(known[key] for key in series)}
+    figure, axes = _plot(WIDTH, 2.7, max(1, len(panels)))
     last = {}
-    for ax, (name, series) in zip(figure.subplots(1, 3), panels):
-        _plain(ax)
-        ends = []
-        for position, (key, label, factor) in enumerate(series):
-            rows = [line for line in log if _known(line.get(key))]
-            color, values = ("#0072B2", "#D55E00")[position], [factor * line[key] for line in rows]
-            ax.plot([line["step"] for line in rows], values, color=color, linewidth=1.6)
-            if rows:
+    for ax, (name, series) in zip(np.atleast_1d(axes), panels.items()):
+        for color, (key, label) in zip(LINE_COLORS, series.items()):
+            values = [line[key] * (100 if "%" in name else 1) for line in known[key]]
+            if values:
+                ax.plot([line["step"] for line in known[key]], values, color=color, linewidth=1.6, label=label)
                 last[label] = values[-1]
-                ends.append((rows[-1]["step"], values[-1], label, color))
         ax.set(xlabel="step", **({"ylim": (0, 102)} if "%" in name else {}))
-        _label_ends(ax, ends)
         ax.set_title(name, fontsize=9, loc="left", color=INK)
+        ax.legend(fontsize=8, framealpha=0.7, edgecolor="none")
     said = "No pseudo-box was measured against the truth"
     if "precision" in last and "recall" in last:
         said = f"At the end {last['precision']:.0f} % of the pseudo-boxes are right; "
         said += f"they find {last['recall']:.0f} % of the objects"
-    style = {"fontsize": 10, "weight": "bold", "color": INK, "ha": "left", "parse_math": False}
-    figure.suptitle(said if title is None else title, x=0.01, **style)
+    _headline(figure, title, said)
     return figure
 
 
@@ -491,28 +483,27 @@ def plot_cost_mixture(
     costs, *mixture = (np.asarray(values, dtype=float).reshape(-1) for values in arrays)
     figure, ax = _plot(7.5, 3.2)
     edges = np.histogram_bin_edges(costs, bins=max(10, min(40, len(costs) // 4)))
+    threshold = float(threshold)
+    said = f"The cut mines {(costs <= threshold).sum()} of {len(costs)} boxes"
     if correct is None:
         ax.hist(costs, edges, color="#B8B8B8", label="pseudo-boxes")
     else:
         correct = np.asarray(correct, dtype=bool).reshape(-1)
-        groups = {"color": ["#56B4E9", ORANGE], "label": ["right", "wrong"]}
-        _, _, bars = ax.hist([costs[correct], costs[~correct]], edges, stacked=True, **groups)
-        for bar in bars[1] if len(costs) else ():
-            bar.set(hatch="///", edgecolor="white", linewidth=0)
+        groups = {"color": ["#56B4E9", ORANGE], "label": ["right", "wrong"], "hatch": ["", "///"]}
+        ax.hist([costs[correct], costs[~correct]], edges, stacked=True, edgecolor="white", linewidth=0, **groups)
     grid = np.linspace(edges[0], edges[-1], 200)
-    for order, (mean, variance, weight) in enumerate(sorted(zip(*mixture))):
+    names = (("reliable component", "-"), ("unreliable component", "--"))
+    for (name, dashes), (mean, variance, weight) in zip(names, sorted(zip(*mixture))):
         density = weight * np.exp(-((grid - mean) ** 2) / (2 * variance)) / np.sqrt(2 * np.pi * variance)
-        name, dashes = ("reliable component", "-") if order == 0 else ("unreliable component", "--")
         expected = density * len(costs) * (edges[1] - edges[0])  # boxes per bar
         ax.plot(grid, expected, color=INK, linestyle=dashes, linewidth=1.5, label=name)
-    ax.axvline(float(threshold), color=RED, linewidth=2, label=f"cut at {float(threshold):.2f}")
-    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.02), fontsize=8, frameon=False)
+    ax.axvline(threshold, color=RED, linewidth=2, label=f"cut at {threshold:.2f}")
+    ax.legend(**BESIDE)
     ax.set(xlabel="matching cost of a pseudo-box with the student's answer", ylabel="pseudo-boxes")
-    mined = costs <= float(threshold)
-    said = f"The cut mines {mined.sum()} of {len(costs)} boxes"
-    if correct is not None and mined.any():
-        said += f"; {100 * correct[mined].mean():.0f} % of these are right, against {100 * correct.mean():.0f} % of all"
-    _headline(ax, said if title is None else title)
+    if correct is not None and (costs <= threshold).any():
+        shares = 100 * correct[costs <= threshold].mean(), 100 * correct.mean()
+        said += "; {:.0f} % of these are right, against {:.0f} % of all".format(*shares)
+    _headline(figure, title, said)
     return figure
 
 
@@ -524,11 +515,11 @@ def plot_matching(
     `pred_boxes_pixels` (Q, 4) xyxy pixels; `match_queries`, `match_targets`, `quality` (N,) as a Match holds them
     (quality 1 if None). A colour stands for an object; unmatched queries are thin, grey and dotted.
     """
-    boxes = _boxes({"boxes": pred_boxes_pixels})
+    boxes = torch.as_tensor(pred_boxes_pixels).tolist()
     queries, targets = (torch.as_tensor(values).tolist() for values in (match_queries, match_targets))
     quality = [1.0] * len(queries) if quality is None else torch.as_tensor(quality).tolist()
-    height, width = _size(image)
-    tall = 3.4 * min(1.5, max(0.6, height / width))
+    size, objects = tuple(image.shape[-2:]), _rows(truth)
+    tall = 3.4 * min(1.5, max(0.6, size[0] / size[1]))
     figure = Picture(figsize=(7.0, tall + 0.4), dpi=DPI, facecolor="white")
     top = tall / (tall + 0.4)
     left, right = figure.add_axes((0.01, 0.01, 3.4 / 7, top - 0.02)), figure.add_axes((0.52, 0.01, 0.47, top - 0.02))
@@ -536,46 +527,43 @@ def plot_matching(
     draw_boxes(left, image, {"boxes": rest, "labels": [0] * len(rest)}, truth, style="dropped")
     for query, target, value in zip(queries, targets, quality):
         _draw_box(left, boxes[query], "prediction", target, width=0.6 + 1.6 * value)
-    numbers = [(box, class_color(place), str(place)) for place, box in enumerate(_boxes(truth))]
-    _write_labels(left, numbers, (height, width))
-    _draw_pairs(right, truth, queries, targets, quality, categories)
-    answered = len(set(targets))
-    said = f"{len(queries)} of {len(boxes)} queries answer for {answered} of {len(_boxes(truth))} objects"
-    said = said if title is None else title
-    figure.text(0.01, 0.99, said, fontsize=10, weight="bold", va="top", color=INK, parse_math=False)
+    _write_labels(left, [(box, class_color(place), str(place)) for place, (box, _, _) in enumerate(objects)], size)
+    names = [f"object {place}: {_text(label, categories)}" for place, (_, label, _) in enumerate(objects)]
+    _draw_pairs(right, names, queries, targets, quality)
+    answered = f"{len(set(targets))} of {_count(len(objects), 'object')}"
+    _headline(figure, title, f"{len(queries)} of {len(boxes)} queries answer for {answered}")
     return figure
 
 
-def _draw_pairs(ax, truth, queries, targets, quality, categories) -> None:
+def _draw_pairs(ax, names, queries, targets, quality) -> None:
     """Objects on the left, their queries on the right, joined by lines as thick as the quality."""
-    ax.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[])
-    ax.spines[:].set_visible(False)
-    rows = _rows(truth)
-    order = sorted(range(len(queries)), key=lambda pair: (targets[pair], -quality[pair]))
-    spots = {pair: (place + 0.5) / max(len(order), 1) for place, pair in enumerate(order)}
-    for target, (_, label, _) in enumerate(rows):
-        y = (target + 0.5) / len(rows)
-        text = {"fontsize": 8, "va": "center", "parse_math": False, "color": INK}
-        ax.text(0.24, y, f"object {target}: {_name(label, categories)}", ha="right", **text)
+    ax.set(xlim=(0, 1), ylim=(1, 0))
+    ax.set_axis_off()
+    pairs = sorted(zip(targets, queries, quality), key=lambda pair: (pair[0], -pair[2]))
+    heights = (np.arange(len(names)) + 0.5) / max(len(names), 1)
+    text = {"fontsize": 8, "va": "center", "parse_math": False, "color": INK}
+    for target, (name, y) in enumerate(zip(names, heights)):
+        ax.text(0.24, y, name, ha="right", **text)
         ax.plot(0.28, y, "o", color=class_color(target), markersize=9, markeredgecolor=INK, clip_on=False)
-        for pair in (pair for pair in order if targets[pair] == target):
-            style = {"color": class_color(target), "linewidth": 0.5 + 2.5 * quality[pair], "zorder": 1}
-            ax.plot([0.28, 0.7], [y, spots[pair]], **style)
-            if len(order) <= 40:
-                said = f"query {queries[pair]}" + (f"  {_decimals(quality[pair])}" if quality[pair] < 1 else "")
-                ax.text(0.72, spots[pair], said, ha="left", **{**text, "fontsize": 8 if len(order) <= 22 else 6})
+    text["fontsize"] = 8 if len(pairs) <= 22 else 6
+    for place, (target, query, value) in enumerate(pairs):
+        spot = (place + 0.5) / len(pairs)
+        style = {"color": class_color(target), "linewidth": 0.5 + 2.5 * value, "zorder": 1}
+        ax.plot([0.28, 0.7], [heights[target], spot], **style)
+        if len(pairs) <= 40:
+            ax.text(0.72, spot, _text(f"query {query}", None, value if value < 1 else None), **text)
 
 
-def plot_attention_mask(mask, queries=None, names=None, title=None) -> Picture:
+def plot_attention_mask(mask, queries: int, names=None, title=None) -> Picture:
     """A group mask (N, N), True = blocked, as blocks: row q shows what query q may see.
 
-    `queries` is the number of matching queries, which come last; None takes the last run of equal rows for them. The
-    queries before them are cut into blocks of equal rows; `names` holds a name per block, the matching one included.
+    `queries` is the number of matching queries, which come last. The queries before them are cut into blocks of equal
+    rows; `names` holds a name per block, the matching one included.
     """
     mask = torch.as_tensor(mask, dtype=torch.bool).cpu()
-    changes = [index for index in range(1, len(mask)) if not torch.equal(mask[index], mask[index - 1])]
-    first = len(mask) - queries if queries is not None else changes[-1] if changes else 0  # the first matching query
-    edges = sorted({0, *(index for index in changes if index < first), first, len(mask)})
+    first = len(mask) - queries  # the first matching query
+    changes = [index for index in range(1, first) if not torch.equal(mask[index], mask[index - 1])]
+    edges = sorted({0, *changes, first, len(mask)})
     centres = [(start + end - 1) / 2 for start, end in zip(edges, edges[1:])]
     names = [f"group {place + 1}" for place in range(len(centres) - 1)] + ["matching"] if names is None else names
     figure, ax = _plot(5.4, 4.4)
@@ -589,37 +577,31 @@ def plot_attention_mask(mask, queries=None, names=None, title=None) -> Picture:
     ax.grid(False)
     ax.spines[:].set_visible(False)
     ax.set(xlabel="may be seen", ylabel="sees")
-    handles = [Patch(color="#56B4E9", label="sees"), Patch(color="#EDEDED", label="blocked")]
-    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8, frameon=False)
+    ax.legend(handles=[Patch(color="#56B4E9", label="sees"), Patch(color="#EDEDED", label="blocked")], **BESIDE)
     leaks = int((~mask[first:, :first]).any(0).sum())
-    said = "No matching query sees a group"
-    if leaks:
-        said = f"The matching queries see {leaks} group {_plural('query', leaks)}: a leak"
-    _headline(ax, said if title is None else title)
+    said = f"The matching queries see {_count(leaks, 'group query', 'group queries')}: a leak"
+    _headline(figure, title, said if leaks else "No matching query sees a group")
     return figure
 
 
 def show_data_summary(summary: dict[str, dict], title=None) -> Picture:
     """Histograms of `doctor_data`'s summary: boxes of each class, sides of boxes, sides of images; a colour a part."""
-    figure = Picture(figsize=(WIDTH, 3.2), dpi=DPI, layout="constrained", facecolor="white")
-    classes, boxes, images = figure.subplots(1, 3)
+    figure, (classes, boxes, images) = _plot(WIDTH, 3.2, 3)
     colors = dict(zip(summary, LINE_COLORS))
-    for ax, key, label in (
-        (boxes, "box_sides", "square root of the area, px"),
-        (images, "image_sides", "longer side, px"),
-    ):
-        _plain(ax).set(xlabel=label, ylabel=key.removesuffix("_sides") + ("es" if ax is boxes else "s"))
+    boxes.set(xlabel="square root of the area, px", ylabel="boxes")
+    images.set(xlabel="longer side, px", ylabel="images")
+    for ax, key in ((boxes, "box_sides"), (images, "image_sides")):
         known = {name: part[key] for name, part in summary.items() if key in part}
         edges = next((one["edges"] for one in known.values()), [0])
+        width = 0.85 / max(len(known), 1)
         for order, (name, one) in enumerate(known.items()):
-            width = 0.85 / len(known)
             places = np.arange(len(edges)) + (order - (len(known) - 1) / 2) * width
             ax.bar(places, one["counts"], width, color=colors[name])
         ax.set_xticks(np.arange(len(edges)) - 0.5, edges, rotation=60)
     labelled = {name: part["classes"] for name, part in summary.items() if "classes" in part}
     for name, counts in labelled.items():
         ranked = sorted(counts.values(), reverse=True)
-        _plain(classes).plot(range(1, len(ranked) + 1), ranked, color=colors[name], marker=".", linewidth=1.2)
+        classes.plot(range(1, len(ranked) + 1), ranked, color=colors[name], marker=".", linewidth=1.2)
     classes.set(xlabel="class, the most frequent first", ylabel="boxes", yscale="symlog", ylim=(0, None))
     handles = [Patch(color=color, label=name) for name, color in colors.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
@@ -627,45 +609,32 @@ def show_data_summary(summary: dict[str, dict], title=None) -> Picture:
     said = f"{sum(part['images'] for part in summary.values()):,} images"
     if counts:
         rare = min(counts, key=counts.get)
-        said += f"; of {len(counts)} classes the rarest, {rare}, has {counts[rare]:,} {_plural('box', counts[rare])}"
-    style = {"fontsize": 10, "weight": "bold", "color": INK, "ha": "left", "parse_math": False}
-    figure.suptitle(said if title is None else title, x=0.01, **style)
+        said += f"; of {len(counts)} classes the rarest, {rare}, has {_count(counts[rare], 'box', 'boxes')}"
+    _headline(figure, title, said)
     return figure
 
 
-def _plot(width: float, height: float):
-    """A figure with one bare plot."""
+def _plot(width: float, height: float, columns: int = 1):
+    """A figure with one plot or several; only what carries information: two axes, a faint grid behind, small text."""
     figure = Picture(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
-    return figure, _plain(figure.subplots())
+    axes = figure.subplots(1, columns)
+    for ax in np.atleast_1d(axes):
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.spines[["left", "bottom"]].set_color("#888888")
+        ax.grid(color="#E8E8E8", linewidth=0.7)
+        ax.set_axisbelow(True)
+        ax.tick_params(labelsize=8, colors="#555555", length=2)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.label.set(fontsize=8, color="#555555")
+    return figure, axes
 
 
-def _plain(ax):
-    """Only what carries information: two axes, a faint grid behind, small text."""
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_color("#888888")
-    ax.grid(color="#E8E8E8", linewidth=0.7)
-    ax.set_axisbelow(True)
-    ax.tick_params(labelsize=8, colors="#555555", length=2)
-    ax.xaxis.label.set(fontsize=8, color="#555555")
-    ax.yaxis.label.set(fontsize=8, color="#555555")
-    return ax
-
-
-def _headline(ax, text: str) -> None:
-    """The finding, over the plot."""
-    text = _wrap(text, ax.figure.get_figwidth(), 10)
-    ax.set_title(text, fontsize=10, weight="bold", loc="left", color=INK, parse_math=False)
-
-
-def _label_ends(ax, ends) -> None:
-    """Name each curve at its last point (x, y, text, colour), pushed apart where two would overlap."""
-    low, high = ax.get_ylim()
-    step, previous = 0.065 * (high - low), -float("inf")
-    for place, value, text, color in sorted(ends, key=lambda end: end[1]):
-        previous = max(value, previous + step)
-        style = {"fontsize": 8, "color": color, "va": "center", "parse_math": False, "annotation_clip": False}
-        style["bbox"] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
-        ax.annotate(text, (place, previous), (6, 0), textcoords="offset points", **style)
+def _headline(figure, title: str | None, finding: str = "", x: float = 0.01, y: float = 0.99) -> None:
+    """Over the figure: the title, or where it is None the finding."""
+    text = _wrap(finding if title is None else title, figure.get_figwidth(), 10)
+    if text:
+        style = {"ha": "left", "va": "top", "fontsize": 10, "weight": "bold", "color": INK, "parse_math": False}
+        figure.suptitle(text, x=x, y=y, **style)
 
 
 def _known(value) -> bool:

@@ -82,9 +82,14 @@ def test_a_stopped_and_resumed_run_ends_bit_identical(method, splits, tmp_path, 
     go({}, tmp_path / "parts", splits, resume=True)
     ours, theirs = (torch.load(tmp_path / name / "last.pt", weights_only=True)["method"] for name in ("whole", "parts"))
     assert all(torch.equal(ours[key].nan_to_num(), theirs[key].nan_to_num()) for key in ours)
-    timeless = [[{k: v for k, v in json.loads(line).items() if k not in ("seconds", "images_per_second")}
-                 # fmt: skip
-                 for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("whole", "parts")]
+    timeless = [
+        [
+            {k: v for k, v in json.loads(line).items() if k not in ("seconds", "images_per_second")}
+            # fmt: skip
+            for line in (tmp_path / name / "log.jsonl").read_text().splitlines()
+        ]
+        for name in ("whole", "parts")
+    ]
     assert timeless[0] == timeless[1]
 
 

@@ -322,7 +322,7 @@ def test_attention_mask_shows_a_leak():
     mask[:, 4:] = False
     mask[:2, :2] = mask[2:4, 2:4] = False
     figure = visualize.plot_attention_mask(mask)
-    assert figure.axes[0].get_title(loc="left") == "No matching query sees a group"
+    assert figure.get_suptitle() == "No matching query sees a group"
     assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["group 1", "group 2", "matching"]
     mask[6, 1] = False
     leaking = visualize.plot_attention_mask(mask, queries=5)

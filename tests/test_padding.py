@@ -1,0 +1,110 @@
+"""Batches of mixed sizes: exact from the projected maps on, a known difference before them, none with the tiny one."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from semidetr_lite.detectors.backbone import Tiny
+from semidetr_lite.detectors.deformable_detr import DeformableDETR
+from semidetr_lite.detectors.detr import DETR
+from semidetr_lite.detectors.dino import DINO
+from semidetr_lite.errors import UserError
+
+SMALL = {
+    "num_classes": 5,
+    "num_queries": 9,
+    "dim": 32,
+    "heads": 4,
+    "hidden": 48,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+}
+KINDS = {
+    "detr": (DETR, {}),
+    "detr, sigmoid": (DETR, {"no_object": False}),
+    "plain": (DeformableDETR, {}),
+    "box refinement": (DeformableDETR, {"with_box_refine": True}),
+    "two-stage": (DeformableDETR, {"with_box_refine": True, "two_stage": True}),
+    "dino": (DINO, {"denoising_queries": 4}),
+}
+
+
+def build(kind: str, backbone="tiny", **changes):
+    torch.manual_seed(0)
+    made, form = KINDS[kind]
+    detector = made(
+        **{**SMALL, **form, "backbone": Tiny((16, 16, 16, 16, 16)) if backbone == "tiny" else backbone, **changes}
+    )
+    with torch.no_grad():
+        for parameter in detector.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return detector.eval()
+
+
+def outputs_equal(one: dict, other: dict, row: int = 0, atol: float = 1e-5) -> bool:
+    dicts = zip([one, *one["aux_outputs"]], [other, *other["aux_outputs"]], strict=True)
+    return all(
+        torch.allclose(a[key][row], b[key][row], atol=atol) for a, b in dicts for key in ("pred_logits", "pred_boxes")
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [(64, 64), (64, 96)])
+def test_from_the_projected_maps_on_extra_padding_changes_nothing(kind, size, monkeypatch):
+    detector = build(kind)
+    images = [torch.rand(3, *size)]
+    plain = detector.pyramid(detector.normalised(images))
+    maps = [F.pad(level, (0, 3, 0, 2), value=7.0) for level in plain[0]]
+    masks = [F.pad(mask, (0, 3, 0, 2), value=True) for mask in plain[1]]
+    with torch.no_grad():
+        alone = detector(images)
+        monkeypatch.setattr(detector, "pyramid", lambda images: (maps, masks, True))
+        padded = detector(images)
+    assert outputs_equal(alone, padded)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_tiny_detector_does_not_feel_its_neighbours(kind):
+    detector = build(kind)
+    images = [torch.rand(3, *size) for size in [(64, 96), (96, 64), (40, 56)]]
+    with torch.no_grad():
+        together = detector(images)
+        for row, image in enumerate(images):
+            alone = detector([image])
+            padded = {**together, "pred_logits": together["pred_logits"][row : row + 1]}
+            assert torch.allclose(padded["pred_logits"][0], alone["pred_logits"][0], atol=1e-5)
+            assert torch.allclose(together["pred_boxes"][row], alone["pred_boxes"][0], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_odd_images_have_defined_results(kind):
+    """One pixel, not contiguous, half precision, bytes; fewer tokens than queries."""
+    detector = build(kind)
+    image = torch.rand(64, 48, 3).permute(2, 0, 1)
+    with torch.no_grad():
+        exact = detector([image.contiguous()])
+        assert outputs_equal(exact, detector([image]))
+        assert outputs_equal(exact, detector([image.half()]), atol=2e-2)
+        for images in (
+            [torch.rand(3, 1, 1)],
+            [torch.rand(3, 1, 1), image],
+            [torch.zeros(3, 9, 200, dtype=torch.uint8)],
+        ):
+            outputs = detector(images)
+            assert outputs["pred_logits"].isfinite().all() and outputs["pred_boxes"].isfinite().all()
+    for wrong in (torch.rand(1, 8, 8), torch.rand(3, 0, 8), torch.rand(8, 8)):
+        with pytest.raises(UserError, match="an image must be a tensor"):
+            detector([wrong])
+
+
+@pytest.mark.parametrize("kind", ["plain", "box refinement", "detr"])
+def test_queries_that_are_no_boxes_take_no_groups(kind):
+    detector = build(kind)
+    memory = detector.encode(torch.rand(1, 3, 64, 64))
+    with pytest.raises(ValueError, match="query groups|takes no query groups"):
+        detector.decode(memory, [object()])
+
+
+def test_two_stage_needs_box_refinement():
+    with pytest.raises(UserError, match="with_box_refine=True"):
+        build("plain", two_stage=True)
