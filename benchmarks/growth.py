@@ -1,6 +1,6 @@
 """Time and memory of a forward pass against image side and number of queries, for the three detectors at paper size.
 
-    python benchmarks/growth.py          about 5 minutes on 2 cores; writes benchmarks/results/growth.jsonl and growth.png
+    python benchmarks/growth.py     some 5 minutes on 2 cores; writes growth.jsonl and growth.png to benchmarks/results
 
 Each point is a process of its own: one pass to warm up, the median of three, and the peak resident memory less what the
 built detector takes.

@@ -78,7 +78,11 @@ def main() -> None:
         )
         recipe = runs[name].recipe
         loaders[name] = Batches(
-            runs[name].splits, recipe.labelled, 0 if method == "supervised" else recipe.unlabelled, recipe.views, 0
+            runs[name].splits,
+            recipe.labelled_images,
+            0 if method == "supervised" else recipe.unlabelled_images,
+            recipe.views,
+            0,
         )
         times[name], shares[name] = [], []
     for step in range(options.steps + 3):

@@ -18,7 +18,7 @@ from semidetr_lite.evaluate import to_coco_json
 from semidetr_lite.report import write_report
 from semidetr_lite.training.checkpoint import load_detector, write_whole
 from semidetr_lite.training.measure import measure
-from semidetr_lite.training.presets import load_splits
+from semidetr_lite.training.presets import PRESETS, load_splits
 from semidetr_lite.training.train import Run, new_config
 from semidetr_lite.visualize import png, show_data_summary, show_targets
 
@@ -86,14 +86,14 @@ def _table(runs: list[Path]) -> str:
 
 def train(
     out: Path,
-    preset: Literal["digits", "coco-10pct"] = "digits",
+    preset: Literal[tuple(PRESETS)] = "digits",
     method: Literal["supervised", "mean-teacher", "semi-detr"] = "semi-detr",
     detector: Literal["dino", "deformable-detr", "detr"] = "dino",
     data: str = "digits",
     images: Path | None = None,
     unlabelled: Path | None = None,
     validation: Path | None = None,
-    percent: float = 10,
+    percent: float | None = None,
     fold: int = 1,
     seed: int = 0,
     steps: int | None = None,
@@ -115,7 +115,7 @@ def train(
         images: the folder of the json's images.
         unlabelled: a folder of further images without labels, or a COCO json of such.
         validation: a json or folder to measure on; without one, a fifth of the images is set aside.
-        percent: share of the images whose labels are used.
+        percent: share of the images whose labels are used; the preset's if not given.
         fold: which draw of them.
         seed: of weights, views and noise.
         steps: optimizer steps; the preset's if not given.

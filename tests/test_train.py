@@ -1,5 +1,6 @@
 """Training: one step changes the student, resuming changes nothing, and nothing saved is ever lost."""
 
+import dataclasses
 import json
 import math
 
@@ -12,7 +13,8 @@ from semidetr_lite.data.splits import Splits, Subset, Unlabelled
 from semidetr_lite.errors import UserError
 from semidetr_lite.methods.mean_teacher import Averaged
 from semidetr_lite.training import checkpoint
-from semidetr_lite.training.train import Run, learning_rate_factor, make_recipe, new_config
+from semidetr_lite.training.presets import PRESETS, make_detector
+from semidetr_lite.training.train import Run, learning_rate_factor, make_recipe, micro_batches, new_config
 
 DETECTOR = {
     "num_queries": 12, "dim": 32, "heads": 2, "levels": 3, "points": 2, "hidden": 32, "encoder_layers": 1,
@@ -20,8 +22,8 @@ DETECTOR = {
 }  # fmt: skip
 SMALL = {
     "arguments": DETECTOR,
-    "labelled": 2,
-    "unlabelled": 2,
+    "labelled_images": 2,
+    "unlabelled_images": 2,
     "log_every": 2,
     "evaluate_every": 4,
     "evaluate_images": 4,
@@ -42,6 +44,80 @@ def small(method="semi-detr", steps=4, **changes) -> dict:
 
 def go(config, out, splits, **how) -> dict:
     return Run(config, out, splits=splits, quiet=True, workers=0, **how).go()
+
+
+FORMS = {
+    "deformable-detr": {"with_box_refine": True, "two_stage": True},
+    "detr": {"level": 0},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [("deformable-detr", "semi-detr"), ("detr", "supervised"), ("detr", "mean-teacher")]
+)
+def test_other_detectors_train_too(name, method, splits, tmp_path):
+    shared = {"num_queries": 12, "dim": 32, "heads": 2, "hidden": 32, "encoder_layers": 1, "decoder_layers": 2}
+    further = {} if name == "detr" else {"levels": 3, "points": 2, "anchor_size": 0.1}
+    arguments = {**shared, "backbone": "tiny", **further, **FORMS[name]}
+    config = small(method, detector=name, arguments=arguments, score_cut=0.0)
+    last = go(config, tmp_path / "run", splits)
+    assert all(math.isfinite(value) for value in last["losses"].values()) and set(last["test"]) == {
+        "student",
+        "teacher",
+    }
+    found = load_detector(tmp_path / "run").detect([splits.test[0][0]])[0]
+    assert len(found["boxes"]) > 0 and found["labels"].max() < 10
+
+
+def test_semi_detr_needs_queries_that_are_boxes(splits, tmp_path):
+    arguments = {"num_queries": 12, "dim": 32, "heads": 2, "hidden": 32, "backbone": "tiny", "level": 0}
+    with pytest.raises(UserError, match="semi-detr asks with boxes as queries.*DETR"):
+        Run(small(detector="detr", arguments=arguments), tmp_path / "run", splits=splits, workers=0)
+
+
+def test_accumulated_parts_keep_the_mix_and_give_the_mean_of_their_gradients(splits, tmp_path):
+    config = small("mean-teacher", labelled_images=2, unlabelled_images=4, score_cut=0.0)
+    whole, parted = (
+        Run({**config, "recipe": {**config["recipe"], "accumulate": parts}}, tmp_path / "x", splits=splits, workers=0)
+        for parts in (1, 2)
+    )
+    batch = next(iter(whole._loader()))
+    parts = micro_batches(batch, 2)
+    assert [[len(part[name][0]) for name in ("labelled", "weak", "strong")] for part in parts] == [[1, 2, 2]] * 2
+    assert parts[1]["strong"][1] == batch["strong"][1][2:]
+    expected = None
+    for part in parts:
+        whole.method.zero_grad()
+        sum(whole.method(part, 0).values()).backward()
+        gradient = torch.cat([p.grad.flatten() / 2 for p in whole.method.parameters() if p.grad is not None])
+        expected = gradient if expected is None else expected + gradient
+    parted.optimizer.step = lambda: None
+    parted.recipe = dataclasses.replace(parted.recipe, clip=1e9)
+    parted.train_step(batch)
+    found = torch.cat([p.grad.flatten() for p in parted.method.parameters() if p.grad is not None])
+    assert torch.allclose(found, expected, atol=1e-4, rtol=1e-3) and found.abs().max() > 0.01
+    with pytest.raises(UserError, match="lower accumulate"):
+        micro_batches(batch, 3)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_makes_a_recipe_and_builds_its_detectors(preset):
+    for name in PRESETS[preset].arguments:
+        config = json.loads(json.dumps(new_config(preset, detector=name)))
+        recipe = make_recipe(config)
+        assert recipe.arguments == config["recipe"]["arguments"] and config["percent"] == PRESETS[preset].percent
+        assert recipe.labelled_images >= recipe.accumulate and recipe.drops == PRESETS[preset].drops
+        with torch.device("meta"):
+            make_detector(
+                name,
+                80,
+                {**recipe.arguments, "backbone_weights": None}
+                if "coco" in preset or preset == "voc"
+                else recipe.arguments,
+            )
+    full = make_recipe(new_config("coco-full"))
+    rates = [learning_rate_factor(step, 240_000, full) for step in (0, 119_999, 120_000, 160_000)]
+    assert rates == pytest.approx([1, 1, 0.1, 0.01])
 
 
 @pytest.mark.parametrize("method", ["supervised", "mean-teacher", "semi-detr"])

@@ -200,10 +200,13 @@ class DigitScenes:
         return image, dict(target)
 
 
-def load(percent: float = 10, fold: int = 1) -> Splits:
-    """digits-v1 with `percent` % of its 2,000 training scenes labelled and the others not."""
-    train = DigitScenes("train")
-    labelled = labelled_indices(len(train), percent, fold)
+def load(percent: float = 10, fold: int = 1, further: int = 0) -> Splits:
+    """digits-v1 with `percent` % of its 2,000 training scenes labelled and the others not.
+
+    `further` unlabelled scenes are made of the same digits and photographs: number 2,000, 2,001 ... of the split.
+    """
+    train = DigitScenes("train", COUNTS["train"] + further)
+    labelled = labelled_indices(COUNTS["train"], percent, fold)
     rest = sorted(set(range(len(train))) - set(labelled))
     return Splits(
         Subset(train, labelled),

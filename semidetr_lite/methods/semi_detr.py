@@ -12,7 +12,8 @@ Targets of the class and box losses are the boxes over the score cut alone; mine
 backbone and encoder run once per image and network: matching queries never see the extra queries, so those are
 decoded afterwards against what was kept.
 
-Difference from the paper: consistency in stage one only (as in the released code, dino_detr_ssod.py:469).
+Difference from the paper: consistency in stage one only (as in the released code, dino_detr_ssod.py:469), unless
+`consistency_throughout` asks for both.
 Differences from the released code: boxes that leave the strong view are dropped; a memory of past costs joins the
 mixture; and a box over the score cut is not dropped for lying under the mean plus one deviation of its image's
 scores (with few boxes in an image that bar is high).
@@ -53,6 +54,7 @@ class SemiDETR(Averaged):
         unlabelled_box_weight: further factor of their box losses, since a pseudo-box may be right and yet loose.
         candidates: queries a target takes in stage one.
         consistency_weight: of the consistency loss, before `unlabelled_weight`.
+        consistency_throughout: whether it is asked for in both stages (paper) or in stage one alone (released code).
         cost_memory: past matching costs that join the mixture.
         most: pseudo-boxes looked at in an image.
         nms: IoU of the suppression of pseudo-boxes, and of detections in stage one.
@@ -70,6 +72,7 @@ class SemiDETR(Averaged):
         unlabelled_box_weight: float = 1.0,
         candidates: int = 13,
         consistency_weight: float = 10.0,
+        consistency_throughout: bool = False,
         cost_memory: int = 500,
         most: int = 100,
         nms: float = 0.6,
@@ -83,6 +86,7 @@ class SemiDETR(Averaged):
         super().__init__(student, **shared)
         self.one_to_many_steps, self.score_cut, self.unlabelled_weight = one_to_many_steps, score_cut, unlabelled_weight
         self.candidates, self.consistency_weight, self.most, self.nms = candidates, consistency_weight, most, nms
+        self.consistency_throughout = consistency_throughout
         self.pseudo_weights = self.weights.times(unlabelled_weight, unlabelled_box_weight)
         self.projector = Projector(student.dim, hidden=4 * student.dim)
         self.register_buffer("past_costs", torch.full((cost_memory,), torch.nan))
@@ -133,7 +137,7 @@ class SemiDETR(Averaged):
                 stream = LABELLED if name == "labelled" else UNLABELLED
                 noise = self.denoise(memory.rows(rows), output_rows(outputs, rows), here.targets, weights, step, stream)
                 losses |= named(f"{name} denoising", noise)
-        if stage == "one_to_many":
+        if stage == "one_to_many" or self.consistency_throughout:
             student = (memory.rows(unlabelled), output_rows(outputs, unlabelled))
             loss = self.consistency(student, (teacher_memory, teacher_outputs), pseudo, carried, weak, found["asked"])
             losses["consistency"] = self.unlabelled_weight * self.consistency_weight * loss

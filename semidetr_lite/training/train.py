@@ -47,7 +47,7 @@ def new_config(
     images: str | None = None,
     unlabelled: str | None = None,
     validation: str | None = None,
-    percent: float = 10,
+    percent: float | None = None,
     fold: int = 1,
     seed: int = 0,
     steps: int | None = None,
@@ -72,6 +72,7 @@ def new_config(
         raise UserError(f"no field {unknown[0]!r} in a preset: choose from {', '.join(recipe)}")
     recipe |= changes
     steps = recipe["steps"] if steps is None else steps
+    percent = recipe["percent"] if percent is None else percent
     if steps < 1:
         raise UserError(f"steps must be at least 1, got {steps}")
     return {
@@ -197,16 +198,19 @@ class Run:
         step = self.offset + self.step
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * learning_rate_factor(self.step, self.config["steps"], self.recipe)
-        losses = self.method(batch, step)
-        total = sum(losses.values())
         self.optimizer.zero_grad(set_to_none=True)
-        values = dict(zip(losses, torch.stack([loss.detach() for loss in losses.values()]).tolist(), strict=True))
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
-        if bad:
-            raise UserError(
-                f"loss {bad[0]!r} is {values[bad[0]]} at step {self.step}; the last good checkpoint is {self.last_good}"
-            )
-        total.backward()
+        values: dict[str, float] = {}
+        for part in micro_batches(batch, self.recipe.accumulate):
+            losses = {name: loss / self.recipe.accumulate for name, loss in self.method(part, step).items()}
+            found = dict(zip(losses, torch.stack([loss.detach() for loss in losses.values()]).tolist(), strict=True))
+            bad = [name for name, value in found.items() if not math.isfinite(value)]
+            if bad:
+                name, good = bad[0], self.last_good
+                raise UserError(
+                    f"loss {name!r} is {found[name]} at step {self.step}; the last good checkpoint is {good}"
+                )
+            sum(losses.values()).backward()
+            values = {name: values.get(name, 0.0) + found.get(name, 0.0) for name in {**values, **found}}
         torch.nn.utils.clip_grad_norm_([p for p in self.method.parameters() if p.requires_grad], self.recipe.clip)
         self.optimizer.step()
         self.method.after_step(step)
@@ -214,10 +218,10 @@ class Run:
 
     def _loader(self):
         """The batches of the steps that are left."""
-        unlabelled = 0 if self.config["method"] == "supervised" else self.recipe.unlabelled
+        unlabelled = 0 if self.config["method"] == "supervised" else self.recipe.unlabelled_images
         batches = Batches(
             self.splits,
-            self.recipe.labelled,
+            self.recipe.labelled_images,
             unlabelled,
             self.recipe.views,
             self.config["seed"],
@@ -237,7 +241,9 @@ class Run:
 
     def _log(self, losses: dict, seconds: float) -> dict:
         """Measure, write one line to the log, save."""
-        count = self.recipe.labelled + (0 if self.config["method"] == "supervised" else self.recipe.unlabelled)
+        count = self.recipe.labelled_images + (
+            0 if self.config["method"] == "supervised" else self.recipe.unlabelled_images
+        )
         steps = self.step % self.recipe.log_every or self.recipe.log_every
         line = {
             "step": self.step,
@@ -314,6 +320,17 @@ def _plain(line):
     return None if isinstance(line, float) and not math.isfinite(line) else line
 
 
+def micro_batches(batch: dict, parts: int) -> list[dict]:
+    """A batch in `parts` of equal size (or one less), the mix of labelled and unlabelled images kept in each."""
+    cut = {}
+    for name, (images, targets) in batch.items():
+        if len(images) < parts:
+            raise UserError(f"{len(images)} {name} images a step cannot be run in {parts} parts; lower accumulate")
+        edges = [len(images) * part // parts for part in range(parts + 1)]
+        cut[name] = [(images[a:b], targets[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    return [{name: pieces[part] for name, pieces in cut.items()} for part in range(parts)]
+
+
 def make_optimizer(method: Averaged, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW, the backbone at its own rate."""
     backbone, rest = [], []
@@ -331,8 +348,8 @@ def make_optimizer(method: Averaged, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def learning_rate_factor(step: int, steps: int, recipe: Recipe) -> float:
-    """Linear warm-up, constant, linear fall to zero over the last `decay` share of the steps."""
-    rising = min(1.0, (step + 1) / (recipe.warm_up + 1))
+    """Linear warm-up, constant, a tenth after each of `drops`, linear fall to zero over the last `decay` of steps."""
+    rising = min(1.0, (step + 1) / (recipe.warm_up + 1)) * 0.1 ** sum(step >= drop * steps for drop in recipe.drops)
     falling = min(1.0, (steps - step) / (recipe.decay * steps)) if recipe.decay else 1.0
     return rising * falling
 
