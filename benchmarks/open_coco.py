@@ -55,7 +55,7 @@ def write_json(path: Path, images: int) -> None:
         for image in range(images):
             for _ in range(min(int(rng.expovariate(1 / BOXES) + 0.5), 60)):
                 x, y, w, h = (round(rng.uniform(*limits), 2) for limits in ((0, 500), (0, 400), (4, 139), (4, 79)))
-                outline = [round(rng.uniform(0, 640), 2) for _ in range(2 * rng.randint(4, 38))]
+                outline = [round(rng.uniform(0, 640), 2) for _ in range(2 * rng.randint(4, 41))]
                 row = {"segmentation": [outline], "area": w * h / 2, "iscrowd": 0, "image_id": image + 1}
                 row |= {"bbox": [x, y, w, h], "category_id": rng.choice(CATEGORIES)["id"], "id": number + 1}
                 file.write(", " * (number > 0) + json.dumps(row))

@@ -157,6 +157,7 @@ def train(
 def evaluate(
     run: Annotated[Path | None, tyro.conf.Positional] = None,
     weights: Weights = "teacher",
+    voc: bool = False,
     truth: Path | None = None,
     detections: Path | None = None,
 ) -> None:
@@ -165,6 +166,7 @@ def evaluate(
     Args:
         run: a run folder.
         weights: the student's, or its average's (the teacher's).
+        voc: also the two APs of Pascal VOC at IoU 0.5, of a run.
         truth: a COCO annotation json.
         detections: a COCO results json.
     """
@@ -172,7 +174,7 @@ def evaluate(
         found = evaluate_detections(str(detections), str(truth))
     elif run is not None:
         detector = load_detector(run, weights)
-        found = measure(detector, load_splits(read_config(run)).test)
+        found = measure(detector, load_splits(read_config(run)).test, voc=voc)
     else:
         raise UserError("evaluate: give a run folder, or --truth and --detections")
     for name, value in found.items():

@@ -7,19 +7,21 @@ import torch
 from semidetr_lite.data.splits import Dataset
 from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.errors import UserError
-from semidetr_lite.evaluate import box_errors, evaluate
+from semidetr_lite.evaluate import box_errors, evaluate, evaluate_voc
 from semidetr_lite.matching import matching_cost
 from semidetr_lite.methods.cost_mining import matched_costs
 from semidetr_lite.methods.mean_teacher import MeanTeacher, PseudoBoxes, pseudo_boxes
 
 
-def measure(detector: Detector, dataset: Dataset, images: int | None = None) -> dict:
-    """The twelve COCO figures of a detector on the first `images` images of a dataset."""
+def measure(detector: Detector, dataset: Dataset, images: int | None = None, voc: bool = False) -> dict:
+    """The twelve COCO figures of a detector on the first `images` images of a dataset; with `voc` also VOC's two."""
     pairs = [dataset[index] for index in range(min(len(dataset), images or len(dataset)))]
     detections = []
     for start in range(0, len(pairs), 200):
         detections += detector.detect([image for image, _ in pairs[start : start + 200]])
-    return evaluate(detections, [target for _, target in pairs])
+    targets = [target for _, target in pairs]
+    further = evaluate_voc(detections, targets) if voc else {}
+    return evaluate(detections, targets) | {key: value for key, value in further.items() if key != "per_class"}
 
 
 @torch.no_grad()
