@@ -262,7 +262,7 @@ def doctor(
         if out is not None:
             write_whole(out, lambda where: where.write_bytes(png(show_data_summary(found))))
         if defects:
-            raise UserError(f"{data}: {defects} defects, listed above")
+            raise UserError(f"{data}: {defects} {'defect' if defects == 1 else 'defects'}, listed above")
 
 
 def compare(runs: Folders, out: Path, images: int = 8, score: float = 0.3) -> None:

@@ -193,3 +193,33 @@ def test_help_is_there(monkeypatch, capsys, command):
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, *[command] * bool(command), "--help")
     assert stop.value.code == 0 and "usage: semidetr" in capsys.readouterr().out
+
+
+def test_doctor_tells_what_a_data_set_and_a_weights_file_are(monkeypatch, tmp_path, capsys):
+    data = coco_folder(tmp_path / "data")
+    status = run(monkeypatch, "doctor", "--data", data, "--out", tmp_path / "data.png")
+    out, err = capsys.readouterr()
+    assert "8 images" in out and "box" in out and Image.open(tmp_path / "data.png").width > 200
+    assert status == (2 if "defect" in err else 0)
+    (data / "images" / "train 3.png").write_bytes(b"broken")
+    assert run(monkeypatch, "doctor", "--data", data) == 2
+    out, err = capsys.readouterr()
+    assert "train 3.png" in out and "listed above" in err and err.count("\n") == 1
+    torch.save({"model": {"class_labels_classifier.weight": torch.zeros(92, 256)}}, tmp_path / "w.pth")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    for words in ([], ["--weights", tmp_path / "none.pth"], ["--weights", tmp_path / "other.pth"]):
+        assert run(monkeypatch, "doctor", *words) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_voc_figures_stand_beside_cocos(trained, monkeypatch, capsys):
+    assert run(monkeypatch, "evaluate", trained / "run", "--voc") == 0
+    out = capsys.readouterr().out
+    assert "AP50_11point" in out and "AP50_allpoint" in out and "AR100" in out
+
+
+def test_folds_from_disk_decide_what_is_labelled(monkeypatch, tmp_path, capsys):
+    data = coco_folder(tmp_path / "data")
+    words = ["train", "--data", data, "--folds", tmp_path / "folds", "--steps", 1, "--out", tmp_path / "run"]
+    assert run(monkeypatch, *words) == 2
+    assert "folds: cannot be read" in capsys.readouterr().err

@@ -361,7 +361,11 @@ def _open(path: Path, part: str) -> tuple[dict, list[str]]:
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file of weights") from None
-    except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as problem:
+    except (pickle.UnpicklingError, EOFError):
+        raise UserError(
+            f"{path}: cannot be read as weights: not a file of tensors alone, as torch.save writes it"
+        ) from None
+    except (OSError, SafetensorError, RuntimeError, ValueError) as problem:
         reason = (str(problem).splitlines() or [type(problem).__name__])[0][:100]
         raise UserError(
             f"{path}: cannot be read as weights ({reason}); give the published .pth or .safetensors"
