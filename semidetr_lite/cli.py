@@ -36,7 +36,12 @@ ARMS = {
 
 
 def demo(
-    out: Path = Path("runs/demo"), seed: int = 0, control: bool = False, mean_teacher: bool = False, quick: bool = False
+    out: Path = Path("runs/demo"),
+    detector: Literal["dino", "deformable-detr"] = "dino",
+    seed: int = 0,
+    control: bool = False,
+    mean_teacher: bool = False,
+    quick: bool = False,
 ) -> None:
     """Semi-DETR with 10 % of the labels, on handwritten digits in photographs; nothing to download.
 
@@ -46,6 +51,7 @@ def demo(
 
     Args:
         out: folder of the runs and the page.
+        detector: what to train.
         seed: of weights, views and noise.
         control: also go on with the labelled scenes alone, for as long as Semi-DETR takes.
         mean_teacher: also go on with the plain mean teacher.
@@ -53,7 +59,7 @@ def demo(
     """
     names = ["supervised", "semi-detr"] + ["control"] * control + ["mean-teacher"] * mean_teacher
     often = {"log_every": 2, "evaluate_every": 4, "watch_every": 4, "evaluate_images": 20}
-    changes = {"steps": 4, **often} if quick else {}
+    changes = {"detector": detector, **({"steps": 4, **often} if quick else {})}
     runs = [train_arm(name, out, seed, **changes) for name in names]
     page = write_report(runs, out)
     print(_table(runs))

@@ -9,6 +9,7 @@ from semidetr_lite.detectors.deformable_detr import DeformableDETR
 from semidetr_lite.detectors.detr import DETR
 from semidetr_lite.detectors.dino import DINO
 from semidetr_lite.errors import UserError
+from semidetr_lite.losses import layer_loss
 
 SMALL = {
     "num_classes": 5,
@@ -108,3 +109,13 @@ def test_queries_that_are_no_boxes_take_no_groups(kind):
 def test_two_stage_needs_box_refinement():
     with pytest.raises(UserError, match="with_box_refine=True"):
         build("plain", two_stage=True)
+
+
+@pytest.mark.parametrize("stage", ["one_to_many", "one_to_one"])
+def test_a_target_without_area_gives_finite_losses_and_gradients(stage):
+    target = {"boxes": torch.tensor([[5.0, 5, 5, 5], [3, 3, 20, 3], [2, 2, 30, 40]]), "labels": torch.tensor([0, 1, 2])}
+    logits, boxes = torch.randn(1, 9, 5, requires_grad=True), torch.rand(1, 9, 4, requires_grad=True)
+    losses = layer_loss(logits, boxes, [{**target, "size": (64, 48)}], stage)
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    assert logits.grad.isfinite().all() and boxes.grad.isfinite().all()
