@@ -23,14 +23,14 @@ demo: $(INSTALLED)  ## the main job: train with 10 % of the labels, print the ta
 	$(PY) -m semidetr_lite demo
 
 test: $(INSTALLED)  ## unit tests, then every notebook, its outputs compared with the saved ones
-	$(PY) -m pytest tests
+	$(PY) -m pytest -n 2 --dist loadfile tests
 ifneq ($(NOTEBOOKS),)
 	$(PY) -m pytest --nbval --nbval-current-env notebooks
 endif
 
 check: $(INSTALLED)  ## ruff and the unit tests
 	$(PY) -m ruff check .
-	$(PY) -m pytest tests
+	$(PY) -m pytest -n 2 --dist loadfile tests
 
 lab: $(INSTALLED)  ## JupyterLab on the notebooks
 	$(PY) -m jupyterlab --notebook-dir=notebooks

@@ -1,4 +1,4 @@
-"""The same for every test: seeded, at most two threads, no window for figures."""
+"""The same for every test: seeded, one thread (two processes run the tests), no window for figures."""
 
 import os
 
@@ -7,7 +7,7 @@ os.environ["MPLBACKEND"] = "Agg"  # before anything imports matplotlib
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
