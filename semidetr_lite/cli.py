@@ -1,4 +1,4 @@
-"""The commands: demo, train, evaluate, predict, compare, doctor. Each is a plain function."""
+"""The commands: demo, train, evaluate, predict, compare, ablate, doctor. Each is a plain function."""
 
 import json
 import sys
@@ -16,16 +16,18 @@ from semidetr_lite.errors import UserError
 from semidetr_lite.evaluate import evaluate as evaluate_detections
 from semidetr_lite.evaluate import to_coco_json
 from semidetr_lite.report import write_report
+from semidetr_lite.training.ablate import TABLES, Ablation, markdown, read_lines, summarise
 from semidetr_lite.training.checkpoint import load_detector, write_whole
 from semidetr_lite.training.measure import measure
-from semidetr_lite.training.presets import PRESETS, load_splits
+from semidetr_lite.training.presets import DETECTORS, METHODS, PRESETS, load_splits
 from semidetr_lite.training.train import Run, new_config
-from semidetr_lite.visualize import png, show_data_summary, show_targets
+from semidetr_lite.visualize import plot_ablation, png, show_data_summary, show_targets
 
 Folder = Annotated[Path, tyro.conf.Positional]
 Folders = Annotated[tuple[Path, ...], tyro.conf.Positional]
 Weights = Literal["student", "teacher"]
 
+OFTEN = {"log_every": 2, "evaluate_every": 4, "watch_every": 4, "evaluate_images": 20}  # of a run of 4 steps
 # name: (method, run it goes on from, steps). The control's steps take as long as those of Semi-DETR.
 ARMS = {
     "supervised": ("supervised", None, 1000),
@@ -58,8 +60,7 @@ def demo(
         quick: a few steps of everything, to see that it works (accuracy means nothing).
     """
     names = ["supervised", "semi-detr"] + ["control"] * control + ["mean-teacher"] * mean_teacher
-    often = {"log_every": 2, "evaluate_every": 4, "watch_every": 4, "evaluate_images": 20}
-    changes = {"detector": detector, **({"steps": 4, **often} if quick else {})}
+    changes = {"detector": detector, **({"steps": 4, **OFTEN} if quick else {})}
     runs = [train_arm(name, out, seed, **changes) for name in names]
     page = write_report(runs, out)
     print(_table(runs))
@@ -93,8 +94,8 @@ def _table(runs: list[Path]) -> str:
 def train(
     out: Path,
     preset: Literal[tuple(PRESETS)] = "digits",
-    method: Literal["supervised", "mean-teacher", "semi-detr"] = "semi-detr",
-    detector: Literal["dino", "deformable-detr", "detr"] = "dino",
+    method: Literal[tuple(METHODS)] = "semi-detr",
+    detector: Literal[tuple(DETECTORS)] = "dino",
     data: str = "digits",
     images: Path | None = None,
     unlabelled: Path | None = None,
@@ -283,12 +284,69 @@ def compare(runs: Folders, out: Path, images: int = 8, score: float = 0.3) -> No
     print(f"page with pictures: {write_report(list(runs), out, images, score)}")
 
 
+def ablate(
+    out: Path = Path("runs/ablation"),
+    tables: tuple[Literal[tuple(TABLES)], ...] = ("main",),
+    rows: tuple[str, ...] = (),
+    percents: tuple[float, ...] = (10, 100),
+    seeds: tuple[int, ...] = (0, 1, 2),
+    preset: Literal[tuple(PRESETS)] = "digits",
+    detector: str = "dino",
+    steps: int | None = None,
+    fold: int = 1,
+    data: str = "digits",
+    images: Path | None = None,
+    unlabelled: Path | None = None,
+    validation: Path | None = None,
+    record: Path | None = None,
+    quick: bool = False,
+    show: bool = False,
+) -> None:
+    """Compare the methods, and Semi-DETR with its parts changed: rows x label percents x seeds, one run at a time.
+
+    Each finished run is a line of a JSON-lines file, and what has its line is not run again; an unfinished run goes on
+    where it was. At the end: the tables, with mean and standard error over the seeds, and a picture of them.
+
+    Args:
+        out: folder of the runs, the record and the picture.
+        tables: of the ablation: main, matching, threshold, boxes (of the consistency), switch.
+        rows: some rows of the tables; all if not given.
+        percents: of the images whose labels are used; with 100, the supervised row alone is run.
+        seeds: of weights, views and noise.
+        preset: named settings.
+        detector: what to train; Soft Teacher and Dense Teacher have their own.
+        steps: of a semi-supervised run; the preset's if not given.
+        fold: which draw of labelled images.
+        data: as in `train`.
+        images: as in `train`.
+        unlabelled: as in `train`.
+        validation: as in `train`.
+        record: the JSON-lines file, ablation.jsonl in --out if not given.
+        quick: a few steps of everything, to see that it works (accuracy means nothing).
+        show: run nothing, only print the tables of the record and draw them.
+    """
+    record = record or out / "ablation.jsonl"
+    paths = {"images": images, "unlabelled": unlabelled, "validation": validation}
+    paths = {name: None if path is None else str(path) for name, path in paths.items()}
+    if not show:
+        few = {"steps": 4, "burn_in_steps": 4, **OFTEN} if quick else {"steps": steps}
+        ablation = Ablation(out, record, preset=preset, detector=detector, fold=fold, data=data, **few, **paths)
+        ablation.go(list(tables), list(rows), list(percents), list(seeds))
+    found = summarise(read_lines(record))
+    if not found:
+        raise UserError(f"{record}: no finished run to show; run `semidetr ablate` without --show first")
+    print("\n".join(markdown(found)))
+    write_whole(out / "ablation.png", lambda where: where.write_bytes(png(plot_ablation(found))))
+    print(f"\npicture: {out / 'ablation.png'}")
+
+
 COMMANDS = {
     "demo": demo,
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
     "compare": compare,
+    "ablate": ablate,
     "doctor": doctor,
 }
 

@@ -14,6 +14,7 @@ from semidetr_lite.boxes import to_model, to_pixels
 from semidetr_lite.data.views import map_boxes
 from semidetr_lite.detectors.backbone import Tiny
 from semidetr_lite.detectors.dino import DINO
+from semidetr_lite.errors import UserError
 from semidetr_lite.losses import detection_loss, layer_costs, layer_loss, stack_layers
 from semidetr_lite.matching import matching_cost, one_to_one, pad_targets
 from semidetr_lite.methods.cost_mining import reliable_threshold
@@ -485,6 +486,64 @@ def test_confident_boxes_are_asked_for_whatever_they_cost():
     method(some_batch(), step)
     assert method.stats["mined_per_image"] == 0 < method.stats["pseudo_per_image"]
     assert np.array_equal(noted["asked"], noted["carried"].valid.numpy())
+
+
+@pytest.mark.parametrize("boxes", ["both", "confident", "mined", "none"])
+def test_consistency_asks_for_the_boxes_it_is_told_to(boxes):
+    method, step = make("stage one", cost_memory=50, score_cut=0.8, consistency_boxes=boxes)
+    both, _ = make("stage one", cost_memory=50, score_cut=0.8)
+    noted, everything, batch = spied(method), spied(both), some_batch()
+    losses = method(batch, step)
+    assert ("consistency" in losses) == (boxes != "none")
+    both(batch, step)
+    asked, stats = everything["asked"].sum() / 3, both.stats
+    assert 0 < stats["mined_per_image"] < asked and 0 < stats["pseudo_per_image"] < asked  # neither set holds the other
+    expected = {"both": asked, "confident": stats["pseudo_per_image"], "mined": stats["mined_per_image"]}
+    if boxes != "none":
+        assert noted["asked"].sum() / 3 == pytest.approx(expected[boxes])
+
+
+@pytest.mark.parametrize("mining", ["top", "deviation", "none"])
+def test_other_rules_of_mining_equal_a_loop(mining):
+    method, step = make("stage one", score_cut=0.99, mining=mining, mined_top=2, most=6)
+    noted, batch = spied(method), some_batch()
+    method(batch, step)
+    pseudo = pseudo_boxes(method.teacher(batch["weak"][0]), torch.tensor([t["size"] for t in batch["weak"][1]]), 6, 0.6)
+    _, kept = map_all(pseudo.boxes, batch)
+    for image, scores in enumerate(pseudo.scores):
+        scores, inside = scores[pseudo.valid[image]], kept[image][pseudo.valid[image]]
+        chosen = {
+            "top": torch.arange(len(scores)) < 2,
+            "deviation": scores >= scores.mean() + scores.std(),
+            "none": torch.zeros(len(scores), dtype=torch.bool),
+        }[mining]
+        assert noted["asked"][image].sum() == (chosen & inside).sum()
+    assert (method.stats["mined_per_image"] > 0) == (mining != "none")
+
+
+def map_all(boxes, batch):
+    """Boxes (B, K, 4) of the weak views in the strong ones."""
+    pairs = list(zip(batch["weak"][1], batch["strong"][1]))
+    moves = [strong["matrix"] @ torch.linalg.inv(weak["matrix"]) for weak, strong in pairs]
+    found = [map_boxes(own, move, strong["size"]) for own, move, (_, strong) in zip(boxes, moves, pairs)]
+    return [boxes for boxes, _ in found], [keep for _, keep in found]
+
+
+@pytest.mark.parametrize("kind", ["stage one", "stage two"])
+def test_mined_boxes_are_targets_only_if_told_so(kind):
+    names = {"score_cut": 0.99, "mining": "top", "mined_top": 2}  # nothing is confident
+    batch, losses = some_batch(), {}
+    for told in (False, True):
+        method, step = make(kind, mined_targets=told, **names)
+        losses[told] = method(batch, step)
+        assert method.stats["pseudo_per_image"] == 0 < method.stats["mined_per_image"]
+    assert losses[False]["pseudo/l1"] == 0 < losses[True]["pseudo/l1"]
+
+
+def test_unknown_sets_and_rules_are_named():
+    for key in ("mining", "consistency_boxes"):
+        with pytest.raises(UserError, match=f"no {key} called 'best': choose from"):
+            SemiDETR(student(), one_to_many_steps=SWITCH, **{key: "best"})
 
 
 def test_equal_views_and_networks_agree_completely():

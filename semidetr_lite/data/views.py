@@ -116,12 +116,12 @@ def warp(image: torch.Tensor, matrix: torch.Tensor, size: tuple[int, int]) -> to
     to_source = torch.linalg.inv(matrix.double())
     if image.dtype == torch.uint8:
         grid = _grid(to_source, size, image.shape[1:])
-        moved = nnf.grid_sample(image[None].contiguous().float().sub_(GREY), grid[None], **BILINEAR)
+        moved = nnf.grid_sample(image[None].contiguous().float().sub_(GREY), grid[None].to(image.device), **BILINEAR)
         return moved[0].add_(GREY).round_().byte()
     ys, xs = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     source = torch.stack([xs, ys, torch.ones_like(xs)], -1) @ to_source.float().T  # (H', W', 3)
     grid = 2 * source[..., :2] / source.new_tensor([image.shape[2], image.shape[1]]) - 1
-    return nnf.grid_sample(image[None] - FILL, grid[None], **BILINEAR)[0] + FILL
+    return nnf.grid_sample(image[None] - FILL, grid[None].to(image.device), **BILINEAR)[0] + FILL
 
 
 BILINEAR = {"mode": "bilinear", "padding_mode": "zeros", "align_corners": False}

@@ -1,4 +1,4 @@
-"""Backbones: images (B, 3, H, W) in, a list of feature maps at strides 8, 16 and 32 out.
+"""Backbones: images (B, 3, H, W) in, a list of feature maps at strides 8, 16 and 32 out; if `fine`, also at 4.
 
 `tiny` is a small residual network for the embedded data, trained from scratch. Any torchvision ResNet goes by its
 name, with BatchNorm frozen as in every DETR. No backbone uses live batch statistics: GroupNorm here, frozen BatchNorm
@@ -13,20 +13,21 @@ from torchvision.ops import FrozenBatchNorm2d
 from semidetr_lite.errors import UserError
 
 
-def make_backbone(backbone: str | nn.Module, weights: str | None = None) -> nn.Module:
+def make_backbone(backbone: str | nn.Module, weights: str | None = None, fine: bool = False) -> nn.Module:
     """A backbone by name ("tiny" or a torchvision ResNet), or the module given.
 
     Args:
         backbone: "tiny", "resnet18" ... "resnet152", or a module with `channels` and `sees_padding`.
         weights: name of torchvision weights ("IMAGENET1K_V1"), a path of a torchvision state dict, or None for random
             ones.
+        fine: whether the map at stride 4 comes out too, of a backbone by name.
     """
     if isinstance(backbone, nn.Module):
         return backbone
     if backbone == "tiny":
-        return Tiny()
+        return Tiny(fine=fine)
     if backbone.startswith("resnet") and hasattr(torchvision.models, backbone):
-        return ResNet(backbone, weights)
+        return ResNet(backbone, weights, fine)
     raise UserError(
         f"no backbone called {backbone!r}: give 'tiny' or the name of a torchvision ResNet such as 'resnet50'"
     )
@@ -55,13 +56,15 @@ class Tiny(nn.Module):
 
     Args:
         widths: channels at strides 2, 4, 8, 16 and 32.
+        fine: whether the map at stride 4 comes out too.
     """
 
     sees_padding = False  # images of different sizes are run apart, so that GroupNorm never sees a padded border
 
-    def __init__(self, widths: tuple[int, ...] = (24, 48, 96, 96, 96)):
+    def __init__(self, widths: tuple[int, ...] = (24, 48, 96, 96, 96), fine: bool = False):
         super().__init__()
-        self.channels = widths[2:]
+        self.first = 1 if fine else 2
+        self.channels = widths[self.first :]
         self.stages = nn.ModuleList()
         for number, (before, width) in enumerate(zip((3, *widths), widths, strict=False)):
             down = [
@@ -76,7 +79,7 @@ class Tiny(nn.Module):
         for stage in self.stages:
             x = stage(x)
             maps.append(x)
-        return maps[2:]
+        return maps[self.first :]
 
 
 class ResNet(nn.Module):
@@ -84,7 +87,7 @@ class ResNet(nn.Module):
 
     sees_padding = True
 
-    def __init__(self, name: str, weights: str | None = None):
+    def __init__(self, name: str, weights: str | None = None, fine: bool = False):
         super().__init__()
         net = getattr(torchvision.models, name)(norm_layer=FrozenBatchNorm2d)
         if weights is not None:
@@ -92,7 +95,8 @@ class ResNet(nn.Module):
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
         self.layers = nn.ModuleList([net.layer1, net.layer2, net.layer3, net.layer4])
         last_convs = [[part for part in layer.modules() if isinstance(part, nn.Conv2d)][-1] for layer in self.layers]
-        self.channels = tuple(conv.out_channels for conv in last_convs[1:])
+        self.first = 0 if fine else 1
+        self.channels = tuple(conv.out_channels for conv in last_convs[self.first :])
         for part in (self.stem, self.layers[0]):
             part.requires_grad_(False)
 
@@ -101,7 +105,7 @@ class ResNet(nn.Module):
         for layer in self.layers:
             x = layer(x)
             maps.append(x)
-        return maps[1:]
+        return maps[self.first :]
 
 
 def _resnet_weights(name: str, weights: str) -> dict:

@@ -141,9 +141,10 @@ class Detector(nn.Module):
         inputs = [self._at_test_size(image) for image in originals]
         found: list[dict] = [{}] * len(inputs)
         for chunk in same_size_chunks(inputs, at_once):
-            outputs = self([inputs[index] for index in chunk])
             sizes = torch.tensor([originals[index].shape[-2:] for index in chunk])
-            boxes, scores, labels, valid = best_boxes(outputs, sizes, top, score, self.nms if nms is None else nms)
+            boxes, scores, labels, valid = self.best(
+                [inputs[index] for index in chunk], sizes, top, score, self.nms if nms is None else nms
+            )
             for row, index in enumerate(chunk):
                 keep = valid[row]
                 entries = {
@@ -153,6 +154,10 @@ class Detector(nn.Module):
                 }
                 found[index] = {**entries, "size": tuple(originals[index].shape[-2:])}
         return found
+
+    def best(self, images, sizes: torch.Tensor, top: int, score: float, nms: float | None):
+        """best_boxes of images of one size; an entry an image, in pixels of `sizes` (B, 2)."""
+        return best_boxes(self(images), sizes, top, score, nms)
 
     def _at_test_size(self, image: torch.Tensor) -> torch.Tensor:
         if self.test_size is None:

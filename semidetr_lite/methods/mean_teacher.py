@@ -80,6 +80,10 @@ class Averaged(nn.Module):
         """A generator for each image, from (seed, step, position) alone."""
         return [np.random.default_rng([self.seed, 7, stream, step, position]) for position in range(count)]
 
+    def draw(self, step: int, stream: int) -> int:
+        """A seed for what torch draws in a step."""
+        return int(np.random.default_rng([self.seed, 8, stream, step]).integers(2**63))
+
     def denoise(
         self, memory: Memory, outputs: dict, targets: PaddedTargets, weights: LossWeights, step: int, stream: int
     ):

@@ -8,7 +8,8 @@ One step, in the paper's words:
     pseudo-boxes the student finds cheap are mined by a mixture over matching costs             (CPM, section 3.4)
     confident and mined boxes ask both decoders the same question; the answers should agree     (CQC, section 3.3)
 
-Targets of the class and box losses are the boxes over the score cut alone; mined ones feed the consistency only. The
+Targets of the class and box losses are the boxes over the score cut alone; mined ones feed the consistency only. What
+the paper's ablation changes is an argument: `consistency_boxes`, `mining`, `mined_targets`, `one_to_many_steps`. The
 backbone and encoder run once per image and network: matching queries never see the extra queries, so those are
 decoded afterwards against what was kept.
 
@@ -42,6 +43,9 @@ from semidetr_lite.methods.mean_teacher import (
 )
 from semidetr_lite.methods.query_consistency import Projector, consistency_loss
 
+CONSISTENCY_BOXES = ("both", "confident", "mined", "none")
+MINING = ("mixture", "deviation", "top", "none")
+
 
 class SemiDETR(Averaged):
     """The method.
@@ -55,12 +59,18 @@ class SemiDETR(Averaged):
         candidates: queries a target takes in stage one.
         consistency_weight: of the consistency loss, before `unlabelled_weight`.
         consistency_throughout: whether it is asked for in both stages (paper) or in stage one alone (released code).
+        consistency_boxes: it is asked for those over the score cut ("confident"), the "mined" ones, "both", or "none",
+            which leaves stage-wise matching alone.
+        mining: which boxes are mined: those the "mixture" over matching costs finds reliable (the paper's), all above
+            mean and "deviation" of their image's scores, the `mined_top` best of each image ("top"), or "none".
+        mined_top: see `mining`.
+        mined_targets: whether mined boxes are targets of the class and box losses too.
         cost_memory: past matching costs that join the mixture.
         most: pseudo-boxes looked at in an image.
         nms: IoU of the suppression of pseudo-boxes, and of detections in stage one.
 
     Raises:
-        UserError: a detector whose queries are no boxes.
+        UserError: a detector whose queries are no boxes, or no such `consistency_boxes` or `mining`.
     """
 
     def __init__(
@@ -73,6 +83,10 @@ class SemiDETR(Averaged):
         candidates: int = 13,
         consistency_weight: float = 10.0,
         consistency_throughout: bool = False,
+        consistency_boxes: str = "both",
+        mining: str = "mixture",
+        mined_top: int = 9,
+        mined_targets: bool = False,
         cost_memory: int = 500,
         most: int = 100,
         nms: float = 0.6,
@@ -83,10 +97,17 @@ class SemiDETR(Averaged):
                 f"semi-detr asks with boxes as queries, which {type(student).__name__} in this form cannot: choose "
                 "dino, or deformable-detr with two_stage=True"
             )
+        for name, value, known in (
+            ("consistency_boxes", consistency_boxes, CONSISTENCY_BOXES),
+            ("mining", mining, MINING),
+        ):
+            if value not in known:
+                raise UserError(f"no {name} called {value!r}: choose from {', '.join(known)}")
         super().__init__(student, **shared)
         self.one_to_many_steps, self.score_cut, self.unlabelled_weight = one_to_many_steps, score_cut, unlabelled_weight
         self.candidates, self.consistency_weight, self.most, self.nms = candidates, consistency_weight, most, nms
-        self.consistency_throughout = consistency_throughout
+        self.consistency_throughout, self.consistency_boxes = consistency_throughout, consistency_boxes
+        self.mining, self.mined_top, self.mined_targets = mining, mined_top, mined_targets
         self.pseudo_weights = self.weights.times(unlabelled_weight, unlabelled_box_weight)
         self.projector = Projector(student.dim, hidden=4 * student.dim)
         self.register_buffer("past_costs", torch.full((cost_memory,), torch.nan))
@@ -111,7 +132,8 @@ class SemiDETR(Averaged):
             teacher_outputs = self.teacher.decode(teacher_memory)
             pseudo = pseudo_boxes(teacher_outputs, target_sizes(weak), self.most, self.nms)
         confident = pseudo.valid & (pseudo.scores >= self.score_cut)
-        pseudo = pseudo._replace(valid=confident | above_mean_and_deviation(pseudo))
+        minable = self.minable(pseudo)
+        pseudo = pseudo._replace(valid=confident | minable)
         carried = pseudo.carried(weak, strong)
 
         memory = self.student.encode([*images, *strong_images])
@@ -119,7 +141,8 @@ class SemiDETR(Averaged):
         layers = stack_layers(outputs)
         labelled, unlabelled = slice(0, len(images)), slice(len(images), None)
         targets = pad_targets(truths, device)
-        found = self.decide(layers.rows(labelled), targets, layers.rows(unlabelled), carried, pseudo.scores, stage)
+        seen = (pseudo.scores, minable)
+        found = self.decide(layers.rows(labelled), targets, layers.rows(unlabelled), carried, seen, stage)
 
         losses = {}
         for name, rows, boxes, weights in (
@@ -137,16 +160,24 @@ class SemiDETR(Averaged):
                 stream = LABELLED if name == "labelled" else UNLABELLED
                 noise = self.denoise(memory.rows(rows), output_rows(outputs, rows), here.targets, weights, step, stream)
                 losses |= named(f"{name} denoising", noise)
-        if stage == "one_to_many" or self.consistency_throughout:
+        if self.consistency_boxes != "none" and (stage == "one_to_many" or self.consistency_throughout):
             student = (memory.rows(unlabelled), output_rows(outputs, unlabelled))
             loss = self.consistency(student, (teacher_memory, teacher_outputs), pseudo, carried, weak, found["asked"])
             losses["consistency"] = self.unlabelled_weight * self.consistency_weight * loss
         return losses
 
+    def minable(self, pseudo: PseudoBoxes) -> torch.Tensor:
+        """(B, K) bool: the boxes, best first in each image, that mining chooses from."""
+        if self.mining == "none":
+            return torch.zeros_like(pseudo.valid)
+        if self.mining == "top":
+            return pseudo.valid & (torch.arange(pseudo.valid.shape[1], device=pseudo.valid.device) < self.mined_top)
+        return above_mean_and_deviation(pseudo)
+
     def decide(
-        self, labelled: Layers, targets: PaddedTargets, unlabelled: Layers, carried: PaddedTargets, scores, stage: str
+        self, labelled: Layers, targets: PaddedTargets, unlabelled: Layers, carried: PaddedTargets, seen, stage: str
     ) -> dict:
-        """Everything that is decided on the host, after the step's one transfer.
+        """Everything that is decided on the host, after the step's one transfer; `seen` are scores and `minable`.
 
         Which pseudo-boxes are targets, which are mined, and the costs of one-to-one matching.
         """
@@ -155,14 +186,15 @@ class SemiDETR(Averaged):
             unlabelled.logits[last].detach(), unlabelled.boxes[last].detach(), carried.boxes, carried.labels
         )
         further = [layer_costs(labelled, targets), layer_costs(unlabelled, carried)] if stage == "one_to_one" else []
-        prices, scores, valid, truth_valid, past, *costs = one_transfer(
-            prices, scores, carried.valid, targets.valid, self.past_costs, *further
+        prices, scores, minable, valid, truth_valid, past, *costs = one_transfer(
+            prices, *seen, carried.valid, targets.valid, self.past_costs, *further
         )
         matched = matched_costs(prices, valid)
         threshold = reliable_threshold(np.concatenate([past, matched.ravel()]))
         self.past_costs = remember(self.past_costs, matched.ravel())
         confident = valid & (scores >= self.score_cut)
-        mined = valid & (np.nan_to_num(matched, nan=np.inf) <= threshold)
+        cheap = np.nan_to_num(matched, nan=np.inf) <= threshold
+        mined = valid & (cheap if self.mining == "mixture" else minable)
         self.stats = {
             "pseudo_per_image": float(confident.sum() / len(valid)),
             "mined_per_image": float(mined.sum() / len(valid)),
@@ -171,8 +203,8 @@ class SemiDETR(Averaged):
         costs = costs or [None, None]
         return {
             "labelled": {"valid": truth_valid, "costs": costs[0]},
-            "pseudo": {"valid": confident, "costs": costs[1]},
-            "asked": confident | mined,
+            "pseudo": {"valid": confident | mined if self.mined_targets else confident, "costs": costs[1]},
+            "asked": {"both": confident | mined, "mined": mined}.get(self.consistency_boxes, confident),
         }
 
     def consistency(

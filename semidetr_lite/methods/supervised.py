@@ -5,17 +5,23 @@ Its average is kept too, so that it is measured like the semi-supervised methods
 
 import torch
 
+from semidetr_lite.detectors.pyramid import Pyramid
 from semidetr_lite.losses import detection_loss, layer_costs, stack_layers
 from semidetr_lite.matching import pad_targets
 from semidetr_lite.methods.mean_teacher import LABELLED, Averaged, named, one_transfer
 
 
 class Supervised(Averaged):
-    """One-to-one matching and denoising on labelled images; see Averaged for the arguments."""
+    """One-to-one matching and denoising on labelled images; see Averaged for the arguments.
+
+    Faster R-CNN and FCOS have losses of their own, and `weights` is not theirs.
+    """
 
     def forward(self, batch: dict, step: int) -> dict[str, torch.Tensor]:
         """A batch with "labelled" -> weighted losses."""
         images, truths = batch["labelled"]
+        if isinstance(self.student, Pyramid):
+            return named("labelled", self.student.losses(images, truths, self.draw(step, LABELLED)))
         targets = pad_targets(truths, next(self.parameters()).device)
         memory = self.student.encode(images)
         outputs = self.student.decode(memory)

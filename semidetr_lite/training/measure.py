@@ -2,15 +2,18 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from semidetr_lite.data.splits import Dataset
 from semidetr_lite.detectors.detector import Detector
+from semidetr_lite.detectors.pyramid import Pyramid
 from semidetr_lite.errors import UserError
 from semidetr_lite.evaluate import box_errors, evaluate, evaluate_voc
 from semidetr_lite.matching import matching_cost
 from semidetr_lite.methods.cost_mining import matched_costs
-from semidetr_lite.methods.mean_teacher import MeanTeacher, PseudoBoxes, pseudo_boxes
+from semidetr_lite.methods.mean_teacher import Averaged, PseudoBoxes, pseudo_boxes
 
 
 def measure(detector: Detector, dataset: Dataset, images: int | None = None, voc: bool = False) -> dict:
@@ -25,8 +28,14 @@ def measure(detector: Detector, dataset: Dataset, images: int | None = None, voc
 
 
 @torch.no_grad()
-def plain_pseudo_boxes(method: MeanTeacher, images: list) -> PseudoBoxes:
+def plain_pseudo_boxes(method: Averaged, images: list) -> PseudoBoxes:
     """The teacher's boxes on images as they are, all of one size."""
+    if isinstance(method.teacher, Pyramid):
+        found = method.teacher.detect(images, top=method.most)
+        boxes, scores, labels = (
+            pad_sequence([one[key] for one in found], True) for key in ("boxes", "scores", "labels")
+        )
+        return PseudoBoxes(boxes, scores, labels, scores > 0)
     return pseudo_boxes(
         method.teacher(images), torch.tensor([image.shape[-2:] for image in images]), method.most, method.nms
     )
@@ -41,7 +50,7 @@ def readable(dataset: Dataset, images: int) -> Iterator[tuple[torch.Tensor, dict
             continue
 
 
-def pseudo_quality(method: MeanTeacher, dataset: Dataset, images: int = 100) -> dict:
+def pseudo_quality(method: Averaged, dataset: Dataset, images: int = 100) -> dict:
     """Precision and recall (IoU 0.5, right class) of the boxes over the score cut; {} where no truth is known."""
     hits = boxes = objects = 0
     for image, target in readable(dataset, images):
@@ -60,7 +69,7 @@ def pseudo_quality(method: MeanTeacher, dataset: Dataset, images: int = 100) -> 
 
 
 @torch.no_grad()
-def watched_boxes(method: MeanTeacher, dataset: Dataset, step: int, images: int = 8) -> list[dict]:
+def watched_boxes(method: Averaged, dataset: Dataset, step: int, images: int = 8) -> list[dict]:
     """Lines of pseudo_boxes.jsonl.
 
     The teacher's boxes on a few fixed images, what the student would pay for each, and what becomes of them.
@@ -68,11 +77,13 @@ def watched_boxes(method: MeanTeacher, dataset: Dataset, step: int, images: int 
     lines = []
     for image, target in readable(dataset, images):
         pseudo = plain_pseudo_boxes(method, [image])
-        outputs = method.student([image])
-        found = {"boxes": pseudo.boxes[0], "labels": pseudo.labels[0], "size": tuple(image.shape[-2:])}
-        costs = matching_cost(outputs["pred_logits"][0], outputs["pred_boxes"][0], found)
         valid = pseudo.valid[0].cpu().numpy()
-        matched = matched_costs(costs[None].cpu().numpy(), valid[None])[0][valid]
+        matched = np.full(valid.sum(), np.nan)
+        if not isinstance(method.student, Pyramid):  # nothing is matched to queries there
+            outputs = method.student([image])
+            found = {"boxes": pseudo.boxes[0], "labels": pseudo.labels[0], "size": tuple(image.shape[-2:])}
+            costs = matching_cost(outputs["pred_logits"][0], outputs["pred_boxes"][0], found)
+            matched = matched_costs(costs[None].cpu().numpy(), valid[None])[0][valid]
         scores = pseudo.scores[0].cpu().numpy()[valid]
         threshold = method.stats.get("cost_threshold")
         lines.append({

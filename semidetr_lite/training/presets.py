@@ -14,14 +14,25 @@ from semidetr_lite.detectors.deformable_detr import DeformableDETR
 from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.detectors.detr import DETR
 from semidetr_lite.detectors.dino import DINO
+from semidetr_lite.detectors.pyramid import FCOS, FasterRCNN
 from semidetr_lite.errors import UserError
 from semidetr_lite.losses import LossWeights
+from semidetr_lite.methods.dense_teacher import DenseTeacher
 from semidetr_lite.methods.mean_teacher import Averaged, MeanTeacher
 from semidetr_lite.methods.semi_detr import SemiDETR
+from semidetr_lite.methods.soft_teacher import SoftTeacher
 from semidetr_lite.methods.supervised import Supervised
 
-METHODS = {"supervised": Supervised, "mean-teacher": MeanTeacher, "semi-detr": SemiDETR}
-DETECTORS = {"dino": DINO, "deformable-detr": DeformableDETR, "detr": DETR}
+METHODS = {
+    "supervised": Supervised,
+    "mean-teacher": MeanTeacher,
+    "semi-detr": SemiDETR,
+    "soft-teacher": SoftTeacher,
+    "dense-teacher": DenseTeacher,
+}
+DETECTORS = {"dino": DINO, "deformable-detr": DeformableDETR, "detr": DETR, "faster-rcnn": FasterRCNN, "fcos": FCOS}
+QUERIES = ("dino", "deformable-detr", "detr")
+TRAINS = {"mean-teacher": QUERIES, "semi-detr": QUERIES, "soft-teacher": ("faster-rcnn",), "dense-teacher": ("fcos",)}
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,7 @@ class Recipe:
     arguments: dict  # keyword arguments of the detector; in PRESETS of each detector by its name
     views: ViewSettings
     steps: int
+    burn_in_steps: int = 0  # of the supervised run that an ablation's semi-supervised runs start from
     percent: float = 10  # of the training images whose labels are used
     further: int = 0  # digits: unlabelled scenes beyond the 2,000
     labelled_images: int = 16  # a step
@@ -51,9 +63,15 @@ class Recipe:
     candidates: int = 13
     consistency_weight: float = 10.0
     consistency_throughout: bool = False
+    consistency_boxes: str = "both"
+    mining: str = "mixture"
+    mined_top: int = 9
+    mined_targets: bool = False
     cost_memory: int = 0
     most: int = 100  # pseudo-boxes looked at in an image
     nms: float = 0.6
+    soft_teacher: dict = field(default_factory=dict)  # arguments of the method that are not its defaults
+    dense_teacher: dict = field(default_factory=dict)
     weights: LossWeights = field(default_factory=LossWeights)
     log_every: int = 50
     watch_every: int = 2000  # steps between two looks at the teacher's boxes on a few fixed images
@@ -71,6 +89,8 @@ TINY = {
     "backbone": "tiny",
 }
 TINY_DEFORMABLE = {"levels": 3, "points": 4, "anchor_size": 0.1}
+TINY_PYRAMID = {"dim": 64, "backbone": "tiny"}
+TINY_PROPOSALS = {"fine": False, "hidden": 128, "proposals": (100, 50), "sampled": (64, 64)}
 RESNET = {"backbone": "resnet50", "backbone_weights": "IMAGENET1K_V1", "test_size": (800, 1333)}
 
 DIGITS = Recipe(
@@ -78,9 +98,12 @@ DIGITS = Recipe(
         "dino": {**TINY, **TINY_DEFORMABLE, "denoising_queries": 20, "query_temperature": 20.0},
         "deformable-detr": {**TINY, **TINY_DEFORMABLE, "with_box_refine": True, "two_stage": True},
         "detr": {**TINY, "level": 0},
+        "faster-rcnn": {**TINY_PYRAMID, "anchor_sizes": (16, 32), "object_size": 32, **TINY_PROPOSALS},
+        "fcos": {**TINY_PYRAMID, "anchor_sizes": (4, 8, 16), "convs": 2},
     },
     views=ViewSettings(zoom=(0.85, 1.18), shift=0.06, weak_zoom=(0.95, 1.0), strong_rotation=3.0, strong_shear=3.0),
     steps=1000,
+    burn_in_steps=1000,
     one_to_many_share=0.4,
     learning_rate=2e-3,
     backbone_factor=1.0,
@@ -92,6 +115,7 @@ DIGITS = Recipe(
     unlabelled_weight=2.0,
     unlabelled_box_weight=0.25,
     candidates=4,
+    mined_top=4,
     cost_memory=500,
     most=30,
     log_every=25,
@@ -108,6 +132,8 @@ COCO = Recipe(
         "dino": RESNET,
         "deformable-detr": {**RESNET, "with_box_refine": True, "two_stage": True},
         "detr": RESNET,
+        "faster-rcnn": RESNET,
+        "fcos": RESNET,
     },
     views=ViewSettings(short_sides=tuple(range(480, 801, 32))),
     steps=120_000,
@@ -181,11 +207,22 @@ def make_detector(name: str, num_classes: int, arguments: dict) -> Detector:
     return DETECTORS[name](num_classes=num_classes, **arguments)
 
 
+def check_pair(method: str, detector: str) -> None:
+    """Whether a method can train a detector, both by their names in the commands."""
+    fitting = TRAINS.get(method, DETECTORS)
+    if detector not in fitting:
+        raise UserError(f"{method} cannot train {detector}: choose --detector {' or '.join(fitting)}")
+
+
 def make_method(name: str, student: Detector, recipe: Recipe, steps: int, offset: int, seed: int) -> Averaged:
     """A method by its name in the commands; its stage one begins at step `offset` and lasts its share of `steps`."""
     shared = {"ema_ceiling": recipe.ema_ceiling, "seed": seed, "weights": recipe.weights}
     if name == "supervised":
         return Supervised(student, **shared)
+    if name == "soft-teacher":
+        return SoftTeacher(student, **{"most": recipe.most, **recipe.soft_teacher}, **shared)
+    if name == "dense-teacher":
+        return DenseTeacher(student, **{"most": recipe.most, **recipe.dense_teacher}, **shared)
     shared |= {
         key: getattr(recipe, key) for key in ("score_cut", "unlabelled_weight", "unlabelled_box_weight", "most", "nms")
     }
@@ -195,7 +232,10 @@ def make_method(name: str, student: Detector, recipe: Recipe, steps: int, offset
         stage_one = offset + round(recipe.one_to_many_share * steps)
         further = {
             key: getattr(recipe, key)
-            for key in ("candidates", "consistency_weight", "consistency_throughout", "cost_memory")
+            for key in (
+                *("candidates", "consistency_weight", "consistency_throughout", "consistency_boxes"),
+                *("mining", "mined_top", "mined_targets", "cost_memory"),
+            )
         }
         return SemiDETR(student, one_to_many_steps=stage_one, **further, **shared)
     raise UserError(f"no method called {name!r}: choose from {', '.join(METHODS)}")

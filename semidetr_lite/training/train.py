@@ -31,6 +31,7 @@ from semidetr_lite.training.presets import (
     METHODS,
     PRESETS,
     Recipe,
+    check_pair,
     load_splits,
     make_detector,
     make_method,
@@ -65,6 +66,7 @@ def new_config(
     ):
         if name not in known:
             raise UserError(f"no {kind} called {name!r}: choose from {', '.join(known)}")
+    check_pair(method, detector)
     recipe = recipe_as_dict(PRESETS[preset])
     recipe["arguments"] = recipe["arguments"][detector]
     unknown = sorted(set(changes) - set(recipe))

@@ -1,0 +1,227 @@
+"""The comparison: rows x label percents x seeds, one run after another, one line of a JSON-lines file for each.
+
+A semi-supervised row starts from a supervised run of the recipe's `burn_in` steps on the same labels, shared by all
+rows of a seed. The row "supervised" takes as long as burn-in and method together; with all labels it is the upper end
+of the gap. Killed, it goes on where it was; what has its line already is not run again, on whatever machine it ran.
+
+Rows and tables follow the paper's ablation (section 4.3), with the seed's mistake, mined boxes as targets, added.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from semidetr_lite.errors import UserError
+from semidetr_lite.training.presets import PRESETS
+from semidetr_lite.training.train import Run, new_config
+
+STEP_RATIO = 2.5  # supervised steps that take as long as one of Semi-DETR (benchmarks/README.md, step cost)
+
+
+class Row(NamedTuple):
+    """What is run: a method, fields of the recipe that differ, and the detector where the method asks for its own."""
+
+    method: str
+    changes: dict = {}
+    detector: str | None = None
+
+
+ROWS = {
+    "supervised": Row("supervised"),
+    "mean-teacher": Row("mean-teacher"),
+    "+SHM": Row("semi-detr", {"consistency_boxes": "none", "mining": "none"}),
+    "+SHM+CQC": Row("semi-detr", {"consistency_boxes": "confident", "mining": "none"}),
+    "semi-detr": Row("semi-detr"),
+    "soft-teacher": Row("soft-teacher", detector="faster-rcnn"),
+    "dense-teacher": Row("dense-teacher", detector="fcos"),
+    "one-to-one": Row("semi-detr", {"one_to_many_share": 0.0, "consistency_throughout": True}),
+    "one-to-many": Row("semi-detr", {"one_to_many_share": 1.0}),
+    "mean+std": Row("semi-detr", {"mining": "deviation"}),
+    "top-k": Row("semi-detr", {"mining": "top"}),
+    "mined": Row("semi-detr", {"consistency_boxes": "mined"}),
+    "mined as targets": Row("semi-detr", {"mined_targets": True}),
+    **{f"switch at {share} %": Row("semi-detr", {"one_to_many_share": share / 100}) for share in (20, 60, 80)},
+}
+# table: {its row: the entry of ROWS, where it has another name there}
+TABLES = {
+    "main": {name: name for name in list(ROWS)[:7]},
+    "matching": {"one-to-one": "one-to-one", "one-to-many": "one-to-many", "stage-wise": "semi-detr"},
+    "threshold": {"fixed": "+SHM+CQC", "mean+std": "mean+std", "top-k": "top-k", "mixture": "semi-detr"},
+    "boxes": {"confident": "+SHM+CQC", "mined": "mined", "union": "semi-detr", "mined as targets": "mined as targets"},
+    "switch": {name: name for name in list(ROWS)[-3:]},
+}
+
+
+class Ablation:
+    """Runs and their lines.
+
+    Args:
+        out: folder of the runs: DETECTOR/PERCENTpct/seedSEED/ROW below it.
+        record: the JSON-lines file that finished runs are appended to.
+        steps: of a semi-supervised run; the preset's if None.
+        burn_in_steps: of the supervised run before it; the preset's if None.
+        settings: of new_config: preset, detector, data, fields of the recipe and so on.
+        quiet: no progress bars.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        record: Path,
+        steps: int | None = None,
+        burn_in_steps: int | None = None,
+        quiet: bool = False,
+        **settings,
+    ):
+        self.out, self.record, self.quiet = Path(out), Path(record), quiet
+        self.settings = {"preset": "digits", "detector": "dino", **settings}
+        if self.settings["preset"] not in PRESETS:
+            raise UserError(f"no preset called {self.settings['preset']!r}: choose from {', '.join(PRESETS)}")
+        self.recipe = PRESETS[self.settings["preset"]]
+        self.steps = self.recipe.steps if steps is None else steps
+        self.burn_in_steps = self.recipe.burn_in_steps if burn_in_steps is None else burn_in_steps
+
+    def go(self, tables: list[str], rows: list[str], percents: list[float], seeds: list[int]) -> None:
+        """Run what has no line yet. `rows` picks some of the tables' rows, all of them if it is empty."""
+        chosen = [(table, row, name) for table in tables for row, name in TABLES[table].items()]
+        unknown = set(rows) - {row for _, row, _ in chosen}
+        if unknown:
+            known = ", ".join(dict.fromkeys(row for _, row, _ in chosen))
+            raise UserError(f"no row called {sorted(unknown)[0]!r} in {', '.join(tables)}: choose from {known}")
+        for percent in percents:
+            for seed in seeds:
+                for table, row, name in chosen:
+                    whole = percent == 100 and not self.recipe.further and name != "supervised"
+                    if (not rows or row in rows) and not whole:  # with all labels nothing is left to be labelled
+                        self.line(table, row, name, percent, seed)
+
+    def line(self, table: str, row: str, name: str, percent: float, seed: int) -> dict:
+        """The line of one row, from the record or from a run made now."""
+        config, folder = self.config(name, percent, seed)
+        identity = {"table": table, "row": row, **{key: config[key] for key in KEYS}}
+        for line in read_lines(self.record):
+            if all(line.get(key) == value for key, value in identity.items()):
+                return line
+        if not (folder / "config.json").exists() and config["burn_in"]:
+            self.finish(*self.config(name, percent, seed, burn_in=True))
+        last = self.finish(config, folder)
+        made = json.loads((folder / "config.json").read_text())
+        test = last["test"]
+        line = {
+            **identity,
+            "AP": round(test["teacher"]["AP"], 4),
+            "AP50": round(test["teacher"]["AP50"], 4),
+            "AP_student": round(test["student"]["AP"], 4),
+            "seconds": last["seconds"],
+            "commit": made["commit"],
+            "machine": made["machine"],
+        }
+        self.record.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.record, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        return line
+
+    def config(self, name: str, percent: float, seed: int, burn_in: bool = False) -> tuple[dict, Path]:
+        """Settings and folder of a row's run, or of the supervised run it starts from."""
+        row = ROWS[name]
+        detector = row.detector or self.settings["detector"]
+        place = self.out / detector / f"{percent:g}pct" / f"seed{seed}"
+        settings = {**self.settings, "detector": detector, "percent": percent, "seed": seed}
+        if burn_in:
+            return new_config(method="supervised", steps=self.burn_in_steps, **settings), place / "burn-in"
+        steps, start = self.steps, None
+        if name == "supervised":
+            steps = self.burn_in_steps + round(STEP_RATIO * steps)
+        elif self.burn_in_steps:
+            start = str(place / "burn-in")
+        settings |= {**row.changes, "method": row.method, "steps": steps, "burn_in": start}
+        return new_config(**settings), place / name.replace(" ", "_")
+
+    def finish(self, config: dict, folder: Path) -> dict:
+        """The last log line of a run, which is trained to its end from wherever it stands."""
+        if (folder / "config.json").exists():
+            made = json.loads((folder / "config.json").read_text())
+            for key in ("method", "recipe", *KEYS):
+                if made[key] != config[key]:
+                    raise UserError(f"{folder}: holds a run with another {key}; choose another --out")
+        run = Run(config, folder, resume=(folder / "last.pt").exists(), quiet=self.quiet)
+        if run.step < run.config["steps"]:
+            print(f"{folder}: {config['method']}, {config['steps']} steps", flush=True)
+            return run.go()
+        return json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+
+
+KEYS = ("method", "detector", "preset", "data", "percent", "fold", "seed", "steps")
+
+
+def read_lines(record: Path) -> list[dict]:
+    """The lines of a record, none if there is no file."""
+    rows = record.read_text().splitlines() if record.exists() else []
+    try:
+        return [json.loads(row) for row in rows]
+    except ValueError as problem:
+        raise UserError(f"{record}: not JSON lines ({problem}); mend or remove the file") from None
+
+
+class Summary(NamedTuple):
+    """One row of a table."""
+
+    table: str
+    preset: str
+    detector: str
+    percent: float
+    row: str
+    values: list[float]  # AP of each seed, in %
+    mean: float
+    error: float  # standard error of the mean, nan for one seed
+    ap50: float
+    minutes: float
+    gap: float  # share of the gap closed, in %, nan where an end of it is missing
+
+
+def summarise(lines: list[dict]) -> list[Summary]:
+    """Mean, standard error over seeds and gap closed (design: supervised with equal time to supervised with all)."""
+    groups: dict[tuple, list[dict]] = {}
+    for line in lines:
+        key = tuple(line[name] for name in ("table", "preset", "detector", "percent", "row"))
+        groups.setdefault(key, []).append(line)
+    found = []
+    for (table, preset, detector, percent, row), members in groups.items():
+        values = [100 * line["AP"] for line in members]
+        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        ends = [
+            statistics.mean([100 * line["AP"] for line in groups[key]]) if key in groups else math.nan
+            for key in (("main", preset, detector, share, "supervised") for share in (percent, 100))
+        ]
+        mean = statistics.mean(values)
+        gap = 100 * (mean - ends[0]) / (ends[1] - ends[0]) if ends[1] != ends[0] else math.nan
+        ap50 = statistics.mean(100 * line["AP50"] for line in members)
+        minutes = statistics.mean(line["seconds"] for line in members) / 60
+        found.append(Summary(table, preset, detector, percent, row, values, mean, error, ap50, minutes, gap))
+    return found
+
+
+def markdown(rows: list[Summary]) -> Iterator[str]:
+    """The lines of the tables, for a terminal or a README."""
+    titles = dict.fromkeys((row.table, row.preset, row.detector, row.percent) for row in rows)
+    for title in titles:
+        table, preset, detector, percent = title
+        yield f"\n{table}: {detector}, {percent:g} % of the labels ({preset})\n"
+        yield "| row | seeds | AP | AP50 | gap closed | minutes |"
+        yield "|---|---|---|---|---|---|"
+        for row in rows:
+            if title == (row.table, row.preset, row.detector, row.percent):
+                error = "" if row.error != row.error else f" ± {row.error:.1f}"
+                gap = "" if row.gap != row.gap else f"{row.gap:.0f} %"
+                cells = [
+                    row.row,
+                    len(row.values),
+                    f"{row.mean:.1f}{error}",
+                    f"{row.ap50:.1f}",
+                    gap,
+                    f"{row.minutes:.0f}",
+                ]
+                yield f"| {' | '.join(str(cell) for cell in cells)} |"
