@@ -36,6 +36,7 @@ from xml.etree import ElementTree
 from _script import run, write_json
 
 from semidetr_lite.data.coco import DROPPED_AT_MOST
+from semidetr_lite.data.formats import voc_annotation
 from semidetr_lite.data.images import IMAGE_SUFFIXES, header_size
 from semidetr_lite.errors import UserError
 
@@ -120,25 +121,22 @@ def check_apart(listed: dict[str, list]) -> None:
 
 
 def read_image(folder: Path, stem: str, data: Path, with_boxes: bool) -> tuple[Path, int, int, list, Path]:
-    """(path below `data`, width, height, objects, XML file); an object is (name, difficult, [xmin, ymin, xmax, ymax]).
+    """(path below `data`, width, height, objects, XML file); an object is (class, [x, y, width, height], difficult).
 
-    Corners are as written. Without boxes an XML file need not exist, and its objects are not read. Raises UserError.
+    Without boxes an XML file need not exist, and its objects are not read. Raises UserError.
     """
     xml = _xml_folder(folder) / f"{stem}.xml"
-    root = ElementTree.Element("annotation")
-    if with_boxes or xml.is_file():
-        try:
-            root = ElementTree.parse(xml).getroot()
-        except FileNotFoundError:
-            raise UserError(f"{xml}: is missing, though the set lists it") from None
-        except ElementTree.ParseError as problem:
-            raise UserError(f"{xml}: not valid XML: {problem}") from None
-    image = _image_file(folder, stem, root.findtext("filename"))
-    width, height = (_number(root.find("size"), side) for side in ("width", "height"))
-    if not width or not height:
-        height, width = header_size(image)
-    objects = [_object(found, xml) for found in root.findall("object")] if with_boxes else []
-    return image.relative_to(data), int(width), int(height), objects, xml
+    try:
+        stated = ElementTree.parse(xml).getroot().findtext("filename") if with_boxes or xml.is_file() else None
+        image = _image_file(folder, stem, stated)
+        (height, width), objects = voc_annotation(xml, image) if with_boxes else (header_size(image), [])
+    except FileNotFoundError:
+        raise UserError(f"{xml}: is missing, though the set lists it") from None
+    except ElementTree.ParseError as problem:
+        raise UserError(f"{xml}: not valid XML: {problem}") from None
+    except ValueError as problem:
+        raise problem if isinstance(problem, UserError) else UserError(f"{xml}: {problem}") from None
+    return image.relative_to(data), width, height, objects, xml
 
 
 def _image_file(folder: Path, stem: str, stated: str | None) -> Path:
@@ -150,21 +148,6 @@ def _image_file(folder: Path, stem: str, stated: str | None) -> Path:
         if (folder / name).is_file() and name.lower().endswith(IMAGE_SUFFIXES):
             return folder / name
     raise UserError(f"{folder / stem}.jpg: the image is missing")
-
-
-def _number(parent, name: str) -> float | None:
-    try:
-        return float(parent.findtext(name))
-    except (AttributeError, TypeError, ValueError):
-        return None
-
-
-def _object(found, xml: Path) -> tuple[str, bool, list[float]]:
-    name = (found.findtext("name") or "").strip()
-    corners = [_number(found.find("bndbox"), corner) for corner in ("xmin", "ymin", "xmax", "ymax")]
-    if not name or None in corners:
-        raise UserError(f"{xml}: an object ({name or 'no name'}) lacks its name or a number of its bndbox")
-    return name, bool(_number(found, "difficult")), corners
 
 
 def choose_classes(asked: str | None, read: dict[str, list]) -> list[dict]:
@@ -199,13 +182,12 @@ def as_coco(images: list, categories: list[dict], ids: dict[Path, int], path: Pa
     rows, annotations, bad = [], [], []
     for file, width, height, objects, xml in images:
         rows.append({"id": ids[file], "file_name": file.as_posix(), "width": width, "height": height})
-        for name, difficult, (left, top, right, bottom) in objects:
-            bbox = [left - 1, top - 1, right - left + 1, bottom - top + 1]
+        for name, bbox, difficult in objects:
             if not (bbox[2] > 0 and bbox[3] > 0 and all(abs(value) < 1e9 for value in bbox)):
                 bad.append(xml)
                 continue
             row = {"id": len(annotations) + 1, "image_id": ids[file], "category_id": known[name], "bbox": bbox}
-            row |= {"area": bbox[2] * bbox[3], "iscrowd": int(difficult), "difficult": int(difficult)}
+            row |= {"area": bbox[2] * bbox[3], "iscrowd": difficult, "difficult": difficult}
             annotations.append(row)
     total = len(annotations) + len(bad)
     if len(bad) > DROPPED_AT_MOST * total:

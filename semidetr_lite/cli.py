@@ -133,21 +133,7 @@ def train(
         resume: go on with the run in --out.
         workers: processes that load data.
     """
-    paths = {"images": images, "unlabelled": unlabelled, "validation": validation, "burn_in": burn_in, "folds": folds}
-    paths = {name: None if path is None else str(path) for name, path in paths.items()}
-    config = new_config(
-        preset,
-        method,
-        detector,
-        data,
-        percent=percent,
-        fold=fold,
-        seed=seed,
-        steps=steps,
-        flip=flip,
-        skip_unreadable=skip_unreadable,
-        **paths,
-    )
+    config = new_config(**_settings(locals(), "out", "resume", "workers"))
     run = Run(config, out, resume, workers=workers)
     print(
         f"{out}: {len(run.splits.labelled)} labelled, {len(run.splits.unlabelled)} unlabelled images, "
@@ -159,6 +145,12 @@ def train(
     last = run.go()
     for part, found in last["test"].items():
         print(f"{part}: AP {100 * found['AP']:.1f}, AP50 {100 * found['AP50']:.1f} on the test split")
+
+
+def _settings(arguments: dict, *without: str) -> dict:
+    """Arguments of a command as new_config takes them: paths as words."""
+    words = {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()}
+    return {name: value for name, value in words.items() if name not in without}
 
 
 def evaluate(
@@ -325,13 +317,11 @@ def ablate(
         quick: a few steps of everything, to see that it works (accuracy means nothing).
         show: run nothing, only print the tables of the record and draw them.
     """
+    settings = _settings(locals(), "out", "tables", "rows", "percents", "seeds", "record", "quick", "show")
     record = record or out / "ablation.jsonl"
-    paths = {"images": images, "unlabelled": unlabelled, "validation": validation}
-    paths = {name: None if path is None else str(path) for name, path in paths.items()}
     if not show:
-        few = {"steps": 4, "burn_in_steps": 4, **OFTEN} if quick else {"steps": steps}
-        ablation = Ablation(out, record, preset=preset, detector=detector, fold=fold, data=data, **few, **paths)
-        ablation.go(list(tables), list(rows), list(percents), list(seeds))
+        few = {"steps": 4, "burn_in_steps": 4, **OFTEN} if quick else {}
+        Ablation(out, record, **settings | few).go(list(tables), list(rows), list(percents), list(seeds))
     found = summarise(read_lines(record))
     if not found:
         raise UserError(f"{record}: no finished run to show; run `semidetr ablate` without --show first")

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert
 
 from semidetr_lite.boxes import pairwise_overlaps, to_model
@@ -40,38 +41,22 @@ class PaddedTargets(NamedTuple):
 
     def join(self, other: "PaddedTargets") -> "PaddedTargets":
         """Both batches as one, filled up to the larger T."""
-        width = max(self.valid.shape[1], other.valid.shape[1])
-        return PaddedTargets(
-            *(torch.cat([_widen(a, width), _widen(b, width)]) for a, b in zip(self, other, strict=True))
-        )
-
-
-def _widen(entry: torch.Tensor, width: int) -> torch.Tensor:
-    filled = entry.new_zeros(entry.shape[0], width, *entry.shape[2:])
-    filled[:, : entry.shape[1]] = entry
-    return filled
+        return PaddedTargets(*(pad_sequence([*a, *b], batch_first=True) for a, b in zip(self, other, strict=True)))
 
 
 def pad_targets(targets: list[dict], device=None) -> PaddedTargets:
     """Target dicts (xyxy pixels) -> PaddedTargets. Crowd regions stand for many objects and are nobody's target."""
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "size": (1, 1)}
     rows = []
-    for target in targets:
+    for target in targets or [nothing]:
         keep = ~target["crowd"] if "crowd" in target else slice(None)
-        rows.append((to_model(target["boxes"].float(), target["size"])[keep], target["labels"][keep]))
-    width = max((len(labels) for _, labels in rows), default=0)
-    padded = PaddedTargets(
-        torch.zeros(len(rows), width, 4),
-        torch.zeros(len(rows), width, dtype=torch.int64),
-        torch.zeros(len(rows), width, dtype=torch.bool),
-    )
-    for row, (boxes, labels) in enumerate(rows):
-        padded.boxes[row, : len(labels)], padded.labels[row, : len(labels)] = boxes, labels
-        padded.valid[row, : len(labels)] = True
+        boxes, labels = to_model(target["boxes"].float(), target["size"])[keep], target["labels"][keep]
+        rows.append((boxes, labels, torch.ones_like(labels, dtype=torch.bool)))
+    padded = (pad_sequence(entries, batch_first=True)[: len(targets)] for entries in zip(*rows, strict=True))
     return PaddedTargets(*(entry.to(device) for entry in padded))
 
 
-# ---- one image, as a learner reads it
-# ----------------------------------------------------------------------------------------
+# ---- one image, as a learner reads it --------------------------------------------------------------------------------
 
 
 def matching_cost(
@@ -88,9 +73,8 @@ def matching_cost(
         (Q, T) class_weight * class cost + l1_weight * L1 of cxcywh - giou_weight * GIoU; may be negative.
     """
     boxes = to_model(target["boxes"].float(), target["size"]).to(pred_boxes.device)
-    return batched_cost(
-        logits, pred_boxes, boxes, target["labels"].to(logits.device), class_cost, class_weight, l1_weight, giou_weight
-    )
+    labels = target["labels"].to(logits.device)
+    return batched_cost(logits, pred_boxes, boxes, labels, class_cost, class_weight, l1_weight, giou_weight)
 
 
 def one_to_one(logits, pred_boxes, target) -> Match:
@@ -110,9 +94,8 @@ def one_to_many(logits, pred_boxes, target, alpha: float = 1.0, beta: float = 6.
     Logits (Q, C), pred_boxes (Q, 4); `candidates` is clamped to Q. A target may get no query.
     """
     boxes = to_model(target["boxes"].float(), target["size"]).to(pred_boxes.device)
-    padded = PaddedTargets(
-        boxes, target["labels"].to(logits.device), torch.ones_like(target["labels"], dtype=torch.bool).to(logits.device)
-    )
+    labels = target["labels"].to(logits.device)
+    padded = PaddedTargets(boxes, labels, torch.ones_like(labels, dtype=torch.bool))
     assigned, quality = assign_one_to_many(logits, pred_boxes, padded, alpha, beta, candidates)
     queries = (assigned >= 0).nonzero()[:, 0]
     return Match(queries, assigned[queries], quality[queries])
@@ -126,8 +109,7 @@ def hungarian(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return linear_sum_assignment(cost)
 
 
-# ---- batched core
-# ------------------------------------------------------------------------------------------------------------
+# ---- batched core ----------------------------------------------------------------------------------------------------
 
 
 def batched_cost(

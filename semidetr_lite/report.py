@@ -1,20 +1,19 @@
 """One page about one or several runs: how accurate, how they got there, what the teacher taught, where they still err.
 
-`write_report` reads run folders (config.json, log.jsonl, pseudo_boxes.jsonl, weights) and fills report.html: a single
-file that needs nothing else. What a run does not have is left out, with a sentence that says so. A figure on it is
-either recorded (it stands in the log of the run) or live (measured while the page was written); the foot of the page
-says which, and where each run came from.
+`write_report` reads run folders (config.json, log.jsonl, pseudo_boxes.jsonl, weights) and fills report.html, a Jinja
+template (torch brings Jinja): a single file that needs nothing else. What a run does not have is left out, with a
+sentence that says so. A figure on it is either recorded (it stands in the log of the run) or live (measured while the
+page was written); the foot of the page says which, and where each run came from.
 """
 
 import json
 import os
 from dataclasses import dataclass, field
-from html import escape
 from importlib import resources
 from pathlib import Path
-from string import Template
 
 import numpy as np
+from jinja2 import Template
 
 import semidetr_lite
 from semidetr_lite.errors import UserError
@@ -33,7 +32,6 @@ from semidetr_lite.visualize import (
     show_targets,
 )
 
-FIGURES = {"AP": "AP", "AP50": "AP50", "AP75": "AP75", "AP_small": "small", "AP_medium": "medium", "AP_large": "large"}
 FRAMES = 6  # steps of the pseudo-box timeline
 POOL = 200  # test images among which the largest differences are looked for
 BATCH = 50  # images a detector gets at once
@@ -71,21 +69,33 @@ def write_report(runs, out, images: int = 8, score: float = 0.3) -> Path:
     for run in runs:
         _look(run, splits.test, len(truths))
         run.errors = [count_hits(*pair, score) for pair in zip(run.found, truths)]
-    title = "Runs side by side: " if len(runs) > 1 else "The run "
-    parts = {
-        "title": escape(title + ", ".join(run.name for run in runs)),
-        "trained": _paragraphs(_trained(run) for run in runs),
-        **_accuracy(runs),
-        **_curves(runs),
-        **_gallery(runs, splits, truths, images, score),
-        "timelines": "".join(_timeline(run, splits if run is runs[0] else _splits(run)) for run in runs),
-        "origins": "".join(f"<li><b>{escape(run.name)}</b>: {_origin(run)}.</li>" for run in runs),
-    }
+    seeing = [run for run in runs if run.weights] if truths else []
+    first = [index for index, truth in enumerate(truths) if len(truth["boxes"])][:images]
+    different, compared = _differences(seeing, images)
+    cards = {index: _card(index, splits, seeing, score) for index in {*first, *different} if seeing}
+    logs = {run.name: run.log for run in runs if run.log}
     page = resources.files("semidetr_lite").joinpath("report.html").read_text(encoding="utf-8")
+    page = Template(page, autoescape=True).render(
+        runs=runs,
+        finding=_finding(runs),
+        last=_last,
+        change=_change,
+        duration=_duration,
+        curves=_curves(logs),
+        losses={name: _image(plot_losses(log)) for name, log in logs.items()},
+        seeing=seeing,
+        totals=[f"{run.name} {hit_sentence(*run.errors)}" for run in seeing],
+        score=score,
+        looked_at=len(truths),
+        first=[cards[index] for index in first if seeing],
+        different=[cards[index] for index in different],
+        compared=compared,
+        timelines=[_timeline(run, splits if run is runs[0] else _splits(run)) for run in runs if run.pseudo_lines],
+    )
     path = Path(out) / "report.html"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(Template(page).substitute(parts), encoding="utf-8")
+        path.write_text(page, encoding="utf-8")
     except OSError as problem:
         raise UserError(f"{path}: the report cannot be written: {problem.strerror}") from None
     return path
@@ -191,51 +201,31 @@ def _look(run: Record, test, count: int) -> None:
 # ---- the sections ----------------------------------------------------------------------------------------------------
 
 
-def _accuracy(runs: list[Record]) -> dict:
-    """The table: a line for the teacher and one for the student of each run, with the difference to the first run's."""
-    lines, best = [], []
-    for run in runs:
-        for which in [which for which in ("teacher", "student") if which in run.figures]:
-            base = {} if run is runs[0] else runs[0].figures.get(which, {})
-            cells = [_change(run.figures[which].get(key), base.get(key)) for key in FIGURES]
-            cells += [_labels(run.config), _count(_last(run.log, "step")), _duration(_last(run.log, "seconds"))]
-            lines.append(f'<tr class="{which}">{_cells("td", [escape(run.name), which, *cells])}</tr>')
-        value = (run.figures.get("teacher") or run.figures.get("student") or {}).get("AP")
-        best += [(100 * value, run.name)] if _measured(value) else []
-    finding = "No accuracy on the test split yet"
-    if best:
-        top, name = max(best)
-        finding = f"{name} reaches {top:.1f} AP on the test split"
-        finding += f", {top - best[0][0]:.1f} more than {best[0][1]}" if name != best[0][1] else ""
-    head = _cells("th", ["run", "weights", *FIGURES.values(), "labels", "steps", "time"])
-    return {
-        "finding": escape(finding),
-        "table": f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>" if lines else "",
-        "without_figures": _without(runs, "figures", "neither a recorded test figure nor weights, so nothing to show."),
-    }
+def _image(figure, text: str = "") -> str:
+    return image_tag(figure, text, SHARPNESS)
 
 
-def _curves(runs: list[Record]) -> dict:
-    """AP over steps and over minutes, and the losses of each run."""
-    logs, curves, notes = (
-        {run.name: run.log for run in runs if run.log},
-        [],
-        _without(runs, "log", "no log.jsonl, so no curve."),
-    )
-    if any("AP_teacher" in line or "AP_student" in line for log in logs.values() for line in log):
-        by_minute = plot_curves(logs, x="minutes", title="The same over the time spent on training")
-        curves = [plot_curves(logs), by_minute]
-    elif logs:
-        notes += _paragraphs(["No accuracy was logged during training."])
-    losses = [_figure(image_tag(plot_losses(log), dpi=SHARPNESS), "", name) for name, log in logs.items()]
-    curves = "".join(image_tag(curve, dpi=SHARPNESS) for curve in curves)
-    return {"curves": curves, "losses": "".join(losses), "without_curves": notes}
+def _finding(runs: list[Record]) -> str:
+    """Which run is the most accurate one, by its teacher if it has one."""
+    figures = [run.figures.get("teacher") or run.figures.get("student") or {} for run in runs]
+    best = [(100 * found["AP"], run.name) for run, found in zip(runs, figures) if _measured(found.get("AP"))]
+    if not best:
+        return "No accuracy on the test split yet"
+    (top, name), (base, first) = max(best), best[0]
+    more = f", {top - base:.1f} more than {first}" if name != first else ""
+    return f"{name} reaches {top:.1f} AP on the test split{more}"
 
 
-def _timeline(run: Record, splits) -> str:
+def _curves(logs: dict[str, list[dict]]) -> list[str]:
+    """AP over steps and over minutes, if any was logged."""
+    if not any("AP_teacher" in line or "AP_student" in line for log in logs.values() for line in log):
+        return []
+    by_minute = plot_curves(logs, x="minutes", title="The same over the time spent on training")
+    return [_image(plot_curves(logs)), _image(by_minute)]
+
+
+def _timeline(run: Record, splits) -> dict:
     """The watched unlabelled images over training: a row per image, a column per step."""
-    if not run.pseudo_lines:
-        return _paragraphs([f"{run.name}: no pseudo-box was recorded, so no timeline."])
     steps = sorted({line["step"] for line in run.pseudo_lines})
     steps = [steps[place] for place in np.unique(np.linspace(0, len(steps) - 1, FRAMES).round().astype(int))]
     by_place = {(line["image_id"], line["step"]): line for line in run.pseudo_lines}
@@ -248,15 +238,16 @@ def _timeline(run: Record, splits) -> str:
             if line is not None:
                 said = pseudo_sentence(line, truth)
                 drawn = show_pseudo_boxes(image, line, truth, splits.categories, title="")
-                picture = image_tag(drawn, f"step {step:,}: {said}", SHARPNESS)
-            cells.append(_figure(picture, said, f"step {step:,}", frame))
-    names = "|".join(f"step {step:,}" for step in steps)
-    grid = f'<div class="timeline" style="--columns:{len(steps)}" data-names="{names}">{"".join(cells)}</div>'
-    quality = ""
-    if any("pseudo_per_image" in line for line in run.log):
-        quality = f'<div class="plots wide">{image_tag(plot_pseudo_quality(run.log), dpi=SHARPNESS)}</div>'
-    lost = _paragraphs(f"Image {image_id} is not in the data any more." for image_id in ids if image_id not in watched)
-    return f"<h2>The teacher of {escape(run.name)}</h2>{quality}{lost}{grid}"
+                picture = _image(drawn, f"step {step:,}: {said}")
+            cells.append((picture, f"step {step:,}", said, frame))
+    known = any("pseudo_per_image" in line for line in run.log)
+    return {
+        "name": run.name,
+        "quality": _image(plot_pseudo_quality(run.log)) if known else "",
+        "steps": [f"step {step:,}" for step in steps],
+        "cells": cells,
+        "lost": [image_id for image_id in ids if image_id not in watched],
+    }
 
 
 def _watched(unlabelled, ids: list) -> dict:
@@ -271,104 +262,33 @@ def _watched(unlabelled, ids: list) -> dict:
     return found
 
 
-def _gallery(runs: list[Record], splits, truths: list[dict], images: int, score: float) -> dict:
-    """The same test images as truth and as each run sees them: the first ones, and those where the runs differ most."""
-    seeing = [run for run in runs if run.weights] if truths else []
-    seen, compared = _without(runs, "weights", "no weights, so no detections."), ["Two runs with weights are needed."]
-    first, different = [index for index, truth in enumerate(truths) if len(truth["boxes"])][:images], []
-    if not truths:
-        seen += _paragraphs(["The test split holds no image."])
-    if seeing:
-        note = f"Boxes that score at least {score:g}; a hit has the right class and an IoU of at least 0.5. "
-        totals = "; ".join(f"{run.name} {hit_sentence(*run.errors)}" for run in seeing)
-        seen = _paragraphs([f"{note}On the first {len(truths)} test images: {totals}."]) + seen
-    if len(seeing) > 1:
-        different, compared = _differences(seeing, images)
-    cards = {index: _card(index, splits, seeing, score) for index in {*first, *different} if seeing}
-    first, different = ("".join(cards.get(index, "") for index in part) for part in (first, different))
-    return {"seen": seen, "first": first, "compared": _paragraphs(compared), "different": different}
-
-
-def _differences(runs: list[Record], images: int) -> tuple[list[int], list[str]]:
+def _differences(runs: list[Record], images: int) -> tuple[list[int], str]:
     """The test images with the largest difference in errors, and a sentence on how often which run errs least."""
+    if len(runs) < 2:
+        return [], "Two runs with weights are needed."
     wrong = np.array([[len(one["misses"]) + len(one["false_alarms"]) for one in run.errors] for run in runs])
     spread, least = wrong.max(0) - wrong.min(0), wrong == wrong.min(0)  # (images,), (runs, images)
     chosen = [int(index) for index in np.argsort(-spread, kind="stable")[:images] if spread[index] > 0]
     if not chosen:
-        return [], ["They make equally many errors on every image."]
+        return [], "They make equally many errors on every image."
     alone = (least & (least.sum(0) == 1)).sum(1)
     said = ", ".join(f"{run.name} alone errs least on {count}" for run, count in zip(runs, alone))
     note = f"Chosen for their difference, so not typical. Of {wrong.shape[1]} images, {said}"
-    return chosen, [f"{note}; {wrong.shape[1] - alone.sum()} are ties."]
+    return chosen, f"{note}; {wrong.shape[1] - alone.sum()} are ties."
 
 
-def _card(index: int, splits, runs: list[Record], score: float) -> str:
+def _card(index: int, splits, runs: list[Record], score: float) -> dict:
     """One test image: its truth, then each run."""
     image, truth = splits.test[index]
     objects = len(truth["boxes"])
-    drawn = show_targets([image], [truth], splits.categories, title="")
     said = f"{objects} {'object' if objects == 1 else 'objects'}"
-    cells = [_figure(image_tag(drawn, f"truth of test image {index}: {said}", SHARPNESS), said, "truth")]
+    drawn = show_targets([image], [truth], splits.categories, title="")
+    cells = [(_image(drawn, f"truth of test image {index}: {said}"), "truth", said)]
     for run in runs:
         said = hit_sentence(run.errors[index])
         drawn = show_hits([image], [run.found[index]], [truth], splits.categories, score, title="")
-        cells.append(_figure(image_tag(drawn, f"{run.name} on test image {index}: {said}", SHARPNESS), said, run.name))
-    kind, columns = "card large" if max(image.shape[-2:]) > 160 else "card", f"--columns:{len(cells)}"
-    return f'<article class="{kind}"><h3>test image {index}</h3><div style="{columns}">{"".join(cells)}</div></article>'
-
-
-def _trained(run: Record) -> str:
-    """What was trained, in a sentence."""
-    config, steps = run.config, run.config.get("steps")
-    data = config.get("data") or config.get("preset") or "unnamed data"
-    text = f"{run.name}: {config.get('detector', 'a detector')} on {data}"
-    if config.get("percent") is not None:
-        text += f", {_labels(config)} of the labels (fold {config.get('fold', '–')})"
-    text += f", {steps:,} steps" if isinstance(steps, int) else ""
-    return text + (f" after {run.before:,} steps of burn-in ({config['burn_in']})" if run.before else "") + "."
-
-
-def _origin(run: Record) -> str:
-    """Where the numbers of a run came from."""
-    command, source = run.config.get("command"), "missing"
-    if run.figures:
-        source = "live, measured while this page was written" if run.live else "recorded in that log"
-    known = [key for key in ("seed", "machine", "commit") if run.config.get(key) is not None]
-    facts = [
-        f"log <code>{escape(str(run.folder / 'log.jsonl'))}</code>" if run.log else "no log",
-        f"command <code>{escape(str(command))}</code>" if command else "command not recorded",
-        *(f"{key} {escape(str(run.config[key]))}" for key in known),
-        f"test figures {source}",
-    ]
-    return "; ".join(facts)
-
-
-# ---- HTML ------------------------------------------------------------------------------------------------------------
-
-
-def _paragraphs(texts) -> str:
-    return "".join(f"<p>{escape(text)}</p>" for text in texts)
-
-
-def _without(runs: list[Record], what: str, text: str) -> str:
-    """A sentence about each run that lacks something."""
-    return _paragraphs(f"{run.name}: {text}" for run in runs if not getattr(run, what))
-
-
-def _cells(tag: str, texts: list[str]) -> str:
-    return "".join(f"<{tag}>{text}</{tag}>" for text in texts)
-
-
-def _figure(picture: str, text: str, name: str, frame: int = 0) -> str:
-    """A picture over its caption; `frame` is its place on the timeline."""
-    return (
-        f'<figure data-frame="{frame}">{picture}<figcaption><b>{escape(name)}</b> {escape(text)}</figcaption></figure>'
-    )
-
-
-def _labels(config: dict) -> str:
-    percent = config.get("percent")
-    return f"{percent:g} %" if isinstance(percent, int | float) else "–"
+        cells.append((_image(drawn, f"{run.name} on test image {index}: {said}"), run.name, said))
+    return {"index": index, "cells": cells, "large": max(image.shape[-2:]) > 160}
 
 
 def _last(log: list[dict], key: str):
@@ -376,13 +296,7 @@ def _last(log: list[dict], key: str):
     return next((line[key] for line in reversed(log) if line.get(key) is not None), None)
 
 
-def _count(number) -> str:
-    return "–" if number is None else f"{number:,}"
-
-
-def _duration(seconds) -> str:
-    if seconds is None:
-        return "–"
+def _duration(seconds: float) -> str:
     size, unit = next(pair for pair in ((3600, "h"), (60, "min"), (1, "s")) if seconds >= 2 * pair[0] or pair[0] == 1)
     return f"{seconds / size:.{0 if size == 1 else 1}f} {unit}"
 
@@ -392,9 +306,9 @@ def _measured(value) -> bool:
     return value is not None and value >= 0
 
 
-def _change(value, base) -> str:
+def _change(value, base) -> tuple[str, str]:
     """A figure in %, and how much more it is than another one."""
     if not _measured(value):
-        return "–"
-    change = f"<small>{round(100 * (value - base), 1) + 0.0:+.1f}</small>" if _measured(base) else ""
-    return f"{100 * value:.1f}{change}"  # + 0.0 turns -0.0 into 0.0
+        return "–", ""
+    change = f"{round(100 * (value - base), 1) + 0.0:+.1f}" if _measured(base) else ""  # + 0.0 turns -0.0 into 0.0
+    return f"{100 * value:.1f}", change

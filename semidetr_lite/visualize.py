@@ -56,6 +56,7 @@ STYLES = {
     "mined": (None, 1.6, "--", None),
     "dropped": (GREY, 0.9, ":", None),
 }
+SHARES = ("AP_student", "AP_teacher", "pseudo_precision", "pseudo_recall")  # of a log, drawn in %
 NAMES = {"false_alarm": "false alarm", "mined": "mined only"}  # of styles in a legend, where they differ
 LABEL_POINTS, MOST_LABELS = 7, 12
 WIDTH, EDGE, DPI = 9.0, 0.1, 80  # inches, inches, pixels an inch
@@ -120,17 +121,20 @@ def draw_boxes(ax, image, target=None, truth=None, categories=None, style="predi
     MOST_LABELS with the highest scores do. `truth` is named only where it stands alone. A target without boxes (an
     unlabelled one) draws nothing.
     """
-    pixels = _pixels(image)
-    height, width = pixels.shape[:2]
+    image = torch.as_tensor(image).detach().cpu()
+    if image.ndim != 3 or image.shape[0] != 3:
+        raise UserError(f"an image to draw must have the shape (3, H, W), got {tuple(image.shape)}")
+    pixels = (image.clamp(0, 1) * 255).round().byte() if image.is_floating_point() else image
+    height, width = image.shape[1:]
     # With this extent the edges of the pixels lie on whole numbers, as the boxes have them.
     smooth = "nearest" if max(height, width) <= 256 else "antialiased"
-    ax.imshow(pixels, extent=(0, width, height, 0), interpolation=smooth)
+    ax.imshow(pixels.permute(1, 2, 0).numpy(), extent=(0, width, height, 0), interpolation=smooth)
     ax.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
     rows = _rows(target)
-    labels = [
-        _draw_box(ax, box, "truth", label, "" if rows else _text(label, categories)) for box, label, _ in _rows(truth)
-    ]
+    labels = []
+    for box, label, _ in _rows(truth):
+        labels.append(_draw_box(ax, box, "truth", label, "" if rows else _text(label, categories)))
     styles = [style] * len(rows) if isinstance(style, str) else style
     ranked = sorted(range(len(rows)), key=lambda place: -1 if rows[place][2] is None else -rows[place][2])
     named = [place for place in ranked if styles[place] != "dropped"][:MOST_LABELS]
@@ -188,16 +192,6 @@ def _free_place(box, extent: np.ndarray, size: tuple[int, int], boxes, taken) ->
     others = (torch.tensor(np.reshape(part, (-1, 4)), dtype=torch.float64) for part in (taken, boxes))
     texts, drawn = (box_iou(torch.tensor(places), other).sum(1) for other in others)
     return places[int((5 * texts + drawn).argmin())]
-
-
-def _pixels(image) -> np.ndarray:
-    """(3, H, W) uint8 or float in [0, 1] -> (H, W, 3) uint8."""
-    image = torch.as_tensor(image).detach().cpu()
-    if image.ndim != 3 or image.shape[0] != 3:
-        raise UserError(f"an image to draw must have the shape (3, H, W), got {tuple(image.shape)}")
-    if image.is_floating_point():
-        image = (image.clamp(0, 1) * 255).round().byte()
-    return image.permute(1, 2, 0).numpy()
 
 
 def _rows(target) -> list:
@@ -260,11 +254,9 @@ def show_hits(images, detections, truths, categories, score=0.3, columns=4, titl
     `title=""` leaves out every word around the images.
     """
     errors = [count_hits(detection, truth, score) for detection, truth in zip(detections, truths)]
-    if title == "":
-        figure, axes = _page(images, columns)
-    else:
-        captions, said = [hit_sentence(error) for error in errors], f"{hit_sentence(*errors)} at score {score:g}"
-        figure, axes = _page(images, columns, captions, title or said, ("hit", "false_alarm", "missed"))
+    captions, said = [hit_sentence(error) for error in errors], f"{hit_sentence(*errors)} at score {score:g}"
+    words = (captions, title or said, ("hit", "false_alarm", "missed")) if title != "" else ()
+    figure, axes = _page(images, columns, *words)
     for ax, image, detection, truth, error in zip(axes, images, detections, truths, errors):
         missed = {**_chosen(truth, error["misses"]), "scores": torch.full((len(error["misses"]),), torch.nan)}
         parts = [missed, _chosen(detection, error["false_alarms"]), _chosen(detection, error["hits"])]
@@ -375,29 +367,23 @@ def plot_curves(logs: dict[str, list[dict]], x="step", title=None) -> Picture:
     ends, used = [], []
     for position, (name, log) in enumerate(logs.items()):
         color = method_color(name, position)
-        for key, dashes, size in (("AP_student", (0, (3, 1.5)), 1.1), ("AP_teacher", "-", 2.0)):
-            rows = [line for line in log if _known(line.get(key))]
-            places = [line["step"] if x == "step" else line["seconds"] / 60 for line in rows]
-            values = [100 * line[key] for line in rows]
-            marker = "os^Dv"[used.count(color) % 5] if key == "AP_teacher" else None
-            style = {"color": color, "linestyle": dashes, "linewidth": size, "marker": marker, "markersize": 4}
-            (drawn,) = ax.plot(places, values, gid=f"{name} {key}", **style)
-            if rows and key == "AP_teacher":
-                drawn.set_label(f"{name} {values[-1]:.1f}")
-                ends.append((values[-1], name, drawn))
+        students, teachers = (_series(log, key, x) for key in ("AP_student", "AP_teacher"))
+        ax.plot(*students, gid=f"{name} AP_student", color=color, linestyle=(0, (3, 1.5)), linewidth=1.1)
+        style = {"color": color, "linewidth": 2.0, "marker": "os^Dv"[used.count(color) % 5], "markersize": 4}
+        (drawn,) = ax.plot(*teachers, gid=f"{name} AP_teacher", **style)
+        ends += [(end, name, drawn) for end in teachers[1][-1:]]
         used.append(color)
     ranked = sorted(ends, key=lambda end: -end[0])
-    student = Line2D([], [], color=INK, linewidth=1.1, linestyle="--", label="dashed: student")
-    handles = [*(drawn for _, _, drawn in ranked), student]
-    legend = ax.legend(handles=handles, title="teacher, at the end", title_fontsize=8, **BESIDE)
+    handles = [drawn for _, _, drawn in ranked] + [Line2D([], [], color=INK, linewidth=1.1, linestyle="--")]
+    words = [f"{name} {end:.1f}" for end, name, _ in ranked] + ["dashed: student"]
+    legend = ax.legend(handles, words, title="teacher, at the end", title_fontsize=8, **BESIDE)
     for text in legend.get_texts():
         text.set_parse_math(False)
     ax.set(xlabel="step" if x == "step" else "minutes of training", ylabel="AP on the tune split, %", ylim=(0, None))
     said = f"{ranked[0][1]}: the teacher ends at {ranked[0][0]:.1f} AP" if ends else "No evaluation yet"
     for value, name, _ in [end for end in ends if end is not ranked[0]][:1]:
         said += f", {ranked[0][0] - value:.1f} above {name}"
-    _headline(figure, title, said)
-    return figure
+    return _headline(figure, title, said)
 
 
 def plot_losses(log: list[dict], title=None) -> Picture:
@@ -407,9 +393,9 @@ def plot_losses(log: list[dict], title=None) -> Picture:
     names = sorted({name for line in log for name in line["losses"]}, key=lambda name: -log[-1]["losses"].get(name, 0))
     for position, name in enumerate(names):
         values = np.array([line["losses"].get(name, np.nan) for line in log], dtype=float)
-        values[~(values > 0)] = np.nan
         color, dashes = LINE_COLORS[position % len(LINE_COLORS)], ("-", "--", ":")[position // len(LINE_COLORS) % 3]
-        ax.plot([line["step"] for line in log], values, color=color, linestyle=dashes, linewidth=1.4, label=name)
+        style = {"color": color, "linestyle": dashes, "linewidth": 1.4}
+        ax.plot([line["step"] for line in log], np.where(values > 0, values, np.nan), label=name, **style)
     ax.set(xlabel="step", ylabel="weighted loss", yscale="log")
     ax.tick_params(axis="y", which="both", labelsize=8, colors="#555555", length=2)
     ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
@@ -418,38 +404,40 @@ def plot_losses(log: list[dict], title=None) -> Picture:
     if names:
         ax.legend(labelspacing=0.3, **BESIDE)
     totals = [sum(line["losses"].values()) for line in log]
-    _headline(
-        figure, title, f"The total goes from {totals[0]:.2f} to {totals[-1]:.2f}" if log else "No loss logged yet"
-    )
-    return figure
+    said = f"The total goes from {totals[0]:.2f} to {totals[-1]:.2f}" if log else "No loss logged yet"
+    return _headline(figure, title, said)
 
 
 def plot_pseudo_quality(log: list[dict], title=None) -> Picture:
     """Precision and recall of the pseudo-boxes, their number per image and the cost threshold over the steps."""
     panels = {
-        "right or found, %": {"pseudo_precision": "precision", "pseudo_recall": "recall"},
-        "boxes an image": {"pseudo_per_image": "kept", "mined_per_image": "mined"},
-        "matching cost": {"cost_threshold": "threshold"},
+        "right or found, %": {"precision": "pseudo_precision", "recall": "pseudo_recall"},
+        "boxes an image": {"kept": "pseudo_per_image", "mined": "mined_per_image"},
+        "matching cost": {"threshold": "cost_threshold"},
     }
-    known = {key: [line for line in log if _known(line.get(key))] for series in panels.values() for key in series}
-    panels = {name: series for name, series in panels.items() if any(known[key] for key in series)}
+    known = {label: _series(log, key) for keys in panels.values() for label, key in keys.items()}
+    panels = {name: keys for name, keys in panels.items() if any(known[label][0] for label in keys)}
     figure, axes = _plot(WIDTH, 2.7, max(1, len(panels)))
-    last = {}
-    for ax, (name, series) in zip(np.atleast_1d(axes), panels.items()):
-        for color, (key, label) in zip(LINE_COLORS, series.items()):
-            values = [line[key] * (100 if "%" in name else 1) for line in known[key]]
-            if values:
-                ax.plot([line["step"] for line in known[key]], values, color=color, linewidth=1.6, label=label)
-                last[label] = values[-1]
+    for ax, (name, keys) in zip(np.atleast_1d(axes), panels.items()):
+        for color, label in zip(LINE_COLORS, keys):
+            if known[label][0]:
+                ax.plot(*known[label], color=color, linewidth=1.6, label=label)
         ax.set(xlabel="step", **({"ylim": (0, 102)} if "%" in name else {}))
         ax.set_title(name, fontsize=9, loc="left", color=INK)
         ax.legend(fontsize=8, framealpha=0.7, edgecolor="none")
     said = "No pseudo-box was measured against the truth"
-    if "precision" in last and "recall" in last:
-        said = f"At the end {last['precision']:.0f} % of the pseudo-boxes are right; "
-        said += f"they find {last['recall']:.0f} % of the objects"
-    _headline(figure, title, said)
-    return figure
+    (_, precision), (_, recall) = known["precision"], known["recall"]
+    if precision and recall:
+        said = f"At the end {precision[-1]:.0f} % of the pseudo-boxes are right; "
+        said += f"they find {recall[-1]:.0f} % of the objects"
+    return _headline(figure, title, said)
+
+
+def _series(log: list[dict], key: str, x: str = "step") -> tuple[list, list]:
+    """The steps (or minutes) and the values of the log lines that hold a number under `key`; shares in %."""
+    known = [line for line in log if line.get(key) is not None and line[key] == line[key]]  # neither missing nor nan
+    places = [line["step"] if x == "step" else line["seconds"] / 60 for line in known]
+    return places, [line[key] * (100 if key in SHARES else 1) for line in known]
 
 
 def plot_cost_mixture(costs, mixture_means, mixture_vars, mixture_weights, threshold, correct, title=None) -> Picture:
@@ -459,11 +447,9 @@ def plot_cost_mixture(costs, mixture_means, mixture_vars, mixture_weights, thres
     """
     arrays = (costs, mixture_means, mixture_vars, mixture_weights)
     costs, *mixture = (np.asarray(values, dtype=float).reshape(-1) for values in arrays)
-    correct = np.asarray(correct, dtype=bool)
+    correct, threshold = np.asarray(correct, dtype=bool), float(threshold)
     figure, ax = _plot(7.5, 3.2)
     edges = np.histogram_bin_edges(costs, bins=max(10, min(40, len(costs) // 4)))
-    threshold = float(threshold)
-    said = f"The cut mines {(costs <= threshold).sum()} of {len(costs)} boxes"
     groups = {"color": ["#56B4E9", ORANGE], "label": ["right", "wrong"]}
     _, _, bars = ax.hist([costs[correct], costs[~correct]], edges, stacked=True, **groups)
     for bar in bars[1] if len(costs) else ():
@@ -477,11 +463,11 @@ def plot_cost_mixture(costs, mixture_means, mixture_vars, mixture_weights, thres
     ax.axvline(threshold, color=RED, linewidth=2, label=f"cut at {threshold:.2f}")
     ax.legend(**BESIDE)
     ax.set(xlabel="matching cost of a pseudo-box with the student's answer", ylabel="pseudo-boxes")
-    if (costs <= threshold).any():
-        shares = 100 * correct[costs <= threshold].mean(), 100 * correct.mean()
-        said += "; {:.0f} % of these are right, against {:.0f} % of all".format(*shares)
-    _headline(figure, title, said)
-    return figure
+    mined = correct[costs <= threshold]
+    said = f"The cut mines {len(mined)} of {len(costs)} boxes"
+    if len(mined):
+        said += f"; {100 * mined.mean():.0f} % of these are right, against {100 * correct.mean():.0f} % of all"
+    return _headline(figure, title, said)
 
 
 def plot_matching(
@@ -508,8 +494,7 @@ def plot_matching(
     names = [f"object {place}: {_text(label, categories)}" for place, (_, label, _) in enumerate(objects)]
     _draw_pairs(right, names, queries, targets, quality)
     answered = f"{len(set(targets))} of {_count(len(objects), 'object')}"
-    _headline(figure, title, f"{len(queries)} of {len(boxes)} queries answer for {answered}")
-    return figure
+    return _headline(figure, title, f"{len(queries)} of {len(boxes)} queries answer for {answered}")
 
 
 def _draw_pairs(ax, names, queries, targets, quality) -> None:
@@ -556,28 +541,26 @@ def plot_attention_mask(mask, queries: int, names=None, title=None) -> Picture:
     ax.legend(handles=[Patch(color="#56B4E9", label="sees"), Patch(color="#EDEDED", label="blocked")], **BESIDE)
     leaks = int((~mask[first:, :first]).any(0).sum())
     said = f"The matching queries see {_count(leaks, 'group query', 'group queries')}: a leak"
-    _headline(figure, title, said if leaks else "No matching query sees a group")
-    return figure
+    return _headline(figure, title, said if leaks else "No matching query sees a group")
 
 
 def show_data_summary(summary: dict[str, dict], title=None) -> Picture:
     """Histograms of `doctor_data`'s summary: boxes of each class, sides of boxes, sides of images; a colour a part."""
     figure, (classes, boxes, images) = _plot(WIDTH, 3.2, 3)
     colors = dict(zip(summary, LINE_COLORS))
-    boxes.set(xlabel="square root of the area, px", ylabel="boxes")
-    images.set(xlabel="longer side, px", ylabel="images")
     for ax, key in ((boxes, "box_sides"), (images, "image_sides")):
         known = {name: part[key] for name, part in summary.items() if key in part}
-        edges = next((one["edges"] for one in known.values()), [0])
         width = 0.85 / max(len(known), 1)
         for order, (name, one) in enumerate(known.items()):
-            places = np.arange(len(edges)) + (order - (len(known) - 1) / 2) * width
+            places = np.arange(len(one["edges"])) + (order - (len(known) - 1) / 2) * width
             ax.bar(places, one["counts"], width, color=colors[name])
-        ax.set_xticks(np.arange(len(edges)) - 0.5, edges, rotation=60)
+            ax.set_xticks(np.arange(len(one["edges"])) - 0.5, one["edges"], rotation=60)
     labelled = {name: part["classes"] for name, part in summary.items() if "classes" in part}
     for name, counts in labelled.items():
         ranked = sorted(counts.values(), reverse=True)
         classes.plot(range(1, len(ranked) + 1), ranked, color=colors[name], marker=".", linewidth=1.2)
+    boxes.set(xlabel="square root of the area, px", ylabel="boxes")
+    images.set(xlabel="longer side, px", ylabel="images")
     classes.set(xlabel="class, the most frequent first", ylabel="boxes", yscale="symlog", ylim=(0, None))
     handles = [Patch(color=color, label=name) for name, color in colors.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
@@ -586,14 +569,16 @@ def show_data_summary(summary: dict[str, dict], title=None) -> Picture:
     if counts:
         rare = min(counts, key=counts.get)
         said += f"; of {len(counts)} classes the rarest, {rare}, has {_count(counts[rare], 'box', 'boxes')}"
-    _headline(figure, title, said)
-    return figure
+    return _headline(figure, title, said)
 
 
-def _plot(width: float, height: float, columns: int = 1):
-    """A figure with one plot or several; only what carries information: two axes, a faint grid behind, small text."""
+def _plot(width: float, height: float, columns: int = 1, height_ratios=(1,)):
+    """A figure with one plot, or several side by side or below each other (one for each of `height_ratios`).
+
+    Only what carries information: two axes, a faint grid behind, small text.
+    """
     figure = Picture(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
-    axes = figure.subplots(1, columns)
+    axes = figure.subplots(len(height_ratios), columns, height_ratios=height_ratios)
     for ax in np.atleast_1d(axes):
         ax.spines[["top", "right"]].set_visible(False)
         ax.spines[["left", "bottom"]].set_color("#888888")
@@ -605,14 +590,42 @@ def _plot(width: float, height: float, columns: int = 1):
     return figure, axes
 
 
-def _headline(figure, title: str | None, finding: str = "", x: float = 0.01, y: float | None = None) -> None:
-    """Over the figure: the title, or where it is None the finding."""
+def _headline(figure, title: str | None, finding: str = "", x: float = 0.01, y: float | None = None) -> Picture:
+    """Over the figure: the title, or where it is None the finding. Returns the figure."""
     text = _wrap(finding if title is None else title, figure.get_figwidth(), 10)
     if text:
         style = {"ha": "left", "va": "top", "fontsize": 10, "weight": "bold", "color": INK, "parse_math": False}
         figure.suptitle(text, x=x, y=y, **style)
+    return figure
 
 
-def _known(value) -> bool:
-    """Whether a log line holds this number: neither missing nor nan."""
-    return value is not None and value == value
+def plot_ablation(rows, title=None) -> Picture:
+    """Tables of an ablation as dots: one for each seed, a bar from the mean by one standard error to either side.
+
+    `rows` are as from `semidetr_lite.training.ablate.summarise`; a panel for each table, detector and percent.
+    """
+    panels: dict[tuple, list] = {}
+    for row in rows:
+        panels.setdefault((row.table, row.preset, row.detector, row.percent), []).append(row)
+    heights = [len(members) + 1.5 for members in panels.values()]
+    figure, axes = _plot(7.5, 0.26 * sum(heights) + 0.3, 1, height_ratios=heights)
+    for ax, ((table, preset, detector, percent), members) in zip(np.atleast_1d(axes), panels.items()):
+        for place, row in enumerate(members):
+            color = method_color(row.row, place)
+            ax.plot(row.values, [place] * len(row.values), "o", color=color, markersize=4, alpha=0.5, linewidth=0)
+            spread = 0 if row.error != row.error else row.error
+            ax.errorbar(row.mean, place, xerr=spread, fmt="D", color=color, markersize=5, capsize=4, linewidth=1.6)
+            ax.annotate(
+                f"{row.mean:.1f}", (row.mean, place), (0, 5), textcoords="offset points", fontsize=7, ha="center"
+            )
+        ax.set_yticks(range(len(members)), [row.row for row in members])
+        ax.set(
+            ylim=(len(members) - 0.4, -0.8), xlabel="AP on the test split, %" if ax is np.atleast_1d(axes)[-1] else ""
+        )
+        ax.set_title(f"{table}: {detector}, {percent:g} % of the labels ({preset})", fontsize=9, loc="left", color=INK)
+    main = [row for row in rows if row.table == "main" and row.gap == row.gap and row.percent < 100]
+    best = max(main, key=lambda row: row.gap, default=None)
+    said = (
+        f"{best.row} closes {best.gap:.0f} % of the gap at {best.percent:g} % of the labels" if best else "The ablation"
+    )
+    return _headline(figure, title, said)

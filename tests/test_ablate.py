@@ -146,3 +146,11 @@ def test_the_picture_says_the_finding():
     assert figure.get_suptitle() == "semi-detr closes 57 % of the gap at 10 % of the labels"
     assert [len(ax.get_yticks()) for ax in figure.axes] == [2, 1, 1] and png(figure)
     assert png(plot_ablation(summarise(made("mined", 10, [50], "boxes"))))
+
+
+def test_what_was_measured_during_training_is_kept_once(tmp_path):
+    ablation = Ablation(tmp_path, tmp_path / "record.jsonl", steps=2, quiet=True, log_every=1, evaluate_every=1)
+    ablation.go(["main", "matching"], ["semi-detr", "stage-wise"], [50], [0])
+    lines = read_lines(tmp_path / "record_curves.jsonl")
+    assert [(line["row"], line["step"]) for line in lines] == [("semi-detr", 1), ("semi-detr", 2)]
+    assert {"AP_teacher", "pseudo_precision", "pseudo_recall", "duplicates", "duplicates_nms"} <= set(lines[0])

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torchvision.ops import batched_nms
 
 from semidetr_lite import load_detector
 from semidetr_lite.data import digits
@@ -13,6 +14,7 @@ from semidetr_lite.data.splits import Splits, Subset, Unlabelled
 from semidetr_lite.errors import UserError
 from semidetr_lite.methods.mean_teacher import Averaged
 from semidetr_lite.training import checkpoint
+from semidetr_lite.training import measure as measure_module
 from semidetr_lite.training.presets import PRESETS, make_detector
 from semidetr_lite.training.train import Run, learning_rate_factor, make_recipe, micro_batches, new_config
 
@@ -252,3 +254,22 @@ def test_unknown_names_list_what_there_is():
         new_config(method="magic")
     with pytest.raises(UserError, match="no field 'lr' in a preset"):
         new_config(lr=1)
+
+
+def test_duplicates_are_counted_with_and_without_suppression():
+    truth = {
+        "boxes": torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30], [40, 40, 50, 50]]),
+        "labels": torch.tensor([1, 2, 0]),
+    }
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 6], [20, 20, 30, 30], [40, 40, 50, 50]])
+    labels = torch.tensor([1, 1, 1, 3, 0])  # the fourth has the wrong class
+
+    class Seer:
+        def detect(self, images, score, nms):
+            keep = batched_nms(boxes, torch.linspace(1, 0.5, 5), labels, nms)
+            return [{"boxes": boxes[keep], "labels": labels[keep]} for _ in images]
+
+    found = measure_module.duplicates(Seer(), [(None, truth)] * 2, images=5, nms=0.8)
+    assert found == {"duplicates": 1.0, "duplicates_nms": 0.5}  # two further boxes on two found objects, then one
+    nothing = [(None, {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)})]
+    assert measure_module.duplicates(Seer(), nothing)["duplicates"] == 0

@@ -33,11 +33,9 @@ class Sampler:
 
     def __init__(self, sizes: list[tuple[int, int]], batch: int, seed: int):
         self.batch, self.seed = batch, seed
-        self.groups: dict[int, np.ndarray] = {}
         heights, widths = np.array(sizes, dtype=np.int64).reshape(-1, 2).T
-        shapes = np.sign(widths - heights)
-        for shape in np.unique(shapes[heights > 0]):
-            self.groups[int(shape)] = np.nonzero((shapes == shape) & (heights > 0))[0]
+        shapes, known = np.sign(widths - heights), heights > 0
+        self.groups = {shape: np.flatnonzero((shapes == shape) & known) for shape in np.unique(shapes[known]).tolist()}
 
     def pool(self, shape: int) -> np.ndarray:
         """The indices of a shape group; of all images if the group is unknown here."""
@@ -47,11 +45,11 @@ class Sampler:
         """The indices of the turn-th batch of a shape group."""
         pool = self.pool(shape)
         places = np.arange(turn * self.batch, (turn + 1) * self.batch)
-        passes = {
-            int(p): np.random.default_rng([self.seed, ORDER, shape + 1, int(p)]).permutation(pool)
-            for p in set(places // len(pool))
-        }
-        return [int(passes[int(place // len(pool))][place % len(pool)]) for place in places]
+        drawn = []
+        for number in np.unique(places // len(pool)).tolist():
+            order = np.random.default_rng([self.seed, ORDER, shape + 1, number]).permutation(pool)
+            drawn += order[places[places // len(pool) == number] % len(pool)].tolist()
+        return drawn
 
 
 class Batches(torch.utils.data.Dataset):

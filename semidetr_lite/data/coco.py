@@ -47,16 +47,11 @@ def load(
     for what cannot be used.
     """
     labels, measured = find_labels(data, images, validation)
-    train = whole = CocoDataset(labels)
-    opened = [whole]
-    if measured is None:
-        train, held_out = _set_aside(whole)
-    else:
-        held_out = CocoDataset(measured)
-        for fault in category_faults(labels, measured):
-            raise UserError(fault)
-        opened.append(held_out)
-
+    whole = CocoDataset(labels)
+    opened = [whole] if measured is None else [whole, CocoDataset(measured)]
+    train, held_out = opened if measured else _set_aside(whole)
+    for fault in category_faults(labels, measured) if measured else ():
+        raise UserError(fault)
     if folds is None:
         chosen = labelled_indices(len(train), percent, fold)
     elif measured is None:
@@ -171,14 +166,12 @@ class CocoDataset:
         return [os.path.realpath(os.path.join(self.folder, name)) for name in self.names]
 
     def _check_images_are_there(self) -> None:
-        listings: dict[str, set] = {}
+        parents = {os.path.dirname(name) for name in self.names}
+        there = {parent: set(os.listdir(self.folder / parent)) for parent in parents if (self.folder / parent).is_dir()}
         for name in self.names:
             parent, base = os.path.split(name)
-            if parent not in listings:
-                there = self.folder / parent
-                listings[parent] = set(os.listdir(there)) if there.is_dir() else set()
             # A disk that ignores case may list another spelling of a file that is there.
-            if base not in listings[parent] and not (self.folder / name).is_file():
+            if base not in there.get(parent, ()) and not (self.folder / name).is_file():
                 raise UserError(f"{self.folder / name}: the image is missing, though {self.annotations} lists it")
 
     def _keep_boxes(self, rows: list[dict], faults: list[str] | None) -> None:
@@ -189,11 +182,7 @@ class CocoDataset:
         xywh = np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(-1, 4)
         sizes = np.array(self.sizes, dtype=np.float64).reshape(-1, 2)[owner]
         boxes, usable, cut = _boxes_in_image(xywh, sizes)
-        if faults is None:
-            _report_boxes(self.annotations, rows, ~usable, cut)
-        else:
-            faults += [self._box_fault(rows[row], owner[row], usable[row]) for row in np.flatnonzero(~usable | cut)]
-
+        self._report_boxes(rows, owner, ~usable, cut, faults)
         own_area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
         area = np.array([row.get("area", np.nan) for row in rows], dtype=np.float32)
         fields = {
@@ -209,11 +198,28 @@ class CocoDataset:
         self.fields = {name: values[order] for name, values in fields.items()}
         self._starts = np.searchsorted(owner[order], np.arange(len(self.names) + 1))
 
-    def _box_fault(self, row: dict, place: int, usable: bool) -> str:
-        what = "reaches out of the image" if usable else "is empty or outside the image"
-        height, width = self.sizes[place]
-        box = f"{self.folder / self.names[place]}: the box {row['bbox']} (annotation {row.get('id')})"
-        return f"{box} {what}, {width} x {height} pixels"
+    def _report_boxes(self, rows: list[dict], owner, dropped, cut, faults: list[str] | None) -> None:
+        """A line in `faults` about each box dropped or cut, else one on stderr; too many dropped are a UserError."""
+        if faults is not None:
+            for row in np.flatnonzero(dropped | cut):
+                path, (height, width) = self.folder / self.names[owner[row]], self.sizes[owner[row]]
+                what = "is empty or outside the image" if dropped[row] else "reaches out of the image"
+                box = f"the box {rows[row]['bbox']} (annotation {rows[row].get('id')})"
+                faults.append(f"{path}: {box} {what}, {width} x {height} pixels")
+            return
+
+        def said(chosen: np.ndarray, what: str) -> list[str]:
+            first = [rows[place].get("id", f"number {place + 1}") for place in np.flatnonzero(chosen)[:1]]
+            return [f"{chosen.sum()} {what} (first: annotation {name})" for name in first]
+
+        if dropped.sum() > DROPPED_AT_MOST * len(rows):
+            fault = said(dropped, f"of {len(rows)} boxes are empty or outside their image")[0]
+            advice = "correct or remove them (COCO's bbox is [x, y, width, height] in pixels)"
+            raise UserError(f"{self.annotations}: {fault}; {advice}")
+        notes = said(dropped, "boxes empty or outside their image are dropped")
+        notes += said(cut, "boxes that reach out of their image are cut at its edge")
+        if notes:
+            print(f"warning: {self.annotations}: {'; '.join(notes)}", file=sys.stderr)
 
 
 def read_json(path):
@@ -274,14 +280,13 @@ def sound_rows(path, document, files: bool = True) -> tuple[dict, list[str]]:
             raise UserError(f'{path}: not COCO\'s format: it has no list of objects "{part}"')
         if not rows and part != "annotations":
             raise UserError(f'{path}: its list "{part}" is empty')
-    faults, sound = [], dict(document)
+    faults, sound, known = [], dict(document), {}
     for part, check in (("images", _image_fault), ("categories", _category_fault)):
-        sound[part], seen = [], set()
+        sound[part], known[part] = [], set()
         for place, row in enumerate(document[part], 1):
-            fault = _id_fault(part, place, row.get("id"), seen) or (check(row) if files else None)
+            fault = _id_fault(part, place, row.get("id"), known[part]) or (check(row) if files else None)
             faults.append(f"{path}: {fault}") if fault else sound[part].append(row)
-    known = {part: {row.get("id") for row in document[part] if type(row.get("id")) is int} for part in parts[::2]}
-    usable = {part: {row["id"] for row in sound[part]} for part in parts[::2]}
+    usable = {part: {row["id"] for row in sound[part]} for part in known}
     sound["annotations"] = []
     for place, row in enumerate(document["annotations"], 1):
         fault = _annotation_fault(row, known["images"], known["categories"])
@@ -346,27 +351,6 @@ def _boxes_in_image(xywh: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np
     return boxes, usable, usable & (np.abs(xyxy - boxes).max(1, initial=0) > 1)
 
 
-def _report_boxes(path, rows: list[dict], dropped: np.ndarray, cut: np.ndarray) -> None:
-    """One line on stderr about boxes dropped or cut; a UserError where too many would have to be dropped."""
-
-    def first(chosen: np.ndarray) -> str:
-        place = int(chosen.argmax())
-        return f"first: annotation {rows[place].get('id', f'number {place + 1}')}"
-
-    if dropped.sum() > DROPPED_AT_MOST * len(rows):
-        raise UserError(
-            f"{path}: {dropped.sum()} of {len(rows)} boxes are empty or outside their image ({first(dropped)}); "
-            "correct or remove them (COCO's bbox is [x, y, width, height] in pixels)"
-        )
-    notes = []
-    if dropped.any():
-        notes.append(f"{dropped.sum()} boxes empty or outside their image are dropped ({first(dropped)})")
-    if cut.any():
-        notes.append(f"{cut.sum()} boxes that reach out of their image are cut at its edge ({first(cut)})")
-    if notes:
-        print(f"warning: {path}: {'; '.join(notes)}", file=sys.stderr)
-
-
 def _folder_with_images(labels: Labels, names: list[str]) -> Path:
     """The first of the folders that holds the first image that is in any of them."""
     there = [folder for folder in labels.folders if folder.is_dir()]
@@ -384,14 +368,14 @@ def _find_annotations(data: Path) -> tuple[Path | None, Path | None]:
     """The training json and, in a folder, the validation json beside it; None for what a folder does not have."""
     if not data.is_dir():
         return data, None
-    found = {}
+    found = []
     for part in ("train", "val"):
         jsons = sorted([*data.glob(f"instances_{part}*.json"), *data.glob(f"annotations/instances_{part}*.json")])
         if len(jsons) > 1:
             names = ", ".join(str(path.relative_to(data)) for path in jsons)
             raise UserError(f"{data}: several instances_{part}*.json ({names}); give the path of the one you mean")
-        found[part] = jsons[0] if jsons else None
-    return found["train"], found["val"]
+        found += jsons or [None]
+    return found[0], found[1]
 
 
 def _image_folders(annotations: Path, images, around: list[Path]) -> list[Path]:
@@ -416,11 +400,10 @@ def _set_aside(whole: CocoDataset) -> tuple[Subset, Subset]:
 
 def category_faults(one: Labels, other: Labels) -> list[str]:
     """A line about each category id that does not mean the same in both."""
-    ours, theirs = ({row["id"]: row["name"] for row in labels.document["categories"]} for labels in (one, other))
-    faults = []
-    for category in sorted(ours.keys() | theirs.keys()):
-        if ours.get(category) != theirs.get(category):
-            here, there = (repr(names[category]) if category in names else "missing" for names in (ours, theirs))
-            pair = f"{one.source}: category {category} is {here}, but {there} in {other.source}"
-            faults.append(f"{pair}; make them agree")
-    return faults
+    ours, theirs = ({row["id"]: repr(row["name"]) for row in labels.document["categories"]} for labels in (one, other))
+    pairs = [(key, ours.get(key, "missing"), theirs.get(key, "missing")) for key in sorted(ours.keys() | theirs.keys())]
+    return [
+        f"{one.source}: category {key} is {here}, but {there} in {other.source}; make them agree"
+        for key, here, there in pairs
+        if here != there
+    ]

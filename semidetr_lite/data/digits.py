@@ -67,11 +67,8 @@ def _shape(rng: np.random.Generator, mask: np.ndarray, height: float) -> Shape:
     forward = np.array([[cos, -sin], [sin, cos]]) * scale  # mask (row, column) -> scene
     side = int(np.ceil(np.abs(forward).sum(1).max() * 40)) + 2
     inverse = np.linalg.inv(forward)
-    centre = np.array([mask.shape[0] - 1, mask.shape[1] - 1]) / 2
-    drawn = ndimage.affine_transform(
-        mask, inverse, centre - inverse @ np.full(2, (side - 1) / 2), (side, side), order=1
-    )
-    drawn = np.clip(1.6 * drawn, 0, 1)
+    offset = (np.array(mask.shape) - 1) / 2 - inverse @ np.full(2, (side - 1) / 2)
+    drawn = np.clip(1.6 * ndimage.affine_transform(mask, inverse, offset, (side, side), order=1), 0, 1)
     rows, columns = np.nonzero((drawn > INK).any(1))[0], np.nonzero((drawn > INK).any(0))[0]
     return Shape(drawn, (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
 
@@ -91,21 +88,16 @@ def _place(
     """A box (x1, y1, x2, y2) for the shape inside the scene that respects its neighbours, or None after 40 tries."""
     height, width = size
     extent = np.array([shape.hull[2] - shape.hull[0], shape.hull[3] - shape.hull[1]])
+    near, others = (taken[-1:], taken[:-1]) if crowd else ([], taken)
     for _ in range(40):
         if crowd:  # near the last digit
             corner = np.rint(taken[-1][:2] + rng.uniform(-1, 1, 2) * extent).astype(int)
         else:
             corner = np.array([rng.integers(0, width - extent[0] + 1), rng.integers(0, height - extent[1] + 1)])
         box = np.concatenate([corner, corner + extent])
-        if (corner < 0).any() or box[2] > width or box[3] > height:
+        if (corner < 0).any() or box[2] > width or box[3] > height or _cover(box, others) > COVER:
             continue
-        if (
-            crowd
-            and CROWDED_COVER[0] <= _cover(box, taken[-1:]) <= CROWDED_COVER[1]
-            and _cover(box, taken[:-1]) <= COVER
-        ):
-            return box
-        if not crowd and _cover(box, taken) <= COVER:
+        if not crowd or CROWDED_COVER[0] <= _cover(box, near) <= CROWDED_COVER[1]:
             return box
     return None
 
@@ -119,11 +111,10 @@ def _paste(rng: np.random.Generator, scene: np.ndarray, shape: Shape, box: np.nd
     under = scene[rows, columns]
     grey = np.array([0.299, 0.587, 0.114])
     behind = under.mean((0, 1)) @ grey
-    colour = rng.uniform(BRIGHT, 255, 3)
-    for _ in range(20):
+    for _ in range(21):
+        colour = rng.uniform(BRIGHT, 255, 3)
         if colour @ grey - behind >= CONTRAST:
             break
-        colour = rng.uniform(BRIGHT, 255, 3)
     alpha = (mask * opacity)[..., None]
     under[...] = under * (1 - alpha) + colour * alpha
 
@@ -208,11 +199,5 @@ def load(percent: float = 10, fold: int = 1, further: int = 0) -> Splits:
     train = DigitScenes("train", COUNTS["train"] + further)
     labelled = labelled_indices(COUNTS["train"], percent, fold)
     rest = sorted(set(range(len(train))) - set(labelled))
-    return Splits(
-        Subset(train, labelled),
-        Unlabelled(train, rest),
-        DigitScenes("tune"),
-        DigitScenes("test"),
-        CATEGORIES,
-        flip=False,
-    )
+    tune, test = DigitScenes("tune"), DigitScenes("test")
+    return Splits(Subset(train, labelled), Unlabelled(train, rest), tune, test, CATEGORIES, flip=False)

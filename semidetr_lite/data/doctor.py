@@ -47,23 +47,21 @@ def doctor_data(data, images=None, unlabelled=None, validation=None, workers=0) 
 
 def _open(data, images, unlabelled, validation) -> tuple[dict, list[str]]:
     """The data sets there are, and what is wrong with their labels."""
-    datasets, defects, found = {}, [], (None, None)
+    datasets, defects = {}, []
 
-    def attempt(name: str, make, *arguments, **others) -> None:
+    def attempt(make, *arguments, **others):
         try:
-            datasets[name] = make(*arguments, **others)
+            return make(*arguments, **others)
         except UserError as problem:
             defects.append(str(problem))
 
-    try:
-        found = find_labels(data, images, validation)
-    except UserError as problem:
-        defects.append(str(problem))
+    found = attempt(find_labels, data, images, validation) or (None, None)
     for name, labels in zip(("train", "validation"), found):
         if labels and labels.document["images"]:
-            attempt(name, CocoDataset, labels, faults=defects)
+            datasets[name] = attempt(CocoDataset, labels, faults=defects)
         elif labels:
             defects += labels.faults
+    datasets = {name: dataset for name, dataset in datasets.items() if dataset is not None}
     if len(datasets) == 2:
         defects += category_faults(*found)
     if "train" in datasets:
@@ -71,8 +69,8 @@ def _open(data, images, unlabelled, validation) -> tuple[dict, list[str]]:
         defects += [f"{found[0].source}: class {name!r} has no labelled example" for name in counts if not counts[name]]
     if unlabelled is not None:
         listed = {path for dataset in datasets.values() for path in dataset.paths()}
-        attempt("unlabelled", ImageFolder, unlabelled, listed=listed)
-    return datasets, defects
+        datasets["unlabelled"] = attempt(ImageFolder, unlabelled, listed=listed)
+    return {name: dataset for name, dataset in datasets.items() if dataset is not None}, defects
 
 
 class _Looks:

@@ -43,7 +43,7 @@ def read_voc(folder: Path, images=None, categories: list[dict] | None = None) ->
         try:
             if path.stem not in files:
                 raise ValueError(f"its image {place / path.stem}.jpg is missing")
-            (height, width), objects = _voc_annotation(path, files[path.stem])
+            (height, width), objects = voc_annotation(path, files[path.stem])
             row = {"file_name": os.path.relpath(files[path.stem], place), "height": height, "width": width}
             read[path.stem] = row, objects
         except (ElementTree.ParseError, OSError, ValueError) as problem:
@@ -75,19 +75,24 @@ def _voc_lists(folder: Path, annotated: set[str]) -> dict[str, list[str]]:
     return lists
 
 
-def _voc_annotation(path: Path, image: str) -> tuple[tuple[int, int], list[tuple[str, list[float], int]]]:
-    """((H, W), [(class, [x, y, width, height], difficult)]) of an XML file."""
+def voc_annotation(path: Path, image) -> tuple[tuple[int, int], list[tuple[str, list[float], int]]]:
+    """((H, W), [(class, [x, y, width, height], difficult)]) of an XML file and its image. Raises ValueError."""
     root = ElementTree.parse(path).getroot()
     height, width = (int(float(root.findtext(f"size/{side}") or 0)) for side in ("height", "width"))
     objects = []
     for entry in root.findall("object"):
-        name = entry.findtext("name")  # of the object itself, as is the box; those of its parts lie deeper
+        name = (
+            entry.findtext("name") or ""
+        ).strip()  # of the object itself, as is the box; those of its parts lie deeper
         ends = [entry.findtext(f"bndbox/{end}") for end in ("xmin", "ymin", "xmax", "ymax")]
-        if not name or None in ends:
-            raise ValueError('an "object" needs a "name" and a "bndbox" of xmin, ymin, xmax and ymax')
-        x1, y1, x2, y2 = map(float, ends)
+        try:
+            x1, y1, x2, y2 = map(float, ends)
+        except (TypeError, ValueError):
+            name = ""
+        if not name:
+            raise ValueError(f'an "object" lacks its "name", or a number of its "bndbox": {", ".join(map(str, ends))}')
         difficult = (entry.findtext("difficult") or "").strip() == "1"
-        objects.append((name.strip(), [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1], int(difficult)))
+        objects.append((name, [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1], int(difficult)))
     return (height, width) if height > 0 and width > 0 else header_size(image), objects
 
 

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch.utils.data import ConcatDataset
 
 from semidetr_lite.errors import UserError
 
@@ -77,23 +78,9 @@ class Unlabelled(Subset):
         return image, {**hidden, "truth": target} if "boxes" in target else hidden
 
 
-class Joined:
+class Joined(ConcatDataset):
     """Several datasets, one after the other."""
-
-    def __init__(self, datasets: list[Dataset]):
-        self.datasets = list(datasets)
 
     @cached_property
     def sizes(self) -> list[tuple[int, int]]:
         return [size for dataset in self.datasets for size in dataset.sizes]
-
-    def __len__(self) -> int:
-        return sum(map(len, self.datasets))
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict]:
-        index = range(len(self))[index]
-        for dataset in self.datasets:
-            if index < len(dataset):
-                break
-            index -= len(dataset)
-        return dataset[index]

@@ -25,6 +25,7 @@ from torchvision.transforms.v2 import functional as F
 
 GREY = 125  # of what lies outside the image and of erased patches, as in the released code; of bytes
 FILL = GREY / 255  # the same of floats
+View = tuple[torch.Tensor, dict]  # an image and its target
 
 
 @dataclass(frozen=True)
@@ -140,17 +141,13 @@ def _grid(to_source: torch.Tensor, size, source_size) -> torch.Tensor:
     return grid
 
 
-def labelled_view(
-    image: torch.Tensor, target: dict, rng: np.random.Generator, settings: ViewSettings
-) -> tuple[torch.Tensor, dict]:
+def labelled_view(image: torch.Tensor, target: dict, rng: np.random.Generator, settings: ViewSettings) -> View:
     """What the student sees of a labelled image: base geometry and one colour operation."""
     image, target = _base_view(image, target, rng, settings, settings.zoom, settings.shift)
     return recolour(image, rng), target
 
 
-def weak_view(
-    image: torch.Tensor, target: dict, rng: np.random.Generator, settings: ViewSettings
-) -> tuple[torch.Tensor, dict]:
+def weak_view(image: torch.Tensor, target: dict, rng: np.random.Generator, settings: ViewSettings) -> View:
     """What the teacher sees of an unlabelled image.
 
     Base geometry only. image (3, H, W) uint8 or float -> float in [0, 1], or uint8 if it was and is resized.
@@ -158,16 +155,14 @@ def weak_view(
     return _base_view(image, target, rng, settings, settings.weak_zoom, 0.0)
 
 
-def _base_view(image, target, rng, settings, zoom, shift) -> tuple[torch.Tensor, dict]:
+def _base_view(image, target, rng, settings, zoom, shift) -> View:
     """Resize, zoom, shift and mirror."""
     image, size, resize = _resized_image(image, target["size"], rng, settings)
     geometry = _base_matrix(size, rng, settings, zoom, shift)
     return warp(image, geometry, size), map_target(target, geometry @ resize, size, settings.visible)
 
 
-def strong_view(
-    image: torch.Tensor, target: dict, rng: np.random.Generator, settings: ViewSettings
-) -> tuple[torch.Tensor, dict]:
+def strong_view(image: torch.Tensor, target: dict, rng: np.random.Generator, settings: ViewSettings) -> View:
     """What the student sees of an unlabelled image.
 
     Base geometry, one more geometric operation, one colour operation, erased patches.
@@ -182,23 +177,18 @@ def strong_view(
     return erase(image, rng, settings), map_target(target, geometry @ resize, size, settings.visible)
 
 
-def _resize_matrix(
-    size: tuple[int, int], rng: np.random.Generator, settings: ViewSettings
-) -> tuple[tuple[int, int], torch.Tensor]:
-    """(new size, matrix): the short side is drawn from the settings, the long side bounded."""
-    height, width = size
-    if not settings.short_sides:
-        return (height, width), torch.eye(3)
-    new = resized(size, int(rng.choice(settings.short_sides)), settings.long_side)
-    return new, _matrix([new[1] / width, 0, 0], [0, new[0] / height, 0])
-
-
 def _resized_image(image, size, rng, settings) -> tuple[torch.Tensor, tuple[int, int], torch.Tensor]:
-    """(image at its new size, that size, matrix); as floats, unless bytes are resized."""
-    size, resize = _resize_matrix(size, rng, settings)
+    """(image at its new size, that size, matrix): the short side is drawn from the settings, the long side bounded.
+
+    As floats, unless bytes are resized.
+    """
     if not settings.short_sides:
-        image = F.to_dtype(image, torch.float32, scale=True)
-    return (image if size == tuple(image.shape[-2:]) else F.resize(image, list(size), antialias=True)), size, resize
+        return F.to_dtype(image, torch.float32, scale=True), size, torch.eye(3)
+    height, width = resized(size, int(rng.choice(settings.short_sides)), settings.long_side)
+    matrix = _matrix([width / size[1], 0, 0], [0, height / size[0], 0])
+    if (height, width) != tuple(image.shape[-2:]):
+        image = F.resize(image, [height, width], antialias=True)
+    return image, (height, width), matrix
 
 
 def resized(size: tuple[int, int], short_side: int, long_side: int) -> tuple[int, int]:
@@ -225,12 +215,8 @@ def _strong_matrix(size: tuple[int, int], rng: np.random.Generator, settings: Vi
     kind = rng.integers(4)
     amount = rng.uniform(-1, 1)
     if kind < 2:
-        dx, dy = (
-            (amount * settings.strong_shift * width, 0.0)
-            if kind == 0
-            else (0.0, amount * settings.strong_shift * height)
-        )
-        return _matrix([1, 0, dx], [0, 1, dy])
+        shift = amount * settings.strong_shift
+        return _matrix([1, 0, shift * width * (kind == 0)], [0, 1, shift * height * (kind == 1)])
     if kind == 2:
         angle = np.deg2rad(amount * settings.strong_rotation)
         cos, sin = float(np.cos(angle)), float(np.sin(angle))

@@ -229,22 +229,17 @@ class DeformableDetector(Detector):
 
     def start(self, class_heads: Sequence[nn.Linear], box_heads: Sequence[MLP]) -> None:
         """Initial values: scores start at 0.01, boxes where their references are."""
-        for name, parameter in self.named_parameters():
-            if (
-                parameter.dim() > 1
-                and name.startswith(("decoder.", "encoder."))
-                and ".attention.offsets" not in name
-                and ".attention.weights" not in name
-            ):
-                nn.init.xavier_uniform_(parameter)
+        for stack in (self.encoder, self.decoder):
+            for name, parameter in stack.named_parameters():
+                if parameter.dim() > 1 and ".offsets." not in name and ".weights." not in name:
+                    nn.init.xavier_uniform_(parameter)
         for head in class_heads:
             nn.init.constant_(head.bias, -math.log(0.99 / 0.01))
         for head in box_heads:
             nn.init.zeros_(head[-1].weight)
             nn.init.zeros_(head[-1].bias)
 
-    # ---- encoder
-    # ----------------------------------------------------------------------------------------------------------
+    # ---- encoder -----------------------------------------------------------------------------------------------------
 
     def encode(self, images) -> Memory:
         """images -> Memory, with the tokens chosen as proposals if the detector has them."""
@@ -276,8 +271,7 @@ class DeformableDetector(Detector):
         boxes = self.proposal_box(embedded).float() + inverse_sigmoid(anchors.gather(1, chosen.expand(-1, -1, 4)))
         return {"pred_logits": self.proposal_class(embedded), "pred_boxes": boxes.sigmoid(), "queries": embedded}
 
-    # ---- decoder
-    # ----------------------------------------------------------------------------------------------------------
+    # ---- decoder -----------------------------------------------------------------------------------------------------
 
     def matching_queries(self, memory: Memory) -> tuple[torch.Tensor, torch.Tensor]:
         """content (B, Q, D) and boxes (B, Q, 4) cxcywh in [0, 1] (or points (B, Q, 2)) of the matching queries."""
@@ -334,9 +328,8 @@ class DeformableDetector(Detector):
         """(blocked (N, N) or None, padding (B, N) or None) for the groups followed by the matching queries."""
         if not groups:
             return None, None
-        blocked = group_mask([g.content.shape[1] // g.copies for g in groups for _ in range(g.copies)], matching).to(
-            device
-        )
+        sizes = [group.content.shape[1] // group.copies for group in groups for _ in range(group.copies)]
+        blocked = group_mask(sizes, matching).to(device)
         valid = torch.cat([group.valid for group in groups], 1)
         return blocked, F.pad(~valid, (0, matching))
 
@@ -354,29 +347,24 @@ def _valid_ratio(mask: torch.Tensor) -> torch.Tensor:
     return torch.stack([(~mask[:, 0]).float().mean(1), (~mask[:, :, 0]).float().mean(1)], -1)
 
 
-def _centres(shape: tuple[int, int], device) -> torch.Tensor:
-    """(H*W, 2) cell centres (x, y), in cells."""
-    y, x = torch.meshgrid(
-        torch.arange(shape[0], device=device) + 0.5, torch.arange(shape[1], device=device) + 0.5, indexing="ij"
-    )
-    return torch.stack([x, y], -1).view(-1, 2)
+def _places(shapes: list[tuple[int, int]], ratios: torch.Tensor) -> list[torch.Tensor]:
+    """(B, H*W, 2) for each level: the centres (x, y) of its cells, in [0, 1] of the image in it."""
+    places = []
+    for level, (height, width) in enumerate(shapes):
+        y, x = (torch.arange(side, device=ratios.device) + 0.5 for side in (height, width))
+        centres = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], -1).view(-1, 2)  # in cells
+        places.append(centres / (ratios[:, None, level] * ratios.new_tensor([width, height])))
+    return places
 
 
 def _cell_centres(shapes: list[tuple[int, int]], ratios: torch.Tensor) -> torch.Tensor:
     """(B, S, L, 2): where each token lies, in [0, 1] of each level's map."""
-    places = []
-    for level, shape in enumerate(shapes):
-        cells = ratios[:, None, level] * ratios.new_tensor([shape[1], shape[0]])  # (B, 1, 2) image in cells
-        places.append(_centres(shape, ratios.device)[None] / cells)  # (B, H*W, 2) in [0, 1] of the image
-    return torch.cat(places, 1)[:, :, None] * ratios[:, None]
+    return torch.cat(_places(shapes, ratios), 1)[:, :, None] * ratios[:, None]
 
 
 def _anchors(shapes: list[tuple[int, int]], ratios: torch.Tensor, size: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, S, 4) cxcywh anchors in [0, 1] of the image, and (B, S) whether they lie well inside it."""
-    anchors = []
-    for level, shape in enumerate(shapes):
-        cells = ratios[:, None, level] * ratios.new_tensor([shape[1], shape[0]])
-        centres = _centres(shape, ratios.device)[None] / cells
-        anchors.append(torch.cat([centres, torch.full_like(centres, min(size * 2.0**level, 0.98))], -1))
-    anchors = torch.cat(anchors, 1)
+    sides = [min(size * 2.0**level, 0.98) for level in range(len(shapes))]
+    places = zip(_places(shapes, ratios), sides)
+    anchors = torch.cat([torch.cat([place, torch.full_like(place, side)], -1) for place, side in places], 1)
     return anchors, ((anchors > 0.01) & (anchors < 0.99)).all(-1)

@@ -67,18 +67,15 @@ class Denoising(nn.Module):
         copies = max(1, self.queries // most)
         # (B, copies, positive | negative, T) -> (B, N)
         layout = (batch, copies, 2, most)
-        chance = torch.from_numpy(np.stack([rng.random((*layout[1:], 10), dtype=np.float32) for rng in rngs])).to(
-            boxes.device
-        )
-        boxes, labels, valid = (
-            entry[:, None, None].expand(*layout, *entry.shape[2:]) for entry in (boxes, labels, valid)
-        )
+        chance = np.stack([rng.random((*layout[1:], 10), dtype=np.float32) for rng in rngs])
+        chance = torch.from_numpy(chance).to(boxes.device)
+        entries = (boxes, labels, valid)
+        boxes, labels, valid = (entry[:, None, None].expand(*layout, *entry.shape[2:]) for entry in entries)
         negative = torch.tensor([False, True], device=boxes.device).view(1, 1, 2, 1).expand(layout)
         noised = noise_boxes(boxes, negative, self.box_noise, chance[..., :8])
         classes = self.labels.num_embeddings - 1
-        labels = torch.where(
-            chance[..., 8] < self.label_noise, (chance[..., 9] * classes).long().clamp(max=classes - 1), labels
-        )
+        random = (chance[..., 9] * classes).long().clamp(max=classes - 1)
+        labels = torch.where(chance[..., 8] < self.label_noise, random, labels)
         labels = torch.where(valid, labels, classes)
         index = torch.arange(most, device=boxes.device).expand(layout)
         answers = Answers(torch.where(valid & ~negative, index, -1).flatten(1), valid.flatten(1))

@@ -4,7 +4,7 @@
     IDEA-Research/DINO (4 and 5 scales) · JCZ404/Semi-DETR (whole, or its supervised detector) ·
     Hugging Face's DETR and Deformable DETR, as saved by versions 4 and 5
 
-Their names become ours by replacements, one after the other: those that many share, then those of the family. Two
+Their names become ours by the replacements in public_weights.txt: those that many share, then those of the family. Two
 things are more than a name: Hugging Face keeps the three projections of an attention apart (`@q`, `@k`, `@v`: rows of
 one matrix here), and Deformable DETR keeps position and content of its queries in one matrix (`a|b`: its left and
 right half). Published heads that are shared by all layers appear under many names; any of them will do.
@@ -13,6 +13,8 @@ right half). Published heads that are shared by all layers appear under many nam
 import argparse
 import pickle
 import re
+from configparser import RawConfigParser
+from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +40,7 @@ class Family(NamedTuple):
     detector: type[Detector]
     form: dict  # arguments of the detector that the file asks for
     marker: str  # a name that tells the file from the others
-    names: list[tuple[str, str]]  # replacements
+    names: str  # parts of public_weights.txt, after "shared"
     settings: dict = {}  # attributes of the detector
 
 
@@ -51,91 +53,22 @@ class Report(NamedTuple):
     unmapped: list[str]  # names of something that this detector does not have
 
 
-# ---- names: (what to look for, what to put there) as in re.sub, where "." is a dot, "#" a number and LAST the number
-# ---- behind that of the last decoder layer
-
-SHARED = [
-    ("^(backbone.0.body|model.backbone(.conv_encoder)?.model).", "backbone."),
-    ("^(bbox_head.)?((transformer|model).)?", ""),
-    # a ResNet, as torchvision has it, and transformers' own (revision "no_timm")
-    ("^backbone.(conv1|embedder.embedder.convolution).", "backbone.stem.0."),
-    ("^backbone.(bn1|embedder.embedder.normalization).", "backbone.stem.1."),
-    *((f"^backbone.layer{stage + 1}.", f"backbone.layers.{stage}.") for stage in range(4)),
-    ("^backbone.encoder.stages.(#).layers.", r"backbone.layers.\1."),
-    (".shortcut.convolution.", ".downsample.0."),
-    (".shortcut.normalization.", ".downsample.1."),
-    *((f".layer.{place}.convolution.", f".conv{place + 1}.") for place in range(3)),
-    *((f".layer.{place}.normalization.", f".bn{place + 1}.") for place in range(3)),
-    # layers of encoder and decoder: deformable attentions, then plain ones, projected in one matrix or apart
-    (r"^(\w+coder).layers.", r"\1."),
-    (".(self|cross|encoder)_attn.(sampling_offsets|attention_weights|value_proj|output_proj).", r".attention.\2."),
-    (".sampling_offsets.", ".offsets."),
-    (".attention_weights.", ".weights."),
-    (".(value|output)_proj.", r".\1."),
-    (".self_attn.", ".self_attention.attention."),
-    (".(multihead|encoder)_attn.", ".attention."),
-    (".([qkv])_proj.(weight|bias)$", r".in_proj_\2@\1"),
-    (".o_proj.", ".out_proj."),
-    (r"(\w+coder.#).(linear|fc|mlp.fc)([12]).", r"\1.feed_forward.linear\3."),
-    ("(encoder.#).(norm2|final_layer_norm).", r"\1.feed_forward.norm."),
-    ("(decoder.#).(norm3|final_layer_norm).", r"\1.feed_forward.norm."),
-    ("^decoder.(layer)?norm.", "decoder_norm."),
-    # layers 0, 1, 2 of a published MLP are entries 0, 2, 4 of our Sequential
-    *((f"(?<!backbone).layers.{layer}.", f".{2 * layer}.") for layer in (0, 1, 2)),
-    ("^query_(embed|position_embeddings).weight$", "positions.weight"),
-]
-DETR_NAMES = [
-    *SHARED,
-    (r"(\w+coder.#).(norm1|self_attn_layer_norm).", r"\1.self_attention.norm."),
-    ("(decoder.#).(norm2|encoder_attn_layer_norm).", r"\1.norm."),
-    ("^(input_proj|input_projection).", "projections.0.0."),
-    ("^(class_embed|class_labels_classifier).", "class_head."),
-    ("^(bbox_embed|bbox_predictor).", "box_head."),
-]
-PYRAMID_NAMES = [
-    *SHARED,
-    ("(encoder.#).(norm1|self_attn_layer_norm).", r"\1.norm."),
-    ("(decoder.#).(norm2|self_attn_layer_norm).", r"\1.self_attention.norm."),
-    ("(decoder.#).(norm1|encoder_attn_layer_norm).", r"\1.norm."),
-    ("^input_proj.", "projections."),
-    ("^level_embed$", "level_embedding"),
-    ("^enc_output.", "proposal.0."),
-    ("^enc_output_norm.", "proposal.1."),
-]
-DINO_NAMES = [
-    *PYRAMID_NAMES,
-    ("^tgt_embed.", "content."),
-    ("^label_enc.", "denoising.labels."),
-    ("^decoder.ref_point_head.", "query_positions."),
-    ("^(enc_out_class_embed|fc_enc_cls).", "proposal_class."),
-    ("^(enc_out_bbox_embed|fc_enc_reg).", "proposal_box."),
-    ("^(decoder.)?(class_embed|fc_cls).#.", "class_head."),
-    ("^(decoder.)?(bbox_embed|fc_reg).#.", "box_head."),
-]
-REFINE_NAMES = [
-    *PYRAMID_NAMES,
-    ("^positions.weight$", "positions.weight|content.weight"),
-    ("^pos_trans.", "box_code.0."),
-    ("^pos_trans_norm.", "box_code.1."),
-    ("^(decoder.)?class_embed.LAST.", "proposal_class."),  # two-stage: the head behind the last layer's
-    ("^(decoder.)?bbox_embed.LAST.", "proposal_box."),
-    ("^(decoder.)?class_embed.", "class_heads."),
-    ("^(decoder.)?bbox_embed.", "box_heads."),
-]
-PLAIN_NAMES = [*REFINE_NAMES, ("^(class|box)_heads.#.", r"\1_heads.0.")]
+NAMES = RawConfigParser(delimiters=["->"], comment_prefixes=["# "])
+NAMES.optionxform = str  # capitals stay
+NAMES.read_string(resources.files("semidetr_lite.detectors").joinpath("public_weights.txt").read_text("utf-8"))
 
 FAMILIES = [  # those first whose markers others have too
-    Family("Semi-DETR (JCZ404)", DINO, {}, "bbox_head.fc_cls.0.weight", DINO_NAMES, {"eps": 1e-5}),
-    Family("DINO (IDEA-Research)", DINO, {}, "label_enc.weight", DINO_NAMES, {"eps": 1e-3}),
-    Family("DETR (Hugging Face)", DETR, {}, "class_labels_classifier.weight", DETR_NAMES),
-    Family("DETR (facebookresearch)", DETR, {}, "class_embed.weight", DETR_NAMES),
+    Family("Semi-DETR (JCZ404)", DINO, {}, "bbox_head.fc_cls.0.weight", "pyramid dino", {"eps": 1e-5}),
+    Family("DINO (IDEA-Research)", DINO, {}, "label_enc.weight", "pyramid dino", {"eps": 1e-3}),
+    Family("DETR (Hugging Face)", DETR, {}, "class_labels_classifier.weight", "detr"),
+    Family("DETR (facebookresearch)", DETR, {}, "class_embed.weight", "detr"),
     *(
-        Family(f"Deformable DETR{title} ({who})", DeformableDETR, form, where + marker, names)
+        Family(f"Deformable DETR{title} ({who})", DeformableDETR, form, where + marker, f"pyramid {names}")
         for who, where in (("fundamentalvision", "transformer."), ("Hugging Face", "model."))
         for title, form, marker, names in (
-            (", two-stage", {"with_box_refine": True, "two_stage": True}, "pos_trans.weight", REFINE_NAMES),
-            (" with box refinement", {"with_box_refine": True}, "decoder.bbox_embed.0.layers.0.weight", REFINE_NAMES),
-            ("", {}, "reference_points.weight", PLAIN_NAMES),
+            (", two-stage", {"with_box_refine": True, "two_stage": True}, "pos_trans.weight", "refine"),
+            (" with box refinement", {"with_box_refine": True}, "decoder.bbox_embed.0.layers.0.weight", "refine"),
+            ("", {}, "reference_points.weight", "refine plain"),
         )
     ),
 ]
@@ -265,7 +198,9 @@ def _translate(tensors: dict, family: Family, own: dict) -> tuple[dict, dict]:
     layers = [int(found[1]) for key in tensors if (found := re.search(r"decoder\.layers\.(\d+)\.", key))]
     special = {".": r"\.", "#": r"\d+", "LAST": str(max(layers, default=-1) + 1)}
     rules = [
-        (re.compile(re.sub(r"\.|#|LAST", lambda found: special[found[0]], left)), right) for left, right in family.names
+        (re.compile(re.sub(r"\.|#|LAST", lambda found: special[found[0]], theirs)), ours)
+        for part in ["shared", *family.names.split()]
+        for theirs, ours in NAMES.items(part)
     ]
     known = {re.sub(r"\d+", "#", key) for key in own}
     mapped, values = {}, {}

@@ -14,7 +14,6 @@ Differences from torchvision: GroupNorm or frozen BatchNorm only; Faster R-CNN d
 
 import contextlib
 import math
-from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
@@ -46,7 +45,7 @@ def drawn(seed: int, device: torch.device):
 class Seen(NamedTuple):
     """Images as a pyramid detector sees them."""
 
-    maps: OrderedDict  # level "0", "1" ... -> (B, D, H, W), filled up with zeros to the largest image
+    maps: dict  # level "0", "1" ... -> (B, D, H, W), filled up with zeros to the largest image
     image_sizes: list[tuple[int, int]]  # (H, W)
 
 
@@ -67,6 +66,11 @@ class Anchors(AnchorGenerator):
 class Pyramid(Detector):
     """What the two detectors share.
 
+    `losses(images, targets, seed)` -> {name: scalar} of a supervised step, a pure function of the weights and of its
+    arguments: a list of (3, H, W), as many dicts with "boxes" (T, 4) xyxy pixels and "labels" (T,), an int.
+    `found(seen, score, top, nms)` -> a dict an image with at most `top` "boxes", "labels" and "scores" (falling, over
+    `score`) after suppression at IoU `nms`, in pixels of the images seen.
+
     Args:
         num_classes: C.
         dim: channels of the pyramid.
@@ -79,26 +83,24 @@ class Pyramid(Detector):
 
     first_label = 0  # torchvision's name for label 0
 
-    def __init__(self, num_classes, dim, anchor_sizes, fine, backbone, backbone_weights, **options):
+    def __init__(
+        self, num_classes, dim, anchor_sizes, fine=False, backbone="resnet50", backbone_weights=None, **options
+    ):
         super().__init__(**options)
         self.num_classes = num_classes
         self.backbone = make_backbone(backbone, backbone_weights, fine)
-        channels = self.backbone.channels[: len(anchor_sizes)]
-        self.used_maps = slice(len(channels))
+        channels = list(self.backbone.channels)
         further = (lambda: None, LastLevelMaxPool, lambda: LastLevelP6P7(dim, dim))[len(anchor_sizes) - len(channels)]
-        self.fpn = FeaturePyramidNetwork(list(channels), dim, further())
+        self.fpn = FeaturePyramidNetwork(channels, dim, further())
         self.strides = [(4 if fine else 8) * 2**level for level in range(len(anchor_sizes))]
-        self.stub = {"backbone": nn.Identity()}  # stands where torchvision wants a backbone
-        self.stub["backbone"].out_channels = dim
 
     def _project(self, stacked: torch.Tensor) -> list[torch.Tensor]:
-        maps = self.backbone(stacked)[self.used_maps]
-        return list(self.fpn(OrderedDict((str(level), x) for level, x in enumerate(maps))).values())
+        return list(self.fpn({str(level): x for level, x in enumerate(self.backbone(stacked))}).values())
 
     def see(self, images) -> Seen:
         """images: list of (3, H, W), uint8 or float in [0, 1]."""
         ready = self.normalised(images)
-        maps = OrderedDict((str(level), x) for level, x in enumerate(self.pyramid(ready)[0]))
+        maps = {str(level): x for level, x in enumerate(self.pyramid(ready)[0])}
         return Seen(maps, [tuple(image.shape[-2:]) for image in ready])
 
     def ready(self, targets: list[dict]) -> list[dict]:
@@ -110,17 +112,6 @@ class Pyramid(Detector):
             found.append({"boxes": boxes.float(), "labels": labels + self.first_label})
         return found
 
-    def losses(self, images, targets: list[dict], seed: int = 0) -> dict[str, torch.Tensor]:
-        """The losses of a supervised step, each a scalar; they depend on nothing but the weights and the arguments.
-
-        images: list of (3, H, W); targets: as many dicts with "boxes" (T, 4) xyxy pixels and "labels" (T,).
-        """
-        raise NotImplementedError
-
-    def found(self, seen: Seen, score: float, top: int, nms: float) -> list[dict]:
-        """Dicts with "boxes", "labels" and "scores" (falling, over `score`), in pixels of the images seen."""
-        raise NotImplementedError
-
     def best(self, images, sizes, top, score, nms):
         """See Detector.best; images differ in their number of boxes."""
         seen = self.see(images)
@@ -129,6 +120,13 @@ class Pyramid(Detector):
         boxes = [one["boxes"] * scale.repeat(2).to(one["boxes"]) for one, scale in zip(found, scales, strict=True)]
         valid = [torch.ones_like(one["labels"], dtype=torch.bool) for one in found]
         return boxes, [one["scores"] for one in found], [one["labels"] for one in found], valid
+
+
+def _carrier(dim: int) -> nn.Module:
+    """Stands where torchvision wants a backbone; it only has a number of channels."""
+    empty = nn.Identity()
+    empty.out_channels = dim
+    return empty
 
 
 class Cells(NamedTuple):
@@ -150,7 +148,7 @@ class FCOS(Pyramid):
     An object is learned by the cells near its centre, on the level where its farthest side is 4 to 8 anchor sizes away.
 
     Args:
-        num_classes, dim, anchor_sizes, fine, backbone, backbone_weights, options: see Pyramid.
+        num_classes, dim, anchor_sizes, options: see Pyramid.
         convs: layers of each head.
         radius: of what is near, in anchor sizes.
     """
@@ -162,14 +160,11 @@ class FCOS(Pyramid):
         anchor_sizes: tuple[float, ...] = (8, 16, 32, 64, 128),
         convs: int = 4,
         radius: float = 1.5,
-        fine: bool = False,
-        backbone: str | nn.Module = "resnet50",
-        backbone_weights: str | None = None,
         **options,
     ):
-        super().__init__(num_classes, dim, anchor_sizes, fine, backbone, backbone_weights, **options)
+        super().__init__(num_classes, dim, anchor_sizes, **options)
         self.net = detection.FCOS(
-            **self.stub,
+            _carrier(dim),
             num_classes=num_classes,
             anchor_generator=Anchors(anchor_sizes, (1.0,), self.strides),
             head=FCOSHead(dim, 1, num_classes, convs),
@@ -184,26 +179,28 @@ class FCOS(Pyramid):
         return Cells(self.net.head(maps), anchors, [level.shape[-2:].numel() for level in maps], seen.image_sizes)
 
     def losses(self, images, targets, seed: int = 0):
-        """See Pyramid.losses; nothing here is drawn."""
+        """See Pyramid; nothing here is drawn."""
         cells = self.cells(self.see(images))
         anchors = [cells.anchors] * len(images)
         found = self.net.compute_loss(self.ready(targets), cells.outputs, anchors, cells.counts)
         return dict(zip(("class", "giou", "centerness"), found.values(), strict=True))
 
     def found(self, seen, score, top, nms):
-        """See Pyramid.found; a score is sqrt(class score * centerness)."""
+        """See Pyramid; a score is sqrt(class score * centerness)."""
         cells, net = self.cells(seen), self.net
-        net.score_thresh, net.nms_thresh, net.detections_per_img = score, nms, top
+        net.score_thresh, net.nms_thresh, net.detections_per_img = score, nms, None  # all of them
         outputs = {name: x.split(cells.counts, 1) for name, x in cells.outputs.items()}
         anchors = [cells.anchors.split(cells.counts)] * len(seen.image_sizes)
-        return net.postprocess_detections(outputs, anchors, seen.image_sizes)
+        found = net.postprocess_detections(outputs, anchors, seen.image_sizes)
+        areas = [(one["boxes"][:, 2:] - one["boxes"][:, :2]).prod(1) for one in found]
+        return [{key: x[area > 0][:top] for key, x in one.items()} for one, area in zip(found, areas, strict=True)]
 
 
 class FasterRCNN(Pyramid):
     """Proposals from anchors of three shapes, then a class (or background) and a box for each of them.
 
     Args:
-        num_classes, dim, anchor_sizes, fine, backbone, backbone_weights, options: see Pyramid.
+        num_classes, dim, anchor_sizes, fine, options: see Pyramid.
         hidden: units of the two layers over a proposal's 7 x 7 features.
         object_size: pixels; a proposal of this size is read from stride 16, half of it from stride 8, and so on.
         proposals: of an image, in training and in detection.
@@ -222,17 +219,15 @@ class FasterRCNN(Pyramid):
         proposals: tuple[int, int] = (2000, 1000),
         sampled: tuple[int, int] = (256, 512),
         fine: bool = True,
-        backbone: str | nn.Module = "resnet50",
-        backbone_weights: str | None = None,
         **options,
     ):
-        super().__init__(num_classes, dim, anchor_sizes, fine, backbone, backbone_weights, **options)
-        strides = self.strides[self.used_maps]  # proposals are not read from the further levels
+        super().__init__(num_classes, dim, anchor_sizes, fine, **options)
+        strides = self.strides[: len(self.backbone.channels)]  # proposals are not read from the further levels
         pool = MultiScaleRoIAlign([str(level) for level in range(len(strides))], 7, 2)
         pool.scales = [1 / stride for stride in strides]
         pool.map_levels = LevelMapper(int(math.log2(strides[0])), int(math.log2(strides[-1])), object_size)
         self.net = detection.FasterRCNN(
-            **self.stub,
+            _carrier(dim),
             rpn_anchor_generator=Anchors(anchor_sizes, (0.5, 1.0, 2.0), self.strides),
             rpn_pre_nms_top_n_train=proposals[0],
             rpn_post_nms_top_n_train=proposals[0],
@@ -257,13 +252,17 @@ class FasterRCNN(Pyramid):
         heads = self.net.roi_heads
         return heads.box_predictor(heads.box_head(heads.box_roi_pool(seen.maps, boxes, seen.image_sizes)))
 
+    def refined(self, codes: torch.Tensor, boxes: list[torch.Tensor]) -> torch.Tensor:
+        """Box codes of `classify` -> (N, 1 + C, 4), each class's own box in xyxy pixels."""
+        return self.net.roi_heads.box_coder.decode(codes, boxes).reshape(-1, self.num_classes + 1, 4)
+
     def sample(self, proposals: list[torch.Tensor], targets: list[dict]):
         """The boxes to train on, targets among them; their labels and box codes; all as a list over the images."""
         boxes, _, labels, codes = self.net.roi_heads.select_training_samples(proposals, targets)
         return boxes, labels, codes
 
     def losses(self, images, targets, seed: int = 0):
-        """See Pyramid.losses; `seed` draws the anchors and proposals that are trained on."""
+        """See Pyramid; `seed` draws the anchors and proposals that are trained on."""
         seen, targets = self.see(images), self.ready(targets)
         with drawn(seed, self.mean.device):
             proposals, losses = self.propose(seen, targets)
@@ -272,7 +271,7 @@ class FasterRCNN(Pyramid):
         return losses
 
     def found(self, seen, score, top, nms):
-        """See Pyramid.found; a score is the softmax over the classes and background."""
+        """See Pyramid; a score is the softmax over the classes and background."""
         heads = self.net.roi_heads
         heads.score_thresh, heads.nms_thresh, heads.detections_per_img = score, nms, top
         proposals, _ = self.propose(seen)

@@ -2,21 +2,21 @@
 
     teacher(weak pixels, strong geometry) -> scores, boxes, centerness of all cells -> those of student(strong view)
 
-Pseudo-boxes need a score cut and a suppression, and both lose what the teacher was unsure about. Here what the teacher
-says in each cell is the target of the same cell (dense pseudo-labels). Of N cells with class scores p (C,), the k %
-richest by max_c p_c (the paper's feature richness score) are selected; elsewhere the target is 0 (its section on region
-selection, which the ablation of k belongs to). With s the student's scores and y the targets,
+Pseudo-boxes need a score cut and a suppression, and both lose what the teacher is unsure about. Here what the teacher
+says in a cell is the target of the same cell (the paper's dense pseudo-labels). Of all cells, with class scores p (C,),
+the share `ratio` richest in max_c p_c (its feature richness score) is selected; elsewhere the target is 0 (its region
+selection). With s the student's scores and y the targets,
 
     L_class = sum_cells |y - s|^2 BCE(s, y) / sum_selected max_c p_c        (quality focal loss)
     L_box   = mean_selected (1 - GIoU)           L_centerness = mean_selected BCE
 
-with weights 4, 1 and 1.
+with weights 4, 1 and 1. Normalisers and weights are the released ones (github.com/Megvii-BaseDetection/DenseTeacher),
+and as there the cells are selected over the whole batch.
 
-Differences from the released code (github.com/Megvii-BaseDetection/DenseTeacher): there the strong view has the geometry
-of the weak one. Ours is also moved, and cells only correspond in one geometry, so the teacher reads the weak view's
-pixels carried into the strong view's geometry. The box loss is not weighted by the teacher's raw centerness logit; the
-detector has centerness where the release predicts the IoU; the unlabelled weight does not rise linearly, a burn-in run
-stands for that. As there: cells are selected over the whole batch.
+Differences from the released code: there both views have one geometry. Ours is moved in the strong view, and cells only
+correspond in one geometry, so the teacher reads the weak view's pixels carried into the strong view's geometry. The box
+loss is not weighted by the teacher's centerness logit; centerness stands where the release predicts the IoU; the
+unlabelled weight does not rise at first, a burn-in run stands for that.
 """
 
 import torch
@@ -30,30 +30,26 @@ from semidetr_lite.methods.mean_teacher import LABELLED, Averaged, named
 
 
 def select_regions(scores: torch.Tensor, inside: torch.Tensor, ratio: float) -> torch.Tensor:
-    """(B, N) bool, the richest cells of a batch: `ratio` of those inside an image, at least one.
+    """(B, N) bool, the richest cells of a batch: the share `ratio` of those inside an image, at least one.
 
     scores: (B, N, C) the teacher's; inside: (B, N) bool, False in the padding.
     """
     richness = scores.amax(-1).masked_fill(~inside, -1.0)
-    count = max(1, int(ratio * int(inside.sum())))
-    best = richness.flatten().topk(count).indices
+    best = richness.flatten().topk(max(1, int(ratio * int(inside.sum())))).indices
     return torch.zeros_like(inside).flatten().index_fill_(0, best, True).view_as(inside)
 
 
 def dense_losses(student: Cells, teacher: Cells, ratio: float) -> dict[str, torch.Tensor]:
-    """The three losses of the student's maps against the teacher's, without weights; each a scalar."""
-    centres = student.centres
-    sizes = centres.new_tensor(student.sizes).flip(-1)  # (B, 2) W, H
-    inside = (centres < sizes[:, None]).all(-1)
+    """The student's maps against the teacher's: the three losses without their weights, each a scalar."""
+    centres = (teacher.anchors[:, :2] + teacher.anchors[:, 2:]) / 2
+    inside = (centres < centres.new_tensor(teacher.image_sizes).flip(-1)[:, None]).all(-1)
     scores = teacher.outputs["cls_logits"].sigmoid()
     selected = select_regions(scores, inside, ratio)
-    wanted = scores * selected[..., None]
-    logits = student.outputs["cls_logits"]
-    richness = scores.amax(-1)[selected].sum()
+    logits, wanted = student.outputs["cls_logits"], scores * selected[..., None]
     boxes, aims = (cells.boxes()[selected] for cells in (student, teacher))
     centerness, aim = (cells.outputs["bbox_ctrness"][..., 0][selected] for cells in (student, teacher))
     return {
-        "class": quality_focal_loss(logits.flatten(0, 1), wanted.flatten(0, 1)) / richness,
+        "class": quality_focal_loss(logits.flatten(0, 1), wanted.flatten(0, 1)) / wanted.amax(-1).sum(),
         "giou": generalized_box_iou_loss(boxes, aims, reduction="mean"),
         "centerness": F.binary_cross_entropy_with_logits(centerness, aim.sigmoid()),
     }
@@ -67,8 +63,8 @@ class DenseTeacher(Averaged):
         ratio: share of the cells that are selected.
         unlabelled_weight: of the class loss on unlabelled images.
         unlabelled_box_weight: further factor of their box and centerness losses.
-        score_cut: boxes of at least this score are measured against the truth; nothing is trained on them.
-        most: of them in an image.
+        score_cut, most: boxes of at least this score, at most so many an image, are measured against the truth; nothing
+            learns from them.
         shared: ema_ceiling and seed, see Averaged.
     """
 
@@ -84,14 +80,12 @@ class DenseTeacher(Averaged):
     ):
         super().__init__(student, **shared)
         self.ratio, self.score_cut, self.most = ratio, score_cut, most
-        self.unlabelled_weight, self.unlabelled_box_weight = unlabelled_weight, unlabelled_box_weight
+        self.class_weight, self.box_weight = unlabelled_weight, unlabelled_weight * unlabelled_box_weight
 
     def forward(self, batch: dict, step: int) -> dict[str, torch.Tensor]:
         """A batch with "labelled", "weak" and "strong" -> weighted losses."""
-        (images, truths), (weak_images, weak), (strong_images, strong) = (
-            batch[key] for key in ("labelled", "weak", "strong")
-        )
-        losses = named("labelled", self.student.losses(images, truths, self.draw(step, LABELLED)))
+        losses = named("labelled", self.student.losses(*batch["labelled"], self.draw(step, LABELLED)))
+        (weak_images, weak), (images, strong) = batch["weak"], batch["strong"]
         device = self.student.mean.device
         carried = [
             warp(image.to(device), s["matrix"] @ torch.linalg.inv(w["matrix"]), tuple(s["size"]))
@@ -99,10 +93,10 @@ class DenseTeacher(Averaged):
         ]
         with torch.no_grad():
             seen = self.teacher.see(carried)
-            dense = self.teacher.cells(seen)
             boxes = self.teacher.found(seen, self.score_cut, self.most, self.teacher.nms)  # for the log alone
+            dense = self.teacher.cells(seen)
         self.stats = {"pseudo_per_image": sum(len(one["labels"]) for one in boxes) / len(boxes)}
-        found = dense_losses(self.student(strong_images), dense, self.ratio)
-        weights = {name: self.unlabelled_weight * self.unlabelled_box_weight for name in found}
-        weights["class"] = self.unlabelled_weight
-        return losses | named("pseudo", {name: loss * weights[name] for name, loss in found.items()})
+        found = dense_losses(self.student.cells(self.student.see(images)), dense, self.ratio)
+        for name, loss in found.items():
+            losses[f"pseudo/{name}"] = loss * (self.class_weight if name == "class" else self.box_weight)
+        return losses

@@ -1,23 +1,23 @@
 """Soft Teacher (Xu et al., ICCV 2021): Faster R-CNN learns from the boxes of its average, each loss with its own trust.
 
-    teacher(weak view) -> boxes -> score over the cut -> targets of the class losses of student(strong view)
-                                -> steady under jitter -> targets of its box loss
+    teacher(weak view) -> boxes over the score cut  -> targets of the class losses of student(strong view)
+                       -> boxes steady under jitter -> targets of its box loss
 
-A pseudo-box of high score is mostly right, but there are few of them, so that much of what they call background is a
-missed object. Therefore the teacher also judges every box the student is trained on (section 3.2, Soft Teacher;
-Eq. 4 and 5): with r_j the teacher's background score of the j-th proposal without a pseudo-box,
+A pseudo-box of high score is mostly right, but there are few of them: much of what they leave to the background is a
+missed object. So the teacher also judges each box that the student learns from (section 3.2; Eq. 4 and 5): with r_j its
+background score of proposal j that has no pseudo-box,
 
-    L_class = 1 / N_fg * sum_i l(foreground proposal i) + sum_j w_j l(background proposal j),   w_j = r_j / sum_k r_k.
+    L_class = 1 / N_fg * sum_i l(foreground i) + sum_j w_j l(background j),   w_j = r_j / sum_k r_k.
 
-And a high score does not say that a box is tight. A tight one is found again from wherever the search begins (section
-3.3, Box jittering; Eq. 6 to 8): jittered N times and refined by the teacher, its four coordinates have standard
-deviations s_1 ... s_4; the boxes with mean_k s_k / (0.5 (height + width)) below a cut are the targets of the box loss.
+Nor does a high score say that a box is tight. A tight one is found again wherever the search begins (section 3.3; Eq. 6
+to 8): jittered several times and refined by the teacher, its four coordinates have standard deviations s_k; boxes with
+mean_k s_k / (0.5 (height + width)) under a cut are the targets of the box loss. (Equation numbers are from memory.)
 
-Differences from the released code (github.com/microsoft/SoftTeacher): it divides the weighted class loss by
-N_fg + sum_k r_k as a whole; it draws the jitter from a normal distribution (here uniform, as in the paper; from
-memory) and divides by the sides of the mean refined box. As there: cuts 0.9, 0.5 and 0.02, ten jitters of 6 %, weight
-4; region proposals learn from the boxes over the score cut; the box loss is the sum over the foreground divided by all
-sampled proposals. Equation numbers are cited from memory.
+Differences from the released code (github.com/microsoft/SoftTeacher): it divides the class loss as a whole by
+N_fg + sum_k r_k; its jitter is normal (here uniform, to our memory the paper's) and a deviation is divided by the
+width or height of the mean refined box. As there: cuts 0.9, 0.5 and 0.02, ten jitters of 6 %, weight 4; proposals are
+learned from the boxes over the score cut; the box loss is divided by the number of all sampled boxes, not of the
+foreground (Eq. 9).
 """
 
 import torch
@@ -32,27 +32,26 @@ from semidetr_lite.methods.mean_teacher import LABELLED, UNLABELLED, Averaged, n
 def soft_class_loss(logits: torch.Tensor, labels: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
     """The class loss of Eq. 4 and 5, a scalar.
 
-    logits: (N, 1 + C) of the student, background first; labels: (N,), 0 where a proposal has no pseudo-box;
-        background: (N,) the teacher's background scores r of the same proposals.
+    logits: (N, 1 + C) of the student, background first; labels: (N,), 0 where a box has no pseudo-box; background: (N,)
+        the teacher's background scores r of the same boxes.
     """
     each = F.cross_entropy(logits, labels, reduction="none")
-    foreground = labels > 0
-    weight = torch.where(foreground, 0.0, background)
-    return each[foreground].sum() / foreground.sum().clamp(min=1) + (each * weight).sum() / weight.sum().clamp(min=1e-6)
+    weights = torch.where(labels > 0, 1.0, background)
+    return (each * weights).sum() / weights.sum().clamp(min=1)
 
 
 def box_spread(refined: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-    """How far refinements of one box lie apart (Eq. 7 and 8), in units of half its height plus width.
+    """How far the refinements of a box lie apart (Eq. 7 and 8), in halves of its height plus width: (T,).
 
-    refined: (J, T, 4) the boxes (T, 4) after each jitter, xyxy -> (T,) mean of the four standard deviations.
+    refined: (J, T, 4) xyxy, what became of the boxes (T, 4) after each of J jitters.
     """
-    sides = (boxes[:, 2:] - boxes[:, :2]).sum(-1).clamp(min=1)
-    return refined.std(0).mean(-1) / (0.5 * sides)
+    deviations = ((refined - refined.mean(0)).square().sum(0) / (len(refined) - 1)).sqrt()
+    return deviations.mean(-1) / (0.5 * (boxes[:, 2:] - boxes[:, :2]).sum(-1)).clamp(min=1e-6)
 
 
-def chosen(target: dict, keep: torch.Tensor) -> dict:
-    """The entries of a detection where `keep` (T,) is True."""
-    return {**target, **{key: target[key][keep] for key in ("boxes", "labels", "scores")}}
+def chosen(found: dict, keep: torch.Tensor) -> dict:
+    """The boxes of a detection where `keep` (T,) is True."""
+    return {key: found[key][keep] for key in ("boxes", "labels", "scores")}
 
 
 class SoftTeacher(Averaged):
@@ -60,14 +59,11 @@ class SoftTeacher(Averaged):
 
     Args:
         student: a Faster R-CNN.
-        score_cut: pseudo-boxes of at least this score are targets of the class losses.
+        score_cut: pseudo-boxes of at least this score are targets of the class losses and of the proposals.
         box_score_cut: pseudo-boxes of at least this score are jittered.
-        spread_cut: those whose spread is less are targets of the box loss.
-        jitters: how often.
-        jitter: how far a coordinate is moved at most, of the box's side.
-        unlabelled_weight: of all losses on unlabelled images.
-        unlabelled_box_weight: further factor of their box losses.
-        most: pseudo-boxes looked at in an image.
+        spread_cut: those that spread less are targets of the box loss.
+        jitters, jitter: how often, and how far a side moves at most, of the box's width or height.
+        unlabelled_weight, unlabelled_box_weight, most: see MeanTeacher.
         shared: ema_ceiling and seed, see Averaged.
     """
 
@@ -87,74 +83,59 @@ class SoftTeacher(Averaged):
         super().__init__(student, **shared)
         self.score_cut, self.box_score_cut, self.spread_cut = score_cut, box_score_cut, spread_cut
         self.jitters, self.jitter, self.most = jitters, jitter, most
-        self.unlabelled_weight, self.unlabelled_box_weight = unlabelled_weight, unlabelled_box_weight
+        self.class_weight, self.box_weight = unlabelled_weight, unlabelled_weight * unlabelled_box_weight
 
     def forward(self, batch: dict, step: int) -> dict[str, torch.Tensor]:
         """A batch with "labelled", "weak" and "strong" -> weighted losses."""
-        (images, truths), (weak_images, weak), (strong_images, strong) = (
-            batch[key] for key in ("labelled", "weak", "strong")
-        )
-        losses = named("labelled", self.student.losses(images, truths, self.draw(step, LABELLED)))
+        losses = named("labelled", self.student.losses(*batch["labelled"], self.draw(step, LABELLED)))
+        (weak_images, weak), (images, strong) = batch["weak"], batch["strong"]
+        matrices = [s["matrix"] @ torch.linalg.inv(w["matrix"]) for w, s in zip(weak, strong, strict=True)]
         with torch.no_grad():
             judge = self.teacher.see(weak_images)
-            confident, steady = self.pseudo_targets(judge, step)
-        matrices = [s["matrix"] @ torch.linalg.inv(w["matrix"]) for w, s in zip(weak, strong, strict=True)]
-        confident, steady = (
-            [map_target(one, m, s["size"]) for one, m, s in zip(found, matrices, strong, strict=True)]
-            for found in (confident, steady)
-        )
-        self.stats = {
-            name: sum(len(one["labels"]) for one in found) / len(strong)
-            for name, found in (("pseudo_per_image", confident), ("steady_per_image", steady))
-        }
-        seed = self.draw(step, UNLABELLED)
-        found = self.unlabelled_losses(self.student.see(strong_images), confident, steady, judge, matrices, seed)
-        weights = {name: self.unlabelled_weight for name in found}
-        for name in ("proposals", "boxes"):
-            weights[name] *= self.unlabelled_box_weight
-        return losses | named("pseudo", {name: loss * weights[name] for name, loss in found.items()})
+            confident, steady = (
+                [map_target(one, matrix, s["size"]) for one, matrix, s in zip(found, matrices, strong, strict=True)]
+                for found in self.pseudo_boxes(judge, step)
+            )
+        counts = ([len(one["labels"]) for one in found] for found in (confident, steady))
+        self.stats = dict(zip(("pseudo_per_image", "steady_per_image"), (sum(n) / len(n) for n in counts)))
+        seen, seed = self.student.see(images), self.draw(step, UNLABELLED)
+        for name, loss in self.pseudo_losses(seen, confident, steady, judge, matrices, seed).items():
+            losses[f"pseudo/{name}"] = loss * (self.box_weight if name in ("proposals", "boxes") else self.class_weight)
+        return losses
 
-    def pseudo_targets(self, judge: Seen, step: int) -> tuple[list[dict], list[dict]]:
+    def pseudo_boxes(self, judge: Seen, step: int) -> tuple[list[dict], list[dict]]:
         """The teacher's boxes over the score cut, and those steady under jitter, in pixels of the weak views."""
-        least = min(self.score_cut, self.box_score_cut)
-        found = self.teacher.found(judge, least, self.most, self.teacher.nms)
+        teacher = self.teacher
+        found = teacher.found(judge, min(self.score_cut, self.box_score_cut), self.most, teacher.nms)
         candidates = [chosen(one, one["scores"] >= self.box_score_cut) for one in found]
-        spreads = self.spreads(judge, candidates, step)
-        steady = [chosen(one, spread < self.spread_cut) for one, spread in zip(candidates, spreads, strict=True)]
+        jittered = []
+        for one, rng in zip(candidates, self.rngs(step, UNLABELLED, len(found)), strict=True):
+            boxes = one["boxes"]
+            moves = boxes.new_tensor(rng.uniform(-self.jitter, self.jitter, (self.jitters, *boxes.shape)))
+            jittered.append((boxes + moves * (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)).flatten(0, 1))
+        refined = teacher.refined(teacher.classify(judge, jittered)[1], jittered)  # (all jitters, 1 + C, 4)
+        steady = []
+        for one, boxes in zip(candidates, refined.split([len(boxes) for boxes in jittered]), strict=True):
+            rows = (one["labels"] + teacher.first_label).repeat(self.jitters)[:, None, None].expand(-1, 1, 4)
+            own = boxes.gather(1, rows).view(self.jitters, -1, 4)
+            steady.append(chosen(one, box_spread(own, one["boxes"]) < self.spread_cut))
         return [chosen(one, one["scores"] >= self.score_cut) for one in found], steady
 
-    def spreads(self, judge: Seen, found: list[dict], step: int) -> list[torch.Tensor]:
-        """box_spread of each image's boxes, (T,)."""
-        jittered = []
-        for one, rng in zip(found, self.rngs(step, UNLABELLED, len(found)), strict=True):
-            boxes = one["boxes"]
-            sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
-            moved = boxes.new_tensor(rng.uniform(-self.jitter, self.jitter, (self.jitters, *boxes.shape))) * sides
-            jittered.append((boxes + moved).flatten(0, 1))
-        _, codes = self.teacher.classify(judge, jittered)
-        pieces = self.teacher.refined(codes, jittered).split([len(boxes) for boxes in jittered])
-        spreads = []
-        for one, refined in zip(found, pieces, strict=True):
-            labels = one["labels"].repeat(self.jitters) + self.teacher.first_label
-            refined = refined[torch.arange(len(labels), device=labels.device), labels]
-            spreads.append(box_spread(refined.view(self.jitters, -1, 4), one["boxes"]))
-        return spreads
+    def pseudo_losses(self, seen: Seen, confident, steady, judge: Seen, matrices, seed: int) -> dict[str, torch.Tensor]:
+        """Losses of the student on the strong views, without weights; targets in their pixels.
 
-    def unlabelled_losses(self, seen: Seen, confident, steady, judge: Seen, matrices, seed: int) -> dict:
-        """Losses of the student on the strong views; targets in their pixels, matrices from the weak views to them."""
-        student, ready = self.student, self.student._ready(confident)
+        judge: the weak views as the teacher sees them; matrices: from them to the strong views.
+        """
+        student = self.student
+        confident, steady = student.ready(confident), student.ready(steady)
         with drawn(seed, student.mean.device):
-            proposals, losses = student.propose(seen, ready)
-            sample = student.net.roi_heads.select_training_samples
-            boxes, _, labels, _ = sample(proposals, ready)
-            steady_boxes, _, steady_labels, codes = sample(proposals, student._ready(steady))
+            proposals, losses = student.propose(seen, confident)
+            boxes, labels, _ = student.sample(proposals, confident)
+            of_steady, *wanted = student.sample(proposals, steady)
         with torch.no_grad():
-            back = [
-                map_boxes(one, torch.linalg.inv(matrix), size)[0]
-                for one, matrix, size in zip(boxes, matrices, judge.sizes, strict=True)
-            ]
+            views = zip(boxes, matrices, judge.image_sizes, strict=True)
+            back = [map_boxes(one, torch.linalg.inv(matrix), size)[0] for one, matrix, size in views]
             background = self.teacher.classify(judge, back)[0].softmax(-1)[:, 0]
-        logits, _ = student.classify(seen, boxes)
-        losses["class"] = soft_class_loss(logits, torch.cat(labels), background)
-        losses["boxes"] = fastrcnn_loss(*student.classify(seen, steady_boxes), steady_labels, codes)[1]
+        losses["class"] = soft_class_loss(student.classify(seen, boxes)[0], torch.cat(labels), background)
+        losses["boxes"] = fastrcnn_loss(*student.classify(seen, of_steady), *wanted)[1]
         return losses

@@ -119,10 +119,16 @@ class Ablation:
             "commit": made["commit"],
             "machine": made["machine"],
         }
-        self.record.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.record, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        append(self.record, [line])
+        self.curve(folder, {"row": name, **{key: config[key] for key in KEYS}})
         return line
+
+    def curve(self, folder: Path, identity: dict) -> None:
+        """Append what a run measured while it was trained to RECORD_curves.jsonl, unless it is there."""
+        file = self.record.with_name(f"{self.record.stem}_curves.jsonl")
+        if not any(identity.items() <= line.items() for line in read_lines(file)):
+            log = read_lines(folder / "log.jsonl")
+            append(file, [identity | {k: line[k] for k in CURVE if k in line} for line in log if "AP_teacher" in line])
 
     def config(self, name: str, percent: float, seed: int, burn_in: bool = False) -> tuple[dict, Path]:
         """Settings and folder of a row's run, or of the supervised run it starts from."""
@@ -155,6 +161,19 @@ class Ablation:
 
 
 KEYS = ("method", "detector", "preset", "data", "percent", "fold", "seed", "steps")
+
+
+CURVE = (
+    *("step", "seconds", "AP_student", "AP_teacher", "pseudo_precision", "pseudo_recall"),
+    *("pseudo_per_image", "mined_per_image", "duplicates", "duplicates_nms"),
+)
+
+
+def append(record: Path, lines: list[dict]) -> None:
+    """Add lines to a record."""
+    record.parent.mkdir(parents=True, exist_ok=True)
+    with open(record, "a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def read_lines(record: Path) -> list[dict]:

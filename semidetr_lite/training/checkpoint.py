@@ -31,10 +31,8 @@ def write_whole(path: Path, write) -> None:
             os.fsync(written.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as problem:
-        reason = str(problem).splitlines()[0]
-        raise UserError(
-            f"{path}: cannot be written ({reason}); free some space or choose another --out, then use --resume"
-        ) from None
+        advice = "free some space or choose another --out, then use --resume"
+        raise UserError(f"{path}: cannot be written ({str(problem).splitlines()[0]}); {advice}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -46,13 +44,8 @@ def save_weights(
 
     `dtype`: of the numbers in the file, for instance torch.float16 for one half the size; they are read as float32.
     """
-    header = {
-        "detector": name,
-        "arguments": arguments,
-        "categories": categories,
-        "nms": detector.nms,
-        "test_size": detector.test_size,
-    }
+    header = {"detector": name, "arguments": arguments, "categories": categories}
+    header |= {"nms": detector.nms, "test_size": detector.test_size}
     tensors = {key: value.detach().to("cpu", dtype).contiguous() for key, value in detector.state_dict().items()}
     write_whole(path, lambda where: save_file(tensors, where, {"semidetr_lite": json.dumps(header)}))
 
@@ -92,9 +85,8 @@ def load_detector(path, weights: str = "teacher") -> Detector:
 def fill(module: torch.nn.Module, tensors: dict, file: Path) -> None:
     """Load a state dict, whole; one line if it belongs to another model."""
     own = module.state_dict()
-    wrong = [key for key in own if key not in tensors or tensors[key].shape != own[key].shape] + [
-        key for key in tensors if key not in own
-    ]
+    wrong = [key for key in own if key not in tensors or tensors[key].shape != own[key].shape]
+    wrong += [key for key in tensors if key not in own]
     if wrong:
         raise UserError(f"{file}: weights of another model ({len(wrong)} entries differ, first {wrong[0]!r})")
     module.load_state_dict(tensors)

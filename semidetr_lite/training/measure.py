@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from torchvision.ops import box_iou
 
 from semidetr_lite.data.splits import Dataset
 from semidetr_lite.detectors.detector import Detector
@@ -97,3 +98,20 @@ def watched_boxes(method: Averaged, dataset: Dataset, step: int, images: int = 8
             "mined": [threshold is not None and bool(cost <= threshold) for cost in matched],
         })  # fmt: skip
     return lines
+
+
+def duplicates(detector: Detector, dataset: Dataset, images: int = 150, score: float = 0.3, nms: float = 0.6) -> dict:
+    """Further boxes of the right class on an object that has one already (IoU 0.5), for each object found.
+
+    "duplicates" counts all boxes scoring at least `score`, "duplicates_nms" those left by suppression at `nms`.
+    """
+    pairs, found = [dataset[index] for index in range(min(len(dataset), images))], {}
+    for name, overlap in (("duplicates", 1.0), ("duplicates_nms", nms)):  # no two boxes overlap by more than 1
+        boxes = objects = 0
+        detections = detector.detect([image for image, _ in pairs], score, nms=overlap)
+        for detection, (_, target) in zip(detections, pairs, strict=True):
+            same = detection["labels"][:, None] == target["labels"]
+            hit = same & (box_iou(detection["boxes"], target["boxes"]) >= 0.5)
+            boxes, objects = boxes + int(hit.any(1).sum()), objects + int(hit.any(0).sum())
+        found[name] = round((boxes - objects) / max(objects, 1), 4)
+    return found

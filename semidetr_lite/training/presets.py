@@ -23,13 +23,8 @@ from semidetr_lite.methods.semi_detr import SemiDETR
 from semidetr_lite.methods.soft_teacher import SoftTeacher
 from semidetr_lite.methods.supervised import Supervised
 
-METHODS = {
-    "supervised": Supervised,
-    "mean-teacher": MeanTeacher,
-    "semi-detr": SemiDETR,
-    "soft-teacher": SoftTeacher,
-    "dense-teacher": DenseTeacher,
-}
+METHODS = {"supervised": Supervised, "mean-teacher": MeanTeacher, "semi-detr": SemiDETR}
+METHODS |= {"soft-teacher": SoftTeacher, "dense-teacher": DenseTeacher}
 DETECTORS = {"dino": DINO, "deformable-detr": DeformableDETR, "detr": DETR, "faster-rcnn": FasterRCNN, "fcos": FCOS}
 QUERIES = ("dino", "deformable-detr", "detr")
 TRAINS = {"mean-teacher": QUERIES, "semi-detr": QUERIES, "soft-teacher": ("faster-rcnn",), "dense-teacher": ("fcos",)}
@@ -90,7 +85,7 @@ TINY = {
 }
 TINY_DEFORMABLE = {"levels": 3, "points": 4, "anchor_size": 0.1}
 TINY_PYRAMID = {"dim": 64, "backbone": "tiny"}
-TINY_PROPOSALS = {"fine": False, "hidden": 128, "proposals": (100, 50), "sampled": (64, 64)}
+TINY_PROPOSALS = {"object_size": 64, "hidden": 128, "proposals": (100, 50), "sampled": (64, 32)}
 RESNET = {"backbone": "resnet50", "backbone_weights": "IMAGENET1K_V1", "test_size": (800, 1333)}
 
 DIGITS = Recipe(
@@ -98,7 +93,7 @@ DIGITS = Recipe(
         "dino": {**TINY, **TINY_DEFORMABLE, "denoising_queries": 20, "query_temperature": 20.0},
         "deformable-detr": {**TINY, **TINY_DEFORMABLE, "with_box_refine": True, "two_stage": True},
         "detr": {**TINY, "level": 0},
-        "faster-rcnn": {**TINY_PYRAMID, "anchor_sizes": (16, 32), "object_size": 32, **TINY_PROPOSALS},
+        "faster-rcnn": {**TINY_PYRAMID, "anchor_sizes": (12, 20, 32, 48), **TINY_PROPOSALS},
         "fcos": {**TINY_PYRAMID, "anchor_sizes": (4, 8, 16), "convs": 2},
     },
     views=ViewSettings(zoom=(0.85, 1.18), shift=0.06, weak_zoom=(0.95, 1.0), strong_rotation=3.0, strong_shear=3.0),

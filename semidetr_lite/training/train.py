@@ -25,7 +25,7 @@ from semidetr_lite.data.splits import Splits
 from semidetr_lite.errors import UserError
 from semidetr_lite.methods.mean_teacher import Averaged
 from semidetr_lite.training.checkpoint import fill, load_state, save_weights, write_whole
-from semidetr_lite.training.measure import measure, pseudo_quality, watched_boxes
+from semidetr_lite.training.measure import duplicates, measure, pseudo_quality, watched_boxes
 from semidetr_lite.training.presets import (
     DETECTORS,
     METHODS,
@@ -59,6 +59,7 @@ def new_config(
     **changes,
 ) -> dict:
     """The settings of a run, complete, as they go to config.json. `changes` replace fields of the preset's Recipe."""
+    settings = {name: value for name, value in locals().items() if name != "changes"}
     for kind, name, known in (
         ("preset", preset, PRESETS),
         ("method", method, METHODS),
@@ -73,16 +74,10 @@ def new_config(
     if unknown:
         raise UserError(f"no field {unknown[0]!r} in a preset: choose from {', '.join(recipe)}")
     recipe |= changes
-    steps = recipe["steps"] if steps is None else steps
-    percent = recipe["percent"] if percent is None else percent
-    if steps < 1:
-        raise UserError(f"steps must be at least 1, got {steps}")
-    return {
-        "preset": preset, "method": method, "detector": detector, "data": data, "images": images, "unlabelled":
-        unlabelled, "validation": validation, "percent": percent, "fold": fold, "seed": seed, "steps": steps,
-        "burn_in": burn_in, "folds": folds, "flip": flip, "skip_unreadable": skip_unreadable,
-        "recipe": json.loads(json.dumps(recipe)), **_origin(),
-    }  # fmt: skip
+    settings |= {name: recipe[name] for name in ("steps", "percent") if settings[name] is None}
+    if settings["steps"] < 1:
+        raise UserError(f"steps must be at least 1, got {settings['steps']}")
+    return {**settings, "recipe": json.loads(json.dumps(recipe)), **_origin()}
 
 
 def _origin() -> dict:
@@ -272,6 +267,7 @@ class Run:
             line |= {f"AP_{part}": round(found["AP"], 4), f"AP50_{part}": round(found["AP50"], 4)}
         if self.config["method"] != "supervised":
             line |= pseudo_quality(self.method, self.splits.unlabelled)
+            line |= duplicates(self.method.teacher, self.splits.tune, self.recipe.evaluate_images)
         if self.step == self.config["steps"]:
             line["test"] = {
                 part: measure(getattr(self.method, part), self.splits.test) for part in ("student", "teacher")
