@@ -42,6 +42,7 @@ class ViewSettings:
     shift: float = 0.0  # of the student's views
     # of the teacher's view; at most 1, for what the teacher cannot see would be background to the student
     weak_zoom: tuple[float, float] = (1.0, 1.0)
+    strong_zoom: tuple[float, float] | None = None  # of the strong view, if it is not `zoom`
     strong_shift: float = 0.1
     strong_rotation: float = 30.0
     strong_shear: float = 30.0
@@ -168,7 +169,7 @@ def strong_view(image: torch.Tensor, target: dict, rng: np.random.Generator, set
     Base geometry, one more geometric operation, one colour operation, erased patches.
     """
     image, size, resize = _resized_image(image, target["size"], rng, settings)
-    geometry = _base_matrix(size, rng, settings, settings.zoom, settings.shift)
+    geometry = _base_matrix(size, rng, settings, settings.strong_zoom or settings.zoom, settings.shift)
     geometry = _strong_matrix(size, rng, settings) @ geometry
     if rng.random() < 0.5:  # geometry and colour in either order, as in the released code
         image = warp(recolour(image, rng), geometry, size)
