@@ -16,8 +16,8 @@ from semidetr_lite.errors import UserError
 from semidetr_lite.evaluate import evaluate as evaluate_detections
 from semidetr_lite.evaluate import to_coco_json
 from semidetr_lite.report import write_report
-from semidetr_lite.training.ablate import TABLES, Ablation, markdown, read_lines, summarise
-from semidetr_lite.training.checkpoint import load_detector, write_whole
+from semidetr_lite.training.ablate import TABLES, Ablation, markdown, summarise
+from semidetr_lite.training.checkpoint import load_detector, read_config, read_lines, write_whole
 from semidetr_lite.training.measure import measure
 from semidetr_lite.training.presets import DETECTORS, METHODS, PRESETS, load_splits
 from semidetr_lite.training.train import Run, new_config
@@ -71,8 +71,8 @@ def train_arm(arm: str, out: Path, seed: int, name: str | None = None, **changes
     """Train one of ARMS in `out` (from its start in `out`), to the end, from wherever it stands; returns its folder."""
     method, start, steps = ARMS[arm]
     folder = out / (name or arm)
-    settings = {"steps": steps, "burn_in": start and str(out / start), **changes}
-    config = new_config("digits", method, seed=seed, **settings)
+    changes = {"steps": steps, "burn_in": start and str(out / start), **changes}
+    config = new_config("digits", method, seed=seed, **changes)
     run = Run(config, folder, resume=(folder / "last.pt").exists(), workers=0)
     if run.step < run.config["steps"]:
         print(f"{folder}: {method}, {run.config['steps']} steps, {len(run.splits.labelled)} labelled images")
@@ -84,7 +84,7 @@ def _table(runs: list[Path]) -> str:
     """AP on the test split of finished runs, averaged weights, without suppression unless the stage asks for it."""
     lines = [f"{'run':<16}{'steps':>7}{'minutes':>9}{'AP':>7}{'AP50':>7}{'AP75':>7}"]
     for run in runs:
-        last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+        last = read_lines(run / "log.jsonl")[-1]
         found = last["test"]["teacher"]
         figures = "".join(f"{100 * found[key]:>7.1f}" for key in ("AP", "AP50", "AP75"))
         lines.append(f"{run.name:<16}{last['step']:>7}{last['seconds'] / 60:>9.1f}{figures}")
@@ -135,10 +135,8 @@ def train(
     """
     config = new_config(**_settings(locals(), "out", "resume", "workers"))
     run = Run(config, out, resume, workers=workers)
-    print(
-        f"{out}: {len(run.splits.labelled)} labelled, {len(run.splits.unlabelled)} unlabelled images, "
-        f"{len(run.splits.categories)} categories"
-    )
+    counts = f"{len(run.splits.labelled)} labelled, {len(run.splits.unlabelled)} unlabelled images"
+    print(f"{out}: {counts}, {len(run.splits.categories)} categories")
     if run.step >= run.config["steps"]:
         print(f"{out}: finished already, at step {run.step}")
         return
@@ -149,8 +147,8 @@ def train(
 
 def _settings(arguments: dict, *without: str) -> dict:
     """Arguments of a command as new_config takes them: paths as words."""
-    words = {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()}
-    return {name: value for name, value in words.items() if name not in without}
+    kept = {name: value for name, value in arguments.items() if name not in without}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
 
 
 def evaluate(
@@ -180,16 +178,6 @@ def evaluate(
         print(f"{name:<10} {value:.10f}" if truth else f"{name:<10} {100 * value:5.1f}")
 
 
-def read_config(run: Path) -> dict:
-    """config.json of a run folder."""
-    try:
-        return json.loads((run / "config.json").read_text())
-    except FileNotFoundError:
-        raise UserError(f"{run}: no config.json there; give a run folder made by `semidetr train`") from None
-    except (OSError, ValueError) as problem:
-        raise UserError(f"{run / 'config.json'}: cannot be read ({problem})") from None
-
-
 def predict(run: Folder, images: Folders, out: Path, score: float = 0.3, weights: Weights = "teacher") -> None:
     """Detect objects in images: writes a picture of each and detections.json in COCO's results format.
 
@@ -207,18 +195,14 @@ def predict(run: Folder, images: Folders, out: Path, score: float = 0.3, weights
     for number, file in enumerate(tqdm(files, desc="predict", disable=len(files) < 20)):
         image = as_tensor(file)
         found += detector.detect([image], score)
-        picture = png(
-            show_targets([image], found[-1:], detector.categories, [file.name], columns=1, style="prediction")
-        )
-        write_whole(out / f"{number:05d}_{file.stem}.png", lambda where, picture=picture: where.write_bytes(picture))
+        figure = show_targets([image], found[-1:], detector.categories, [file.name], columns=1, style="prediction")
+        write_whole(out / f"{number:05d}_{file.stem}.png", png(figure))
     rows = to_coco_json(found, list(range(len(files))), detector.categories)
     listing = {"images": [{"id": number, "file_name": str(file)} for number, file in enumerate(files)]}
-    write_whole(out / "detections.json", lambda where: where.write_text(json.dumps(rows)))
-    write_whole(out / "images.json", lambda where: where.write_text(json.dumps(listing)))
-    print(
-        f"{out}: {len(files)} pictures, {len(rows)} detections of at least {score:g} in detections.json "
-        "(image ids in images.json)"
-    )
+    write_whole(out / "detections.json", json.dumps(rows))
+    write_whole(out / "images.json", json.dumps(listing))
+    what = f"{len(files)} pictures, {len(rows)} detections of at least {score:g}"
+    print(f"{out}: {what} in detections.json (image ids in images.json)")
 
 
 def _image_files(path: Path) -> list[Path]:
@@ -259,7 +243,7 @@ def doctor(
         lines, found, defects = doctor_data(data, images, unlabelled, validation)
         print("\n".join(lines))
         if out is not None:
-            write_whole(out, lambda where: where.write_bytes(png(show_data_summary(found))))
+            write_whole(out, png(show_data_summary(found)))
         if defects:
             raise UserError(f"{data}: {defects} {'defect' if defects == 1 else 'defects'}, listed above")
 
@@ -326,35 +310,24 @@ def ablate(
     if not found:
         raise UserError(f"{record}: no finished run to show; run `semidetr ablate` without --show first")
     print("\n".join(markdown(found)))
-    write_whole(out / "ablation.png", lambda where: where.write_bytes(png(plot_ablation(found))))
+    write_whole(out / "ablation.png", png(plot_ablation(found)))
     print(f"\npicture: {out / 'ablation.png'}")
 
 
-COMMANDS = {
-    "demo": demo,
-    "train": train,
-    "evaluate": evaluate,
-    "predict": predict,
-    "compare": compare,
-    "ablate": ablate,
-    "doctor": doctor,
-}
+COMMANDS = {command.__name__: command for command in (demo, train, evaluate, predict, compare, ablate, doctor)}
 
 
 def main() -> int:
     """Run a command; 0 if it worked, 2 with one line if the user has to do something, 130 if it was stopped."""
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="semidetr", description=sys.modules["semidetr_lite"].__doc__
-        )
+        about = sys.modules["semidetr_lite"].__doc__
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="semidetr", description=about)
     except UserError as problem:  # one from a data worker comes wrapped in that worker's traceback
         line = str(problem).splitlines()[-1].removeprefix("semidetr_lite.errors.UserError: ")
         print(f"error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            "\nstopped; the same command with --resume (demo: without) goes on from the last checkpoint",
-            file=sys.stderr,
-        )
+        advice = "the same command with --resume (demo: without) goes on from the last checkpoint"
+        print(f"\nstopped; {advice}", file=sys.stderr)
         return 130
     return 0

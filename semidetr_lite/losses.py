@@ -28,24 +28,14 @@ def quality_focal_loss(logits: torch.Tensor, quality: torch.Tensor, gamma: float
 
     Logits, quality (N, C) -> scalar sum.
     """
-    return _quality_focal(logits, quality, gamma).sum()
+    return _focal(logits, quality, gamma).sum()
 
 
-def _quality_focal(logits, quality, gamma: float = 2.0) -> torch.Tensor:
+def _focal(logits, quality, gamma: float = 2.0, weight: torch.Tensor | float = 1.0) -> torch.Tensor:
+    """The quality focal loss of each entry; with hard targets and a weight it is the focal loss."""
     logits = logits.float()
-    return (quality - logits.sigmoid()).abs() ** gamma * F.binary_cross_entropy_with_logits(
-        logits, quality, reduction="none"
-    )
-
-
-def _focal(logits, positive, alpha: float = 0.25, gamma: float = 2.0) -> torch.Tensor:
-    logits = logits.float()
-    weight = torch.where(positive > 0, alpha, 1 - alpha)
-    return (
-        weight
-        * (positive - logits.sigmoid()).abs() ** gamma
-        * F.binary_cross_entropy_with_logits(logits, positive, reduction="none")
-    )
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
+    return weight * (quality - logits.sigmoid()).abs() ** gamma * cross_entropy
 
 
 NO_OBJECT_WEIGHT = 0.1  # of the cross-entropy of queries that should answer "no object" (DETR)
@@ -69,9 +59,8 @@ class LossWeights(NamedTuple):
 
     def times(self, factor: float, boxes: float = 1.0) -> "LossWeights":
         """All of them times `factor`, those of boxes also times `boxes`."""
-        return LossWeights(
-            self.class_weight * factor, self.l1_weight * factor * boxes, self.giou_weight * factor * boxes
-        )
+        of_class, *of_boxes = (weight * factor for weight in self)
+        return LossWeights(of_class, *(weight * boxes for weight in of_boxes))
 
 
 def layer_loss(
@@ -88,14 +77,9 @@ def layer_loss(
     Returns:
         {"class", "l1", "giou"}, weighted and normalised over the batch.
     """
-    padded = pad_targets(targets, logits.device)
-    if stage == "one_to_many":
-        assigned, quality = assign_one_to_many(logits, pred_boxes, padded, candidates=candidates)
-    else:
-        costs = batched_cost(logits, pred_boxes, padded.boxes, padded.labels).detach()
-        assigned = torch.from_numpy(assign_one_to_one(to_host(costs), to_host(padded.valid))).to(logits.device)
-        quality = (assigned >= 0).float()
-    return dense_loss(logits, pred_boxes, padded, assigned, quality, stage, weights)
+    layers, padded = Layers(logits[None], pred_boxes[None], encoder=False), pad_targets(targets, logits.device)
+    costs = to_host(layer_costs(layers, padded)) if stage == "one_to_one" else None
+    return detection_loss(layers, padded, stage, costs, to_host(padded.valid), candidates, weights)
 
 
 def to_host(values: torch.Tensor):
@@ -127,9 +111,8 @@ def dense_loss(
     index = assigned.clamp(min=0)
     if targets.valid.shape[1]:
         labels = targets.labels.expand(*assigned.shape[:-2], -1, -1).gather(-1, index)
-        boxes = targets.boxes.expand(*assigned.shape[:-2], -1, -1, -1).gather(
-            -2, index[..., None].expand(*index.shape, 4)
-        )
+        boxes = targets.boxes.expand(*assigned.shape[:-2], -1, -1, -1)
+        boxes = boxes.gather(-2, index[..., None].expand(*index.shape, 4))
     else:
         labels, boxes = index, torch.full_like(pred_boxes, 0.5, dtype=torch.float32)
     norm = quality.float().sum((-2, -1)).clamp(min=1.0)  # one per layer
@@ -138,7 +121,7 @@ def dense_loss(
     else:
         chosen = quality[..., None].float()
         wanted = torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, labels[..., None], chosen)
-        each = (_quality_focal if stage == "one_to_many" else _focal)(logits, wanted)
+        each = _focal(logits, wanted, weight=1.0 if stage == "one_to_many" else torch.where(wanted > 0, 0.25, 0.75))
         each = each if seen is None else each * seen[..., None]
         classes = weights.class_weight * each.sum((-3, -2, -1)) / norm
     l1 = (pred_boxes.float() - boxes).abs().sum(-1)
@@ -169,12 +152,8 @@ class Layers(NamedTuple):
 def stack_layers(outputs: dict) -> Layers:
     """outputs -> Layers."""
     layers = [*outputs["aux_outputs"], outputs, *([outputs["encoder"]] if outputs.get("encoder") else [])]
-    return Layers(
-        torch.stack([layer["pred_logits"] for layer in layers]),
-        torch.stack([layer["pred_boxes"] for layer in layers]),
-        bool(outputs.get("encoder")),
-        bool(outputs.get("no_object")),
-    )
+    stacked = (torch.stack([layer[key] for layer in layers]) for key in ("pred_logits", "pred_boxes"))
+    return Layers(*stacked, bool(outputs.get("encoder")), bool(outputs.get("no_object")))
 
 
 def layer_costs(layers: Layers, targets: PaddedTargets) -> torch.Tensor:
@@ -209,21 +188,19 @@ def detection_loss(
         costs, valid: for one-to-one, on the host: numpy (L, B, Q, T) from `layer_costs`, and `targets.valid`.
         candidates: for one-to-many.
     """
-    labels = _layer_labels(layers, targets)
+    targets = targets._replace(labels=_layer_labels(layers, targets))
     if stage == "one_to_many":
-        seen = PaddedTargets(targets.boxes, labels, targets.valid)
-        assigned, quality = assign_one_to_many(layers.logits, layers.boxes, seen, candidates=candidates)
+        assigned, quality = assign_one_to_many(layers.logits, layers.boxes, targets, candidates=candidates)
     else:
         assigned = torch.from_numpy(assign_one_to_one(costs, valid)).to(layers.logits.device)
         quality = (assigned >= 0).float()
-    each = PaddedTargets(targets.boxes.expand(len(labels), -1, -1, -1), labels, targets.valid)
-    return dense_loss(layers.logits, layers.boxes, each, assigned, quality, stage, weights, no_object=layers.no_object)
+    kind = {"weights": weights, "no_object": layers.no_object}
+    return dense_loss(layers.logits, layers.boxes, targets, assigned, quality, stage, **kind)
 
 
 def denoising_loss(group: dict, answers: Answers, targets: PaddedTargets, weights: LossWeights = LossWeights()) -> dict:
     """One-to-one losses of a denoising group whose answers are known, over the number of its positive questions."""
     layers = stack_layers(group)
     assigned = answers.targets.expand(len(layers.logits), -1, -1)
-    return dense_loss(
-        layers.logits, layers.boxes, targets, assigned, (assigned >= 0).float(), "one_to_one", weights, answers.valid
-    )
+    quality = (assigned >= 0).float()
+    return dense_loss(layers.logits, layers.boxes, targets, assigned, quality, "one_to_one", weights, answers.valid)

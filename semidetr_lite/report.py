@@ -6,7 +6,6 @@ sentence that says so. A figure on it is either recorded (it stands in the log o
 page was written); the foot of the page says which, and where each run came from.
 """
 
-import json
 import os
 from dataclasses import dataclass, field
 from importlib import resources
@@ -18,6 +17,7 @@ from jinja2 import Template
 import semidetr_lite
 from semidetr_lite.errors import UserError
 from semidetr_lite.training import presets
+from semidetr_lite.training.checkpoint import read_config, read_lines
 from semidetr_lite.training.measure import measure
 from semidetr_lite.visualize import (
     count_hits,
@@ -107,7 +107,7 @@ def write_report(runs, out, images: int = 8, score: float = 0.3) -> Path:
 def read_run(folder) -> Record:
     """The run in a folder. Raises UserError where there is none, or where one of its files is damaged."""
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_config(folder)
     start = _burn_in(folder, config)
     log, pseudo_lines = (_lines(folder / name, **start) for name in ("log.jsonl", "pseudo_boxes.jsonl"))
     weights = [which for which in ("teacher", "student") if (folder / f"{which}.safetensors").is_file()]
@@ -136,44 +136,20 @@ def _read_runs(folders) -> list[Record]:
     return runs
 
 
-def _read_config(folder: Path) -> dict:
-    """The settings of the run in a folder."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise UserError(f"{folder}: no config.json, so this is no run folder; give a folder that a training run wrote")
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")).items())
-    except (ValueError, AttributeError):
-        raise UserError(f"{file}: not a JSON object; the run folder is damaged") from None
-
-
 def _burn_in(folder: Path, config: dict) -> dict:
     """Steps and seconds of the run that this one started from, with those before it; nothing if it is not on disk."""
     earlier = Path(config.get("burn_in") or folder)
     for place in (earlier, folder.parent / earlier.name):
         if config.get("burn_in") and (place / "config.json").is_file():
-            log = _lines(place / "log.jsonl", **_burn_in(place, _read_config(place)))
+            log = _lines(place / "log.jsonl", **_burn_in(place, read_config(place)))
             return {"step": _last(log, "step") or 0, "seconds": _last(log, "seconds") or 0.0}
     return {"step": 0, "seconds": 0.0}
 
 
 def _lines(path: Path, **start) -> list[dict]:
-    """The lines of a JSON-lines file, counted from an earlier start; none if there is no file.
-
-    A last line cut short by a killed run is left out.
-    """
-    rows = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    found = []
-    for number, row in enumerate(rows, 1):
-        try:
-            line = dict(json.loads(row).items())
-        except (ValueError, AttributeError):
-            if number == len(rows):
-                break
-            raise UserError(f"{path}: line {number} is not a JSON object; delete that line to go on") from None
-        moved = {key: line[key] + start[key] for key in start if line.get(key) is not None}
-        found.append({**line, **moved})
-    return found
+    """The lines of a log, counted from an earlier start."""
+    lines = read_lines(path, unfinished=True)
+    return [line | {key: line[key] + start[key] for key in start if line.get(key) is not None} for line in lines]
 
 
 def _splits(run: Record):

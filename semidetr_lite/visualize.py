@@ -629,3 +629,26 @@ def plot_ablation(rows, title=None) -> Picture:
         f"{best.row} closes {best.gap:.0f} % of the gap at {best.percent:g} % of the labels" if best else "The ablation"
     )
     return _headline(figure, title, said)
+
+
+def plot_costs(costs, queries=(), targets=(), title=None) -> Picture:
+    """Costs or scores (Q, T) as a heat map, an object a row and a query a column; a ring marks each pair.
+
+    `queries` and `targets` (N,) are a Match's. Up to 60 values are written out.
+    """
+    table = torch.as_tensor(costs).detach().cpu().numpy().T  # (T, Q)
+    tall = 0.28 * max(1, len(table))
+    figure = Picture(figsize=(7.0, tall + 0.75), dpi=DPI, facecolor="white")
+    ax = figure.add_axes((0.1, 0.45 / (tall + 0.75), 0.89, tall / (tall + 0.75)))
+    ax.imshow(table, cmap="cividis", aspect="auto")
+    low, high = table.min(initial=np.inf), table.max(initial=-np.inf)
+    for (row, column), value in np.ndenumerate(table) if table.size <= 60 else ():
+        color = "black" if value > (low + high) / 2 else "white"
+        ax.text(column, row, f"{value:.2f}", color=color, fontsize=8, ha="center", va="center")
+    ring = {"markersize": 13, "markerfacecolor": "none", "markeredgecolor": RED, "markeredgewidth": 2}
+    ax.plot(torch.as_tensor(queries).tolist(), torch.as_tensor(targets).tolist(), "s", **ring)
+    ax.set_xticks(range(table.shape[1]))
+    ax.set_yticks(range(len(table)), [f"object {place}" for place in range(len(table))])
+    ax.tick_params(labelsize=8, length=2)
+    ax.set_xlabel("query", fontsize=8, labelpad=1)
+    return _headline(figure, title, f"{_count(len(queries), 'pair')} of {table.size} possible ones")

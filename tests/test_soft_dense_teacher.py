@@ -152,11 +152,11 @@ def test_the_defaults_are_the_papers_and_presets_change_them():
 
 
 def test_soft_class_loss_by_hand():
-    """Two foreground boxes count one half each; background boxes by their share of the teacher's background scores."""
+    """Foreground boxes count fully, background boxes by the teacher's background score; over the sum of all that."""
     logits = torch.tensor([[0.0, 1, 2], [1, 0, 0], [2, 1, 0], [0, 0, 0], [3, 0, 1]])
     labels, background = torch.tensor([2, 1, 0, 0, 0]), torch.tensor([0.9, 0.9, 0.9, 0.3, 0.0])
     each = [-math.log(math.exp(row[label]) / sum(map(math.exp, row))) for row, label in zip(logits.tolist(), labels)]
-    expected = (each[0] + each[1]) / 2 + (0.9 * each[2] + 0.3 * each[3]) / 1.2
+    expected = (each[0] + each[1] + 0.9 * each[2] + 0.3 * each[3]) / (2 + 1.2)
     assert float(soft_class_loss(logits, labels, background)) == pytest.approx(expected, rel=1e-5)
 
 

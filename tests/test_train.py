@@ -105,7 +105,7 @@ def test_accumulated_parts_keep_the_mix_and_give_the_mean_of_their_gradients(spl
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_makes_a_recipe_and_builds_its_detectors(preset):
     for name in PRESETS[preset].arguments:
-        config = json.loads(json.dumps(new_config(preset, detector=name)))
+        config = json.loads(json.dumps(new_config(preset, "supervised", name)))
         recipe = make_recipe(config)
         assert recipe.arguments == config["recipe"]["arguments"] and config["percent"] == PRESETS[preset].percent
         assert recipe.labelled_images >= recipe.accumulate and recipe.drops == PRESETS[preset].drops

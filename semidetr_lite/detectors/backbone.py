@@ -28,9 +28,12 @@ def make_backbone(backbone: str | nn.Module, weights: str | None = None, fine: b
         return Tiny(fine=fine)
     if backbone.startswith("resnet") and hasattr(torchvision.models, backbone):
         return ResNet(backbone, weights, fine)
-    raise UserError(
-        f"no backbone called {backbone!r}: give 'tiny' or the name of a torchvision ResNet such as 'resnet50'"
-    )
+    known = "give 'tiny' or the name of a torchvision ResNet such as 'resnet50'"
+    raise UserError(f"no backbone called {backbone!r}: {known}")
+
+
+def _convolution(before: int, width: int, stride: int) -> list[nn.Module]:
+    return [nn.Conv2d(before, width, 3, stride, padding=1, bias=False), nn.GroupNorm(8, width), nn.ReLU(inplace=True)]
 
 
 class Residual(nn.Module):
@@ -38,13 +41,7 @@ class Residual(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-            nn.GroupNorm(8, channels),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-            nn.GroupNorm(8, channels),
-        )
+        self.layers = nn.Sequential(*_convolution(channels, channels, 1), *_convolution(channels, channels, 1)[:2])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.relu(x + self.layers(x))
@@ -67,19 +64,11 @@ class Tiny(nn.Module):
         self.channels = widths[self.first :]
         self.stages = nn.ModuleList()
         for number, (before, width) in enumerate(zip((3, *widths), widths, strict=False)):
-            down = [
-                nn.Conv2d(before, width, 3, stride=2, padding=1, bias=False),
-                nn.GroupNorm(8, width),
-                nn.ReLU(inplace=True),
-            ]
+            down = _convolution(before, width, 2)
             self.stages.append(nn.Sequential(*down, *([Residual(width)] if 1 <= number <= 3 else [])))
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
-        maps, x = [], images
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
-        return maps[self.first :]
+        return _outputs(self.stages, images)[self.first :]
 
 
 class ResNet(nn.Module):
@@ -101,11 +90,12 @@ class ResNet(nn.Module):
             part.requires_grad_(False)
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
-        maps, x = [], self.stem(images)
-        for layer in self.layers:
-            x = layer(x)
-            maps.append(x)
-        return maps[self.first :]
+        return _outputs(self.layers, self.stem(images))[self.first :]
+
+
+def _outputs(stages, x: torch.Tensor) -> list[torch.Tensor]:
+    """What each of the stages makes of the one before it."""
+    return [x := stage(x) for stage in stages]
 
 
 def _resnet_weights(name: str, weights: str) -> dict:
@@ -113,12 +103,8 @@ def _resnet_weights(name: str, weights: str) -> dict:
     try:
         if weights.endswith((".pth", ".pt")):
             return torch.load(weights, map_location="cpu", weights_only=True)
-        return torchvision.models.get_weight(
-            f"{torchvision.models.get_model_weights(name).__name__}.{weights}"
-        ).get_state_dict()
+        return torchvision.models.get_model_weights(name)[weights].get_state_dict()
     except Exception as problem:
         reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-        raise UserError(
-            f"cannot get the {name} weights {weights!r} ({reason}): give the path of a .pth file, or 'none' for "
-            "random weights"
-        ) from None
+        advice = "give the path of a .pth file, or 'none' for random weights"
+        raise UserError(f"cannot get the {name} weights {weights!r} ({reason}): {advice}") from None

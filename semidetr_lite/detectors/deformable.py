@@ -20,7 +20,7 @@ from torch import nn
 from semidetr_lite.boxes import inverse_sigmoid
 from semidetr_lite.detectors.backbone import make_backbone
 from semidetr_lite.detectors.denoising import group_mask
-from semidetr_lite.detectors.detector import Detector
+from semidetr_lite.detectors.detector import Detector, valid_ratio
 from semidetr_lite.detectors.transformer import (
     MLP,
     FeedForward,
@@ -118,9 +118,7 @@ class DeformableAttention(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, queries: torch.Tensor, references: torch.Tensor, memory: Memory) -> torch.Tensor:
-        """queries (B, N, D), references (B, N, L, 2) points or (B, N, L, 4) cxcywh boxes, in [0, 1] of each level ->
-        (B, N, D).
-        """
+        """queries (B, N, D) -> the same; references: points (B, N, L, 2) or boxes (B, N, L, 4) in [0, 1] of a level."""
         batch, count, dim = queries.shape
         value = self.value(memory.tokens)
         if memory.mask is not None:
@@ -162,11 +160,9 @@ class DecoderLayer(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.feed_forward = FeedForward(dim, hidden)
 
-    def forward(
-        self, content, positions, references, memory: Memory, blocked=None, padding=None, context=None
-    ) -> torch.Tensor:
-        """As in QuerySelfAttention.forward, with references as in DeformableAttention.forward."""
-        content = self.self_attention(content, positions, blocked, padding, context)
+    def forward(self, content, positions, references, memory: Memory, *others) -> torch.Tensor:
+        """As in DeformableAttention.forward; `others`: blocked, padding and context, see QuerySelfAttention.forward."""
+        content = self.self_attention(content, positions, *others)
         read = self.attention(content + positions, references, memory)
         return self.feed_forward(self.norm(content + read))
 
@@ -177,13 +173,12 @@ class DeformableDetector(Detector):
     Args:
         num_classes: C.
         num_queries: Q matching queries; with proposals at most the number of tokens is used.
-        dim, heads, levels, points: D, M, L, P.
         hidden: width of the feed-forward networks.
-        encoder_layers, decoder_layers: their numbers.
-        backbone: "tiny", a torchvision ResNet by name, or a module with `channels` and `sees_padding`.
-        backbone_weights: see `make_backbone`.
-        anchor_size: side of the encoder's anchors on the first level, as a share of the image; doubles with each level.
         temperature, offset: of the positions, see `map_positions`.
+        dim, heads, levels, points: D, M, L, P.
+        encoder_layers, decoder_layers: their numbers.
+        backbone, backbone_weights: see `make_backbone`.
+        anchor_size: side of the encoder's anchors on the first level, as a share of the image; doubles with each level.
         options: mean, std and test_size, see Detector.
     """
 
@@ -194,18 +189,18 @@ class DeformableDetector(Detector):
         self,
         num_classes: int,
         num_queries: int,
-        dim: int,
-        heads: int,
-        levels: int,
-        points: int,
         hidden: int,
-        encoder_layers: int,
-        decoder_layers: int,
-        backbone: str | nn.Module,
-        backbone_weights: str | None,
-        anchor_size: float,
         temperature: float,
-        offset: float,
+        offset: float = 0.0,
+        dim: int = 256,
+        heads: int = 8,
+        levels: int = 4,
+        points: int = 4,
+        encoder_layers: int = 6,
+        decoder_layers: int = 6,
+        backbone: str | nn.Module = "resnet50",
+        backbone_weights: str | None = None,
+        anchor_size: float = 0.05,
         **options,
     ):
         super().__init__(**options)
@@ -247,11 +242,10 @@ class DeformableDetector(Detector):
         shapes = [tuple(level.shape[-2:]) for level in maps]
         tokens = torch.cat([level.flatten(2).transpose(1, 2) for level in maps], 1)  # (B, S, D)
         places = [map_positions(mask, self.dim, self.temperature, self.offset) for mask in masks]  # (B, H, W, D)
-        positions = torch.cat(
-            [(place + here).flatten(1, 2) for place, here in zip(places, self.level_embedding, strict=True)], 1
-        )
+        placed = zip(places, self.level_embedding, strict=True)
+        positions = torch.cat([(place + level).flatten(1, 2) for place, level in placed], 1)
         mask = torch.cat([mask.flatten(1) for mask in masks], 1)
-        ratios = torch.stack([_valid_ratio(mask) for mask in masks], 1)  # (B, L, 2)
+        ratios = torch.stack([valid_ratio(mask) for mask in masks], 1)  # (B, L, 2)
         memory = Memory(tokens, mask if padded else None, shapes, ratios, maps, None)
         references = _cell_centres(shapes, ratios)
         for layer in self.encoder:
@@ -296,17 +290,16 @@ class DeformableDetector(Detector):
             raise ValueError("query groups are boxes: DeformableDETR takes them with two_stage=True only")
         content, boxes = self.matching_queries(memory)
         sizes = [group.content.shape[1] for group in groups]
-        blocked, padding = self._masks(groups, boxes.shape[1], boxes.device)
+        masks = _masks(groups, boxes.shape[1])
         content = torch.cat([*(group.content for group in groups), content], 1)
         boxes = torch.cat([*(group.boxes for group in groups), boxes], 1)
-        layers, states = self.refine(memory, content, boxes, blocked, padding)
+        layers, states = self.refine(memory, content, boxes, *masks)
         *parts, matching = zip(*(split_queries(layer, [*sizes, -1]) for layer in layers), strict=True)
         outputs = as_outputs(matching)
         if memory.proposals is not None:
             outputs["encoder"] = memory.proposals
         outputs["groups"] = [as_outputs(part) for part in parts]
-        start = sum(sizes)
-        outputs["context"] = [(content[:, start:], positions[:, start:]) for content, positions in states]
+        outputs["context"] = [tuple(state[:, sum(sizes) :] for state in pair) for pair in states]
         return outputs
 
     def decode_groups(self, memory: Memory, outputs: dict, groups: Sequence[QueryGroup]) -> list[dict]:
@@ -314,24 +307,21 @@ class DeformableDetector(Detector):
 
         Exactly what decoding them together would give.
         """
-        matching = outputs["pred_boxes"].shape[1]
-        blocked, padding = self._masks(groups, matching, memory.tokens.device)
+        blocked, padding = _masks(groups, outputs["pred_boxes"].shape[1])
         content = torch.cat([group.content for group in groups], 1)
         boxes = torch.cat([group.boxes for group in groups], 1)
         layers, _ = self.refine(memory, content, boxes, blocked[: content.shape[1]], padding, outputs["context"])
         sizes = [group.content.shape[1] for group in groups]
         return [as_outputs(part) for part in zip(*(split_queries(layer, sizes) for layer in layers), strict=True)]
 
-    def _masks(
-        self, groups: Sequence[QueryGroup], matching: int, device
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """(blocked (N, N) or None, padding (B, N) or None) for the groups followed by the matching queries."""
-        if not groups:
-            return None, None
-        sizes = [group.content.shape[1] // group.copies for group in groups for _ in range(group.copies)]
-        blocked = group_mask(sizes, matching).to(device)
-        valid = torch.cat([group.valid for group in groups], 1)
-        return blocked, F.pad(~valid, (0, matching))
+
+def _masks(groups: Sequence[QueryGroup], matching: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(blocked (N, N) or None, padding (B, N) or None) for the groups followed by the matching queries."""
+    if not groups:
+        return None, None
+    sizes = [group.content.shape[1] // group.copies for group in groups for _ in range(group.copies)]
+    valid = torch.cat([group.valid for group in groups], 1)
+    return group_mask(sizes, matching).to(valid.device), F.pad(~valid, (0, matching))
 
 
 def _projection(channels: int, dim: int, kernel: int) -> nn.Sequential:
@@ -340,11 +330,6 @@ def _projection(channels: int, dim: int, kernel: int) -> nn.Sequential:
     nn.init.xavier_uniform_(conv.weight)
     nn.init.zeros_(conv.bias)
     return nn.Sequential(conv, nn.GroupNorm(math.gcd(32, dim // 2), dim))
-
-
-def _valid_ratio(mask: torch.Tensor) -> torch.Tensor:
-    """(B, H, W) padding -> (B, 2): the share of width and height that is image."""
-    return torch.stack([(~mask[:, 0]).float().mean(1), (~mask[:, :, 0]).float().mean(1)], -1)
 
 
 def _places(shapes: list[tuple[int, int]], ratios: torch.Tensor) -> list[torch.Tensor]:

@@ -31,9 +31,9 @@ class DeformableDETR(DeformableDetector):
     """The detector.
 
     Args:
-        num_classes ... anchor_size: see DeformableDetector.
+        num_classes, num_queries, hidden: see DeformableDetector.
         with_box_refine, two_stage: the form, see above; two_stage needs with_box_refine.
-        options: mean, std and test_size, see Detector.
+        shared: dim, heads and all that DeformableDetector has a default for.
 
     Raises:
         UserError: two_stage without with_box_refine.
@@ -45,34 +45,22 @@ class DeformableDETR(DeformableDetector):
         self,
         num_classes: int,
         num_queries: int = 300,
-        dim: int = 256,
-        heads: int = 8,
-        levels: int = 4,
-        points: int = 4,
         hidden: int = 1024,
-        encoder_layers: int = 6,
-        decoder_layers: int = 6,
-        backbone: str | nn.Module = "resnet50",
-        backbone_weights: str | None = None,
-        anchor_size: float = 0.05,
         with_box_refine: bool = False,
         two_stage: bool = False,
-        **options,
+        **shared,
     ):
         if two_stage and not with_box_refine:
             raise UserError("DeformableDETR: two_stage=True needs with_box_refine=True")
-        sizes = (num_queries, dim, heads, levels, points, hidden, encoder_layers, decoder_layers)
-        super().__init__(
-            num_classes, *sizes, backbone, backbone_weights, anchor_size, temperature=10_000.0, offset=-0.5, **options
-        )
-        self.with_box_refine, self.two_stage, self.takes_groups = with_box_refine, two_stage, two_stage
+        super().__init__(num_classes, num_queries, hidden, temperature=10_000.0, offset=-0.5, **shared)
+        self.with_box_refine, self.two_stage, self.takes_groups, dim = with_box_refine, two_stage, two_stage, self.dim
         if two_stage:
             self.add_proposals()
             self.box_code = nn.Sequential(nn.Linear(2 * dim, 2 * dim), nn.LayerNorm(2 * dim))
         else:
             self.positions, self.content = nn.Embedding(num_queries, dim), nn.Embedding(num_queries, dim)
             self.reference_points = nn.Linear(dim, 2)
-        heads = decoder_layers if with_box_refine else 1
+        heads = len(self.decoder) if with_box_refine else 1
         self.class_heads = nn.ModuleList(nn.Linear(dim, num_classes) for _ in range(heads))
         self.box_heads = nn.ModuleList(MLP(dim, dim, 4, 3) for _ in range(heads))
         proposal = [[self.proposal_class], [self.proposal_box]] if two_stage else [[], []]
@@ -86,8 +74,7 @@ class DeformableDETR(DeformableDetector):
             boxes = memory.proposals["pred_boxes"].detach()
             return self._code(boxes)[1], boxes
         points = self.reference_points(self.positions.weight).sigmoid()
-        batch = len(memory.tokens)
-        return self.content.weight.expand(batch, -1, -1), points.expand(batch, -1, -1)
+        return tuple(each.expand(len(memory.tokens), -1, -1) for each in (self.content.weight, points))
 
     def _code(self, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cxcywh (B, N, 4) -> position and content (B, N, D) each."""
@@ -102,15 +89,13 @@ class DeformableDETR(DeformableDetector):
         for number, layer in enumerate(self.decoder):
             references = boxes[:, :, None] * scale[..., : boxes.shape[-1]]  # (B, N, L, 2 or 4)
             states.append((content, positions))
-            content = layer(
-                content, positions, references, memory, blocked, padding, context[number] if context else None
-            )
+            seen = context[number] if context else None
+            content = layer(content, positions, references, memory, blocked, padding, seen)
             head = number if self.with_box_refine else 0
             before = F.pad(inverse_sigmoid(boxes), (0, 4 - boxes.shape[-1]))  # a point leaves width and height free
             pred_boxes = (self.box_heads[head](content).float() + before).sigmoid()
-            layers.append(
-                {"pred_logits": self.class_heads[head](content), "pred_boxes": pred_boxes, "queries": content}
-            )
+            logits = self.class_heads[head](content)
+            layers.append({"pred_logits": logits, "pred_boxes": pred_boxes, "queries": content})
             if self.with_box_refine:
                 boxes = pred_boxes.detach()
         return layers, states

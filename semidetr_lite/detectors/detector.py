@@ -40,9 +40,7 @@ class Detector(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.test_size = test_size
         self.denoising: nn.Module | None = None
-        self.nms: float | None = (
-            None  # the IoU at which detections of one class suppress each other; set by the training stage
-        )
+        self.nms: float | None = None  # IoU over which boxes of one class suppress each other; the stage sets it
 
     def encode(self, images) -> Memory:
         raise NotImplementedError
@@ -142,17 +140,12 @@ class Detector(nn.Module):
         found: list[dict] = [{}] * len(inputs)
         for chunk in same_size_chunks(inputs, at_once):
             sizes = torch.tensor([originals[index].shape[-2:] for index in chunk])
-            boxes, scores, labels, valid = self.best(
-                [inputs[index] for index in chunk], sizes, top, score, self.nms if nms is None else nms
-            )
+            overlap = self.nms if nms is None else nms
+            boxes, scores, labels, valid = self.best([inputs[index] for index in chunk], sizes, top, score, overlap)
             for row, index in enumerate(chunk):
-                keep = valid[row]
-                entries = {
-                    "boxes": boxes[row][keep].cpu(),
-                    "labels": labels[row][keep].cpu(),
-                    "scores": scores[row][keep].cpu(),
-                }
-                found[index] = {**entries, "size": tuple(originals[index].shape[-2:])}
+                parts = {"boxes": boxes, "labels": labels, "scores": scores}
+                found[index] = {key: part[row][valid[row]].cpu() for key, part in parts.items()}
+                found[index]["size"] = tuple(originals[index].shape[-2:])
         return found
 
     def best(self, images, sizes: torch.Tensor, top: int, score: float, nms: float | None):
@@ -165,6 +158,11 @@ class Detector(nn.Module):
         size = resized(tuple(image.shape[-2:]), *self.test_size)
         image = image.float() / 255 if image.dtype == torch.uint8 else image
         return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+
+
+def valid_ratio(mask: torch.Tensor) -> torch.Tensor:
+    """(B, H, W) padding -> (B, 2): the share of width and height that is image."""
+    return torch.stack([(~mask[:, 0]).float().mean(1), (~mask[:, :, 0]).float().mean(1)], -1)
 
 
 def as_tensor(image) -> torch.Tensor:

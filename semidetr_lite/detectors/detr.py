@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from semidetr_lite.detectors.backbone import make_backbone
-from semidetr_lite.detectors.detector import Detector
+from semidetr_lite.detectors.detector import Detector, valid_ratio
 from semidetr_lite.detectors.transformer import MLP, FeedForward, Memory, QuerySelfAttention, as_outputs, map_positions
 
 
@@ -54,13 +54,10 @@ class DETR(Detector):
     """The detector.
 
     Args:
-        num_classes: C.
-        num_queries: Q.
-        dim, heads: D, M.
+        num_classes, num_queries, dim, heads: C, Q, D, M.
         hidden: width of the feed-forward networks.
         encoder_layers, decoder_layers: their numbers.
-        backbone: "tiny", a torchvision ResNet by name, or a module with `channels` and `sees_padding`.
-        backbone_weights: see `make_backbone`.
+        backbone, backbone_weights: see `make_backbone`.
         level: which of the backbone's maps, at strides 8, 16 and 32; small images need a finer one than the last.
         no_object: softmax over C + 1 logits, the last one "no object"; False: C sigmoids.
         options: mean, std and test_size, see Detector.
@@ -105,8 +102,7 @@ class DETR(Detector):
         mask = masks[0].flatten(1) if padded else None
         for layer in self.encoder:
             tokens = layer(tokens, positions, mask)
-        inside = (~masks[0]).float()
-        ratios = torch.stack([inside[:, 0].mean(1), inside[:, :, 0].mean(1)], -1)[:, None]  # (B, 1, 2)
+        ratios = valid_ratio(masks[0])[:, None]  # (B, 1, 2)
         return Memory(tokens, mask, [tuple(maps[0].shape[-2:])], ratios, maps, None, positions)
 
     def decode(self, memory: Memory, groups=()) -> dict:

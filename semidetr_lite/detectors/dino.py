@@ -30,38 +30,26 @@ class DINO(DeformableDetector):
     """The detector.
 
     Args:
-        num_classes ... anchor_size: see DeformableDetector.
+        num_classes, num_queries, hidden: see DeformableDetector.
         denoising_queries, label_noise: see Denoising.
         query_temperature: of the sine code of a query's box; 10,000 in the paper, less for few and large boxes.
         eps: what boxes in [0, 1] are clamped to before the logit; 1e-3 in IDEA-Research/DINO, 1e-5 in Semi-DETR.
-        options: mean, std and test_size, see Detector.
+        shared: dim, heads and all that DeformableDetector has a default for.
     """
 
     def __init__(
         self,
         num_classes: int,
         num_queries: int = 900,
-        dim: int = 256,
-        heads: int = 8,
-        levels: int = 4,
-        points: int = 4,
         hidden: int = 2048,
-        encoder_layers: int = 6,
-        decoder_layers: int = 6,
-        backbone: str | nn.Module = "resnet50",
-        backbone_weights: str | None = None,
-        anchor_size: float = 0.05,
         denoising_queries: int = 100,
         label_noise: float = 0.25,
         query_temperature: float = 10_000.0,
         eps: float = 1e-5,
-        **options,
+        **shared,
     ):
-        sizes = (num_queries, dim, heads, levels, points, hidden, encoder_layers, decoder_layers)
-        super().__init__(
-            num_classes, *sizes, backbone, backbone_weights, anchor_size, temperature=20.0, offset=0.0, **options
-        )
-        self.query_temperature, self.eps = query_temperature, eps
+        super().__init__(num_classes, num_queries, hidden, temperature=20.0, **shared)
+        self.query_temperature, self.eps, dim = query_temperature, eps, self.dim
         self.decoder_norm = nn.LayerNorm(dim)
         self.content = nn.Embedding(num_queries, dim)
         self.query_positions = MLP(2 * dim, dim, dim, 2)
@@ -85,9 +73,8 @@ class DINO(DeformableDetector):
             places = sine_positions(boxes[..., [1, 0, 2, 3]], self.dim // 2, self.query_temperature)  # (B, N, 2 * D)
             positions = self.query_positions(places.to(content.dtype))
             states.append((content, positions))
-            content = layer(
-                content, positions, references, memory, blocked, padding, context[number] if context else None
-            )
+            seen = context[number] if context else None
+            content = layer(content, positions, references, memory, blocked, padding, seen)
             hidden = self.decoder_norm(content)
             pred_boxes = (self.box_head(hidden).float() + inverse_sigmoid(before, self.eps)).sigmoid()
             layers.append({"pred_logits": self.class_head(hidden), "pred_boxes": pred_boxes, "queries": hidden})

@@ -19,7 +19,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torchvision.models import detection
-from torchvision.models.detection._utils import BoxLinearCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.fcos import FCOSHead
@@ -137,10 +136,6 @@ class Cells(NamedTuple):
     counts: list[int]  # cells of each level
     image_sizes: list[tuple[int, int]]  # (H, W)
 
-    def boxes(self) -> torch.Tensor:
-        """(B, N, 4) xyxy pixels."""
-        return BoxLinearCoder().decode(self.outputs["bbox_regression"], self.anchors)
-
 
 class FCOS(Pyramid):
     """One class, box and centerness in every cell; focal loss, GIoU and cross-entropy, each with weight 1.
@@ -153,15 +148,7 @@ class FCOS(Pyramid):
         radius: of what is near, in anchor sizes.
     """
 
-    def __init__(
-        self,
-        num_classes: int,
-        dim: int = 256,
-        anchor_sizes: tuple[float, ...] = (8, 16, 32, 64, 128),
-        convs: int = 4,
-        radius: float = 1.5,
-        **options,
-    ):
+    def __init__(self, num_classes, dim=256, anchor_sizes=(8, 16, 32, 64, 128), convs=4, radius=1.5, **options):
         super().__init__(num_classes, dim, anchor_sizes, **options)
         self.net = detection.FCOS(
             _carrier(dim),
@@ -251,10 +238,6 @@ class FasterRCNN(Pyramid):
         """Logits (N, 1 + C), background first, and box codes (N, 4 (1 + C)) for the N boxes of all images."""
         heads = self.net.roi_heads
         return heads.box_predictor(heads.box_head(heads.box_roi_pool(seen.maps, boxes, seen.image_sizes)))
-
-    def refined(self, codes: torch.Tensor, boxes: list[torch.Tensor]) -> torch.Tensor:
-        """Box codes of `classify` -> (N, 1 + C, 4), each class's own box in xyxy pixels."""
-        return self.net.roi_heads.box_coder.decode(codes, boxes).reshape(-1, self.num_classes + 1, 4)
 
     def sample(self, proposals: list[torch.Tensor], targets: list[dict]):
         """The boxes to train on, targets among them; their labels and box codes; all as a list over the images."""

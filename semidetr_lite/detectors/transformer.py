@@ -26,16 +26,7 @@ class Memory(NamedTuple):
 
     def rows(self, rows: slice) -> "Memory":
         """The same for some images of the batch."""
-        tokens, mask, shapes, ratios, features, proposals, positions = self
-        return Memory(
-            tokens[rows],
-            None if mask is None else mask[rows],
-            shapes,
-            ratios[rows],
-            [level[rows] for level in features],
-            None if proposals is None else {key: value[rows] for key, value in proposals.items()},
-            None if positions is None else positions[rows],
-        )
+        return Memory(*batch_rows(tuple(self), rows))
 
 
 class QueryGroup(NamedTuple):
@@ -110,10 +101,8 @@ class QuerySelfAttention(nn.Module):
         keys, values = content + positions, content
         if context is not None:
             keys, values = torch.cat([keys, sum(context)], 1), torch.cat([values, context[0]], 1)
-        seen = self.attention(
-            content + positions, keys, values, key_padding_mask=padding, attn_mask=blocked, need_weights=False
-        )[0]
-        return self.norm(content + seen)
+        masks = {"key_padding_mask": padding, "attn_mask": blocked}
+        return self.norm(content + self.attention(content + positions, keys, values, need_weights=False, **masks)[0])
 
 
 def split_queries(layer: dict, sizes: list[int]) -> list[dict]:
@@ -133,10 +122,13 @@ def as_outputs(layers: Sequence[dict]) -> dict:
 
 def output_rows(outputs: dict, rows: slice) -> dict:
     """An outputs dict for some images of the batch, query groups left out."""
-    part = {key: value[rows] for key, value in outputs.items() if isinstance(value, torch.Tensor)}
-    part["no_object"] = outputs.get("no_object", False)
-    part["aux_outputs"] = [{key: value[rows] for key, value in layer.items()} for layer in outputs["aux_outputs"]]
-    if outputs.get("encoder"):
-        part["encoder"] = {key: value[rows] for key, value in outputs["encoder"].items()}
-    part["context"] = [(content[rows], positions[rows]) for content, positions in outputs.get("context", [])]
-    return part
+    return batch_rows({key: value for key, value in outputs.items() if key != "groups"}, rows)
+
+
+def batch_rows(value, rows: slice):
+    """The same dicts, lists and tuples with every tensor in them cut to some images of the batch."""
+    if isinstance(value, torch.Tensor):
+        return value[rows]
+    if isinstance(value, dict):
+        return {key: batch_rows(part, rows) for key, part in value.items()}
+    return type(value)(batch_rows(part, rows) for part in value) if isinstance(value, list | tuple) else value

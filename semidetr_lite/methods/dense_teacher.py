@@ -21,10 +21,11 @@ unlabelled weight does not rise at first, a burn-in run stands for that.
 
 import torch
 import torch.nn.functional as F
+from torchvision.models.detection._utils import BoxLinearCoder
 from torchvision.ops import generalized_box_iou_loss
 
 from semidetr_lite.data.views import warp
-from semidetr_lite.detectors.pyramid import FCOS, Cells
+from semidetr_lite.detectors.pyramid import Cells
 from semidetr_lite.losses import quality_focal_loss
 from semidetr_lite.methods.mean_teacher import LABELLED, Averaged, named
 
@@ -46,7 +47,8 @@ def dense_losses(student: Cells, teacher: Cells, ratio: float) -> dict[str, torc
     scores = teacher.outputs["cls_logits"].sigmoid()
     selected = select_regions(scores, inside, ratio)
     logits, wanted = student.outputs["cls_logits"], scores * selected[..., None]
-    boxes, aims = (cells.boxes()[selected] for cells in (student, teacher))
+    decode = BoxLinearCoder().decode
+    boxes, aims = (decode(cells.outputs["bbox_regression"], cells.anchors)[selected] for cells in (student, teacher))
     centerness, aim = (cells.outputs["bbox_ctrness"][..., 0][selected] for cells in (student, teacher))
     return {
         "class": quality_focal_loss(logits.flatten(0, 1), wanted.flatten(0, 1)) / wanted.amax(-1).sum(),
@@ -69,14 +71,7 @@ class DenseTeacher(Averaged):
     """
 
     def __init__(
-        self,
-        student: FCOS,
-        ratio: float = 0.01,
-        unlabelled_weight: float = 4.0,
-        unlabelled_box_weight: float = 0.25,
-        score_cut: float = 0.4,
-        most: int = 100,
-        **shared,
+        self, student, ratio=0.01, unlabelled_weight=4.0, unlabelled_box_weight=0.25, score_cut=0.4, most=100, **shared
     ):
         super().__init__(student, **shared)
         self.ratio, self.score_cut, self.most = ratio, score_cut, most

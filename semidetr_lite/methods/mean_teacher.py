@@ -39,12 +39,9 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
 
     Other buffers are copied.
     """
-    ours, theirs = (
-        list(module.parameters()) + [b for b in module.buffers() if b.is_floating_point()]
-        for module in (teacher, student)
-    )
-    torch._foreach_lerp_(ours, theirs, 1 - momentum)
-    for buffer, source in zip(teacher.buffers(), student.buffers(), strict=True):
+    pairs = list(zip((*teacher.parameters(), *teacher.buffers()), (*student.parameters(), *student.buffers())))
+    torch._foreach_lerp_(*map(list, zip(*(pair for pair in pairs if pair[0].is_floating_point()))), 1 - momentum)
+    for buffer, source in pairs:
         if not buffer.is_floating_point():
             buffer.copy_(source)
 
@@ -152,6 +149,8 @@ class MeanTeacher(Averaged):
         nms: IoU of the suppression of pseudo-boxes.
     """
 
+    candidates = 13  # of one-to-many matching, which only Semi-DETR has
+
     def __init__(
         self,
         student: Detector,
@@ -163,14 +162,13 @@ class MeanTeacher(Averaged):
         **shared,
     ):
         super().__init__(student, **shared)
-        self.score_cut, self.most, self.nms = score_cut, most, nms
+        self.score_cut, self.unlabelled_weight, self.most, self.nms = score_cut, unlabelled_weight, most, nms
         self.pseudo_weights = self.weights.times(unlabelled_weight, unlabelled_box_weight)
 
     def forward(self, batch: dict, step: int) -> dict[str, torch.Tensor]:
         """A batch with "labelled", "weak" and "strong" -> weighted losses."""
-        (images, truths), (weak_images, weak), (strong_images, strong) = (
-            batch[key] for key in ("labelled", "weak", "strong")
-        )
+        (images, truths), (weak_images, weak) = batch["labelled"], batch["weak"]
+        strong_images, strong = batch["strong"]
         device = next(self.parameters()).device
         with torch.no_grad():
             pseudo = pseudo_boxes(self.teacher(weak_images), target_sizes(weak), self.most, self.nms)
@@ -185,38 +183,34 @@ class MeanTeacher(Averaged):
         self.stats = {"pseudo_per_image": float(valid[len(images) :].sum() / len(strong))}
 
         losses = {}
-        for name, rows, stream, weights in (
-            ("labelled", slice(0, len(images)), LABELLED, self.weights),
-            ("pseudo", slice(len(images), None), UNLABELLED, self.pseudo_weights),
-        ):
-            here = trimmed(PaddedTargets(*(entry[rows] for entry in targets)), valid[rows])
-            found = detection_loss(
-                layers.rows(rows),
-                here.targets,
-                "one_to_one",
-                costs[:, rows][..., here.columns],
-                here.valid,
-                weights=weights,
-            )
-            losses |= named(name, found)
-            noise = self.denoise(memory.rows(rows), output_rows(outputs, rows), here.targets, weights, step, stream)
-            losses |= named(f"{name} denoising", noise)
+        for name, rows in (("labelled", slice(0, len(images))), ("pseudo", slice(len(images), None))):
+            here = PaddedTargets(*(entry[rows] for entry in targets))
+            student = (memory, outputs, layers, rows)
+            losses |= self.compare(name, student, here, valid[rows], costs[:, rows], "one_to_one", step)
         return losses
 
+    def compare(self, name: str, student: tuple, targets: PaddedTargets, valid, costs, stage: str, step: int) -> dict:
+        """Losses of what the student says about some images, with denoising where boxes are matched one-to-one.
 
-class Trimmed(NamedTuple):
-    """Targets without the columns nobody uses, on the device and on the host."""
-
-    targets: PaddedTargets
-    valid: np.ndarray  # (B, T)
-    columns: slice
-
-
-def trimmed(targets: PaddedTargets, valid: np.ndarray) -> Trimmed:
-    """Cut the filled-up columns behind the last valid one; `valid` is `targets.valid` on the host."""
-    used = np.flatnonzero(valid.any(0))
-    columns = slice(0, int(used[-1]) + 1 if len(used) else 0)
-    return Trimmed(PaddedTargets(*(entry[:, columns] for entry in targets)), valid[:, columns], columns)
+        Args:
+            name: "labelled" or "pseudo", which decides weights and noise; labelled boxes are denoised in both stages.
+            student: its memory, outputs and layers, and the rows of the images in them.
+            valid: (B, T) bool on the host, which replaces `targets.valid`.
+            costs: see detection_loss.
+        """
+        memory, outputs, layers, rows = student
+        labelled = name == "labelled"
+        weights, stream = (self.weights, LABELLED) if labelled else (self.pseudo_weights, UNLABELLED)
+        used = np.flatnonzero(valid.any(0))
+        columns = slice(0, int(used[-1]) + 1 if len(used) else 0)  # without those filled up behind the last valid one
+        valid, costs = valid[:, columns], None if costs is None else costs[..., columns]
+        on_device = torch.from_numpy(valid).to(targets.boxes.device)
+        targets = PaddedTargets(targets.boxes[:, columns], targets.labels[:, columns], on_device)
+        losses = named(name, detection_loss(layers.rows(rows), targets, stage, costs, valid, self.candidates, weights))
+        if labelled or stage == "one_to_one":
+            noise = self.denoise(memory.rows(rows), output_rows(outputs, rows), targets, weights, step, stream)
+            losses |= named(f"{name} denoising", noise)
+        return losses
 
 
 def one_transfer(*tensors: torch.Tensor) -> list[np.ndarray]:

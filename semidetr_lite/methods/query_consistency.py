@@ -34,32 +34,13 @@ class Projector(nn.Module):
         super().__init__()
         self.side = side
         groups = math.gcd(32, dim // 2)
-        convs = [
-            part
-            for _ in range(2)
-            for part in (
-                nn.Conv2d(dim, dim, 3, padding=1, bias=False),
-                nn.GroupNorm(groups, dim),
-                nn.ReLU(inplace=True),
-            )
-        ]
-        self.layers = nn.Sequential(
-            *convs,
-            nn.Flatten(),
-            nn.Linear(dim * side * side, hidden),
-            nn.LayerNorm(hidden),
-            nn.ReLU(),
-            nn.Linear(hidden, dim),
-            nn.ReLU(),
-        )
+        parts: list[nn.Module] = []
+        for _ in range(2):
+            parts += [nn.Conv2d(dim, dim, 3, padding=1, bias=False), nn.GroupNorm(groups, dim), nn.ReLU(inplace=True)]
+        parts += [nn.Flatten(), nn.Linear(dim * side * side, hidden), nn.LayerNorm(hidden), nn.ReLU()]
+        self.layers = nn.Sequential(*parts, nn.Linear(hidden, dim), nn.ReLU())
 
-    def forward(
-        self,
-        features: list[torch.Tensor],
-        strides: list[tuple[float, float]],
-        images: torch.Tensor,
-        boxes: torch.Tensor,
-    ) -> torch.Tensor:
+    def forward(self, features: list[torch.Tensor], strides, images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         """Features are not trained through this.
 
         Args:

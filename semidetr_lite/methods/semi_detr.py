@@ -25,21 +25,17 @@ import torch
 
 from semidetr_lite.boxes import to_model
 from semidetr_lite.detectors.detector import Detector
-from semidetr_lite.detectors.transformer import Memory, QueryGroup, output_rows
+from semidetr_lite.detectors.transformer import QueryGroup, output_rows
 from semidetr_lite.errors import UserError
-from semidetr_lite.losses import Layers, detection_loss, layer_costs, stack_layers
+from semidetr_lite.losses import Layers, layer_costs, stack_layers
 from semidetr_lite.matching import PaddedTargets, batched_cost, pad_targets
 from semidetr_lite.methods.cost_mining import matched_costs, reliable_threshold, remember
 from semidetr_lite.methods.mean_teacher import (
-    LABELLED,
-    UNLABELLED,
-    Averaged,
+    MeanTeacher,
     PseudoBoxes,
-    named,
     one_transfer,
     pseudo_boxes,
     target_sizes,
-    trimmed,
 )
 from semidetr_lite.methods.query_consistency import Projector, consistency_loss
 
@@ -47,15 +43,12 @@ CONSISTENCY_BOXES = ("both", "confident", "mined", "none")
 MINING = ("mixture", "deviation", "top", "none")
 
 
-class SemiDETR(Averaged):
+class SemiDETR(MeanTeacher):
     """The method.
 
     Args:
-        student, ema_ceiling, seed, weights: see Averaged.
+        student: a detector that takes boxes as queries.
         one_to_many_steps: the step at which stage two begins.
-        score_cut: pseudo-boxes of at least this score are targets.
-        unlabelled_weight: of all losses on unlabelled images.
-        unlabelled_box_weight: further factor of their box losses, since a pseudo-box may be right and yet loose.
         candidates: queries a target takes in stage one.
         consistency_weight: of the consistency loss, before `unlabelled_weight`.
         consistency_throughout: whether it is asked for in both stages (paper) or in stage one alone (released code).
@@ -66,8 +59,7 @@ class SemiDETR(Averaged):
         mined_top: see `mining`.
         mined_targets: whether mined boxes are targets of the class and box losses too.
         cost_memory: past matching costs that join the mixture.
-        most: pseudo-boxes looked at in an image.
-        nms: IoU of the suppression of pseudo-boxes, and of detections in stage one.
+        shared: see MeanTeacher and Averaged; `nms` is that of detections in stage one too.
 
     Raises:
         UserError: a detector whose queries are no boxes, or no such `consistency_boxes` or `mining`.
@@ -77,9 +69,6 @@ class SemiDETR(Averaged):
         self,
         student: Detector,
         one_to_many_steps: int,
-        score_cut: float = 0.4,
-        unlabelled_weight: float = 4.0,
-        unlabelled_box_weight: float = 1.0,
         candidates: int = 13,
         consistency_weight: float = 10.0,
         consistency_throughout: bool = False,
@@ -88,27 +77,20 @@ class SemiDETR(Averaged):
         mined_top: int = 9,
         mined_targets: bool = False,
         cost_memory: int = 500,
-        most: int = 100,
-        nms: float = 0.6,
         **shared,
     ):
         if not student.takes_groups:
-            raise UserError(
-                f"semi-detr asks with boxes as queries, which {type(student).__name__} in this form cannot: choose "
-                "dino, or deformable-detr with two_stage=True"
-            )
-        for name, value, known in (
-            ("consistency_boxes", consistency_boxes, CONSISTENCY_BOXES),
-            ("mining", mining, MINING),
-        ):
+            unable = f"semi-detr asks with boxes as queries, which {type(student).__name__} in this form cannot"
+            raise UserError(f"{unable}: choose dino, or deformable-detr with two_stage=True")
+        chosen = {"consistency_boxes": (consistency_boxes, CONSISTENCY_BOXES), "mining": (mining, MINING)}
+        for name, (value, known) in chosen.items():
             if value not in known:
                 raise UserError(f"no {name} called {value!r}: choose from {', '.join(known)}")
         super().__init__(student, **shared)
-        self.one_to_many_steps, self.score_cut, self.unlabelled_weight = one_to_many_steps, score_cut, unlabelled_weight
-        self.candidates, self.consistency_weight, self.most, self.nms = candidates, consistency_weight, most, nms
+        self.one_to_many_steps, self.candidates = one_to_many_steps, candidates
+        self.consistency_weight = consistency_weight
         self.consistency_throughout, self.consistency_boxes = consistency_throughout, consistency_boxes
         self.mining, self.mined_top, self.mined_targets = mining, mined_top, mined_targets
-        self.pseudo_weights = self.weights.times(unlabelled_weight, unlabelled_box_weight)
         self.projector = Projector(student.dim, hidden=4 * student.dim)
         self.register_buffer("past_costs", torch.full((cost_memory,), torch.nan))
 
@@ -123,9 +105,8 @@ class SemiDETR(Averaged):
 
     def forward(self, batch: dict, step: int) -> dict[str, torch.Tensor]:
         """A batch with "labelled", "weak" and "strong" -> weighted losses."""
-        (images, truths), (weak_images, weak), (strong_images, strong) = (
-            batch[key] for key in ("labelled", "weak", "strong")
-        )
+        (images, truths), (weak_images, weak) = batch["labelled"], batch["weak"]
+        strong_images, strong = batch["strong"]
         stage, device = self.stage(step), next(self.parameters()).device
         with torch.no_grad():
             teacher_memory = self.teacher.encode(weak_images)
@@ -145,21 +126,8 @@ class SemiDETR(Averaged):
         found = self.decide(layers.rows(labelled), targets, layers.rows(unlabelled), carried, seen, stage)
 
         losses = {}
-        for name, rows, boxes, weights in (
-            ("labelled", labelled, targets, self.weights),
-            ("pseudo", unlabelled, carried, self.pseudo_weights),
-        ):
-            here = trimmed(
-                boxes._replace(valid=torch.from_numpy(found[name]["valid"]).to(device)), found[name]["valid"]
-            )
-            costs = found[name]["costs"]
-            costs = None if costs is None else costs[..., here.columns]
-            part = detection_loss(layers.rows(rows), here.targets, stage, costs, here.valid, self.candidates, weights)
-            losses |= named(name, part)
-            if name == "labelled" or stage == "one_to_one":
-                stream = LABELLED if name == "labelled" else UNLABELLED
-                noise = self.denoise(memory.rows(rows), output_rows(outputs, rows), here.targets, weights, step, stream)
-                losses |= named(f"{name} denoising", noise)
+        for name, rows, boxes in (("labelled", labelled, targets), ("pseudo", unlabelled, carried)):
+            losses |= self.compare(name, (memory, outputs, layers, rows), boxes, *found[name], stage, step)
         if self.consistency_boxes != "none" and (stage == "one_to_many" or self.consistency_throughout):
             student = (memory.rows(unlabelled), output_rows(outputs, unlabelled))
             loss = self.consistency(student, (teacher_memory, teacher_outputs), pseudo, carried, weak, found["asked"])
@@ -179,12 +147,12 @@ class SemiDETR(Averaged):
     ) -> dict:
         """Everything that is decided on the host, after the step's one transfer; `seen` are scores and `minable`.
 
-        Which pseudo-boxes are targets, which are mined, and the costs of one-to-one matching.
+        Which boxes (B, T) bool are targets, and the costs of one-to-one matching: "labelled", "pseudo"; and which
+        pseudo-boxes the consistency is "asked" for.
         """
         last = -2 if unlabelled.encoder else -1  # the decoder's last layer
-        prices = batched_cost(
-            unlabelled.logits[last].detach(), unlabelled.boxes[last].detach(), carried.boxes, carried.labels
-        )
+        answers = unlabelled.logits[last].detach(), unlabelled.boxes[last].detach()
+        prices = batched_cost(*answers, carried.boxes, carried.labels)
         further = [layer_costs(labelled, targets), layer_costs(unlabelled, carried)] if stage == "one_to_one" else []
         prices, scores, minable, valid, truth_valid, past, *costs = one_transfer(
             prices, *seen, carried.valid, targets.valid, self.past_costs, *further
@@ -200,27 +168,20 @@ class SemiDETR(Averaged):
             "mined_per_image": float(mined.sum() / len(valid)),
             "cost_threshold": threshold,
         }
-        costs = costs or [None, None]
+        of_labelled, of_pseudo = costs or [None, None]
         return {
-            "labelled": {"valid": truth_valid, "costs": costs[0]},
-            "pseudo": {"valid": confident | mined if self.mined_targets else confident, "costs": costs[1]},
+            "labelled": (truth_valid, of_labelled),
+            "pseudo": (confident | mined if self.mined_targets else confident, of_pseudo),
             "asked": {"both": confident | mined, "mined": mined}.get(self.consistency_boxes, confident),
         }
 
-    def consistency(
-        self,
-        student: tuple[Memory, dict],
-        teacher: tuple[Memory, dict],
-        pseudo: PseudoBoxes,
-        carried: PaddedTargets,
-        weak,
-        asked,
-    ) -> torch.Tensor:
-        """The consistency loss over the boxes `asked` (B, K) bool, on the host."""
-        if not asked.any():
-            return sum(
-                parameter.sum() * 0.0 for parameter in self.projector.parameters()
-            )  # every process has a gradient
+    def consistency(self, student, teacher, pseudo: PseudoBoxes, carried: PaddedTargets, weak, asked) -> torch.Tensor:
+        """The consistency loss over the boxes `asked` (B, K) bool, on the host.
+
+        student, teacher: (Memory, outputs) of each.
+        """
+        if not asked.any():  # every process has a gradient
+            return sum(parameter.sum() * 0.0 for parameter in self.projector.parameters())
         device = carried.boxes.device
         rows, columns = np.nonzero(asked)
         places = np.concatenate([np.arange(count) for count in asked.sum(1)])
@@ -231,9 +192,8 @@ class SemiDETR(Averaged):
         strides = [(height / level.shape[-2], width / level.shape[-1]) for level in features]
         contents = self.projector(features, strides, rows, pseudo.boxes[rows, columns])
         shape = (len(asked), int(asked.sum(1).max()))
-        valid = torch.zeros(shape, dtype=torch.bool, device=device).index_put(
-            (rows, places), torch.tensor(True, device=device)
-        )
+        valid = torch.zeros(shape, dtype=torch.bool, device=device)
+        valid[rows, places] = True
         content = contents.new_zeros(*shape, contents.shape[1]).index_put((rows, places), contents)
 
         def group(boxes):
@@ -255,7 +215,6 @@ def above_mean_and_deviation(pseudo: PseudoBoxes) -> torch.Tensor:
     count = pseudo.valid.sum(1, keepdim=True)
     scores = torch.where(pseudo.valid, pseudo.scores, 0.0)
     mean = scores.sum(1, keepdim=True) / count.clamp(min=1)
-    spread = (
-        torch.where(pseudo.valid, scores - mean, 0.0).square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
-    ).sqrt()
+    squares = torch.where(pseudo.valid, scores - mean, 0.0).square().sum(1, keepdim=True)
+    spread = (squares / (count - 1).clamp(min=1)).sqrt()
     return pseudo.valid & (pseudo.scores >= mean + spread) & (count > 1)  # one score has no deviation

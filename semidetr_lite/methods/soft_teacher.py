@@ -7,17 +7,20 @@ A pseudo-box of high score is mostly right, but there are few of them: much of w
 missed object. So the teacher also judges each box that the student learns from (section 3.2; Eq. 4 and 5): with r_j its
 background score of proposal j that has no pseudo-box,
 
-    L_class = 1 / N_fg * sum_i l(foreground i) + sum_j w_j l(background j),   w_j = r_j / sum_k r_k.
+    L_class = (sum_i l(foreground i) + sum_j r_j l(background j)) / (N_fg + sum_k r_k).
 
 Nor does a high score say that a box is tight. A tight one is found again wherever the search begins (section 3.3; Eq. 6
 to 8): jittered several times and refined by the teacher, its four coordinates have standard deviations s_k; boxes with
 mean_k s_k / (0.5 (height + width)) under a cut are the targets of the box loss. (Equation numbers are from memory.)
 
-Differences from the released code (github.com/microsoft/SoftTeacher): it divides the class loss as a whole by
-N_fg + sum_k r_k; its jitter is normal (here uniform, to our memory the paper's) and a deviation is divided by the
-width or height of the mean refined box. As there: cuts 0.9, 0.5 and 0.02, ten jitters of 6 %, weight 4; proposals are
-learned from the boxes over the score cut; the box loss is divided by the number of all sampled boxes, not of the
-foreground (Eq. 9).
+As in the released code (github.com/microsoft/SoftTeacher), the class loss is divided as a whole. (The paper adds the
+mean over the foreground to the background's with w_j = r_j / sum_k r_k, so that the few foreground boxes weigh as much
+as all others; on the digits AP does not rise with that.) As there, the box loss is divided by the number of all sampled
+boxes (Eq. 9: of the foreground), proposals are learned from the boxes over the score cut, and the constants are cuts of
+0.9, 0.5 and 0.02, ten jitters of 6 % and weight 4.
+
+Differences from it: its jitter is normal (here uniform, to our memory the paper's), and it divides a deviation by the
+width or height of the mean refined box.
 """
 
 import torch
@@ -30,7 +33,7 @@ from semidetr_lite.methods.mean_teacher import LABELLED, UNLABELLED, Averaged, n
 
 
 def soft_class_loss(logits: torch.Tensor, labels: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
-    """The class loss of Eq. 4 and 5, a scalar.
+    """The class loss on unlabelled images, a scalar.
 
     logits: (N, 1 + C) of the student, background first; labels: (N,), 0 where a box has no pseudo-box; background: (N,)
         the teacher's background scores r of the same boxes.
@@ -113,7 +116,9 @@ class SoftTeacher(Averaged):
             boxes = one["boxes"]
             moves = boxes.new_tensor(rng.uniform(-self.jitter, self.jitter, (self.jitters, *boxes.shape)))
             jittered.append((boxes + moves * (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)).flatten(0, 1))
-        refined = teacher.refined(teacher.classify(judge, jittered)[1], jittered)  # (all jitters, 1 + C, 4)
+        codes = teacher.classify(judge, jittered)[1]
+        refined = teacher.net.roi_heads.box_coder.decode(codes, jittered)  # (all jitters, 1 + C, 4)
+        refined = refined.reshape(-1, teacher.num_classes + 1, 4)  # also of no box at all
         steady = []
         for one, boxes in zip(candidates, refined.split([len(boxes) for boxes in jittered]), strict=True):
             rows = (one["labels"] + teacher.first_label).repeat(self.jitters)[:, None, None].expand(-1, 1, 4)

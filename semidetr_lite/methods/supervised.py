@@ -12,10 +12,7 @@ from semidetr_lite.methods.mean_teacher import LABELLED, Averaged, named, one_tr
 
 
 class Supervised(Averaged):
-    """One-to-one matching and denoising on labelled images; see Averaged for the arguments.
-
-    Faster R-CNN and FCOS have losses of their own, and `weights` is not theirs.
-    """
+    """One-to-one matching and denoising; Faster R-CNN's and FCOS's own losses, without `weights`. See Averaged."""
 
     def forward(self, batch: dict, step: int) -> dict[str, torch.Tensor]:
         """A batch with "labelled" -> weighted losses."""

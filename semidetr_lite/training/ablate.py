@@ -7,7 +7,6 @@ of the gap. Killed, it goes on where it was; what has its line already is not ru
 Rows and tables follow the paper's ablation (section 4.3), with the seed's mistake, mined boxes as targets, added.
 """
 
-import json
 import math
 import statistics
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from semidetr_lite.errors import UserError
+from semidetr_lite.training.checkpoint import append_lines, read_config, read_lines
 from semidetr_lite.training.presets import PRESETS
 from semidetr_lite.training.train import Run, new_config
 
@@ -67,15 +67,7 @@ class Ablation:
         quiet: no progress bars.
     """
 
-    def __init__(
-        self,
-        out: Path,
-        record: Path,
-        steps: int | None = None,
-        burn_in_steps: int | None = None,
-        quiet: bool = False,
-        **settings,
-    ):
+    def __init__(self, out: Path, record: Path, steps=None, burn_in_steps=None, quiet=False, **settings):
         self.out, self.record, self.quiet = Path(out), Path(record), quiet
         self.settings = {"preset": "digits", "detector": "dino", **settings}
         if self.settings["preset"] not in PRESETS:
@@ -107,19 +99,12 @@ class Ablation:
                 return line
         if not (folder / "config.json").exists() and config["burn_in"]:
             self.finish(*self.config(name, percent, seed, burn_in=True))
-        last = self.finish(config, folder)
-        made = json.loads((folder / "config.json").read_text())
-        test = last["test"]
-        line = {
-            **identity,
-            "AP": round(test["teacher"]["AP"], 4),
-            "AP50": round(test["teacher"]["AP50"], 4),
-            "AP_student": round(test["student"]["AP"], 4),
-            "seconds": last["seconds"],
-            "commit": made["commit"],
-            "machine": made["machine"],
-        }
-        append(self.record, [line])
+        last, made = self.finish(config, folder), read_config(folder)
+        teacher, student = last["test"]["teacher"], last["test"]["student"]
+        found = {"AP": teacher["AP"], "AP50": teacher["AP50"], "AP_student": student["AP"]}
+        line = identity | {key: round(value, 4) for key, value in found.items()} | {"seconds": last["seconds"]}
+        line |= {key: made[key] for key in ("commit", "machine")}
+        append_lines(self.record, [line])
         self.curve(folder, {"row": name, **{key: config[key] for key in KEYS}})
         return line
 
@@ -128,7 +113,8 @@ class Ablation:
         file = self.record.with_name(f"{self.record.stem}_curves.jsonl")
         if not any(identity.items() <= line.items() for line in read_lines(file)):
             log = read_lines(folder / "log.jsonl")
-            append(file, [identity | {k: line[k] for k in CURVE if k in line} for line in log if "AP_teacher" in line])
+            lines = [{key: line[key] for key in CURVE if key in line} for line in log if "AP_teacher" in line]
+            append_lines(file, [identity | line for line in lines])
 
     def config(self, name: str, percent: float, seed: int, burn_in: bool = False) -> tuple[dict, Path]:
         """Settings and folder of a row's run, or of the supervised run it starts from."""
@@ -149,7 +135,7 @@ class Ablation:
     def finish(self, config: dict, folder: Path) -> dict:
         """The last log line of a run, which is trained to its end from wherever it stands."""
         if (folder / "config.json").exists():
-            made = json.loads((folder / "config.json").read_text())
+            made = read_config(folder)
             for key in ("method", "recipe", *KEYS):
                 if made[key] != config[key]:
                     raise UserError(f"{folder}: holds a run with another {key}; choose another --out")
@@ -157,32 +143,14 @@ class Ablation:
         if run.step < run.config["steps"]:
             print(f"{folder}: {config['method']}, {config['steps']} steps", flush=True)
             return run.go()
-        return json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+        return read_lines(folder / "log.jsonl")[-1]
 
 
 KEYS = ("method", "detector", "preset", "data", "percent", "fold", "seed", "steps")
-
-
 CURVE = (
     *("step", "seconds", "AP_student", "AP_teacher", "pseudo_precision", "pseudo_recall"),
     *("pseudo_per_image", "mined_per_image", "duplicates", "duplicates_nms"),
 )
-
-
-def append(record: Path, lines: list[dict]) -> None:
-    """Add lines to a record."""
-    record.parent.mkdir(parents=True, exist_ok=True)
-    with open(record, "a") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def read_lines(record: Path) -> list[dict]:
-    """The lines of a record, none if there is no file."""
-    rows = record.read_text().splitlines() if record.exists() else []
-    try:
-        return [json.loads(row) for row in rows]
-    except ValueError as problem:
-        raise UserError(f"{record}: not JSON lines ({problem}); mend or remove the file") from None
 
 
 class Summary(NamedTuple):
@@ -225,8 +193,7 @@ def summarise(lines: list[dict]) -> list[Summary]:
 
 def markdown(rows: list[Summary]) -> Iterator[str]:
     """The lines of the tables, for a terminal or a README."""
-    titles = dict.fromkeys((row.table, row.preset, row.detector, row.percent) for row in rows)
-    for title in titles:
+    for title in dict.fromkeys((row.table, row.preset, row.detector, row.percent) for row in rows):
         table, preset, detector, percent = title
         yield f"\n{table}: {detector}, {percent:g} % of the labels ({preset})\n"
         yield "| row | seeds | AP | AP50 | gap closed | minutes |"
@@ -235,12 +202,5 @@ def markdown(rows: list[Summary]) -> Iterator[str]:
             if title == (row.table, row.preset, row.detector, row.percent):
                 error = "" if row.error != row.error else f" ± {row.error:.1f}"
                 gap = "" if row.gap != row.gap else f"{row.gap:.0f} %"
-                cells = [
-                    row.row,
-                    len(row.values),
-                    f"{row.mean:.1f}{error}",
-                    f"{row.ap50:.1f}",
-                    gap,
-                    f"{row.minutes:.0f}",
-                ]
-                yield f"| {' | '.join(str(cell) for cell in cells)} |"
+                figures = f"{row.mean:.1f}{error} | {row.ap50:.1f} | {gap} | {row.minutes:.0f}"
+                yield f"| {row.row} | {len(row.values)} | {figures} |"

@@ -1,7 +1,7 @@
 """Files of a run: written whole or not at all, read without running anything in them.
 
 Weights are safetensors with what is needed to build the detector in their header; `last.pt` holds everything a resume
-needs.
+needs; logs are JSON lines.
 """
 
 import json
@@ -18,15 +18,18 @@ from semidetr_lite.errors import UserError
 from semidetr_lite.training.presets import make_detector
 
 
-def write_whole(path: Path, write) -> None:
-    """Let `write(temporary path)` make a file, then put it in place of `path` at once.
+def write_whole(path: Path, content) -> None:
+    """Put a file in place of `path` at once: text, bytes, or what the function `content(temporary path)` writes.
 
     A full disk leaves the old file as it was.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{random.randrange(10**6)}.part")
     try:
-        write(temporary)
+        if callable(content):
+            content(temporary)
+        else:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
@@ -100,3 +103,38 @@ def load_state(file: Path) -> dict:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as problem:
         raise UserError(f"{file}: not a checkpoint of semidetr-lite ({str(problem).splitlines()[0][:80]})") from None
+
+
+def read_config(run) -> dict:
+    """The settings in a run folder."""
+    file = Path(run) / "config.json"
+    if not file.is_file():
+        raise UserError(f"{run}: no config.json, so this is no run folder; give a folder that `semidetr train` wrote")
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")).items())
+    except (OSError, ValueError, AttributeError) as problem:
+        raise UserError(f"{file}: not a JSON object; the run folder is damaged ({problem})") from None
+
+
+def read_lines(path, unfinished: bool = False) -> list[dict]:
+    """The lines of a JSON-lines file, none if there is no file.
+
+    In an `unfinished` one, a last line cut short by a killed run is left out.
+    """
+    path = Path(path)
+    rows, found = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else [], []
+    for number, row in enumerate(rows, 1):
+        try:
+            found.append(dict(json.loads(row).items()))
+        except (ValueError, AttributeError):
+            if not unfinished or number < len(rows):
+                fault = f"line {number} is not a JSON object, so these are not JSON lines"
+                raise UserError(f"{path}: {fault}; mend or delete that line to go on") from None
+    return found
+
+
+def append_lines(path: Path, lines: list[dict]) -> None:
+    """Add lines to a JSON-lines file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))

@@ -24,7 +24,7 @@ from semidetr_lite.data.batches import Batches
 from semidetr_lite.data.splits import Splits
 from semidetr_lite.errors import UserError
 from semidetr_lite.methods.mean_teacher import Averaged
-from semidetr_lite.training.checkpoint import fill, load_state, save_weights, write_whole
+from semidetr_lite.training.checkpoint import append_lines, fill, load_state, read_lines, save_weights, write_whole
 from semidetr_lite.training.measure import duplicates, measure, pseudo_quality, watched_boxes
 from semidetr_lite.training.presets import (
     DETECTORS,
@@ -60,13 +60,9 @@ def new_config(
 ) -> dict:
     """The settings of a run, complete, as they go to config.json. `changes` replace fields of the preset's Recipe."""
     settings = {name: value for name, value in locals().items() if name != "changes"}
-    for kind, name, known in (
-        ("preset", preset, PRESETS),
-        ("method", method, METHODS),
-        ("detector", detector, DETECTORS),
-    ):
-        if name not in known:
-            raise UserError(f"no {kind} called {name!r}: choose from {', '.join(known)}")
+    for kind, known in {"preset": PRESETS, "method": METHODS, "detector": DETECTORS}.items():
+        if settings[kind] not in known:
+            raise UserError(f"no {kind} called {settings[kind]!r}: choose from {', '.join(known)}")
     check_pair(method, detector)
     recipe = recipe_as_dict(PRESETS[preset])
     recipe["arguments"] = recipe["arguments"][detector]
@@ -82,15 +78,9 @@ def new_config(
 
 def _origin() -> dict:
     """Where the numbers of this run come from."""
+    asked, here = ["git", "describe", "--always", "--dirty"], Path(__file__).parent
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-        commit = found.stdout.strip() or None
+        commit = subprocess.run(asked, cwd=here, capture_output=True, text=True, timeout=10).stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
         commit = None
     machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, torch {torch.__version__}"
@@ -109,15 +99,7 @@ class Run:
         quiet: no progress bar, no lines.
     """
 
-    def __init__(
-        self,
-        config: dict,
-        out,
-        resume: bool = False,
-        splits: Splits | None = None,
-        workers: int = 1,
-        quiet: bool = False,
-    ):
+    def __init__(self, config: dict, out, resume=False, splits: Splits | None = None, workers=1, quiet=False):
         self.out, self.workers, self.quiet = Path(out), workers, quiet
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"{self.out}: is a file; --out must be a folder")
@@ -129,6 +111,7 @@ class Run:
         self.recipe: Recipe = make_recipe(config)
         self.splits = splits or load_splits(config)
         self.config = {**config, "categories": self.splits.categories}
+        self.unlabelled = 0 if config["method"] == "supervised" else self.recipe.unlabelled_images  # a step
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.step, self.seconds, self.offset = 0, 0.0, 0
         self._build(state)
@@ -136,47 +119,37 @@ class Run:
 
     def _build(self, state: dict | None) -> None:
         """Student, method and optimizer; from a checkpoint, from a burn-in run, or new."""
-        config = self.config
-        start = None
-        if state is None and config["burn_in"]:
-            start = load_state(Path(config["burn_in"]) / "last.pt")
-            self.offset = start["offset"] + start["step"]
-        elif state is not None:
+        config, start = self.config, None
+        burn_in = Path(config["burn_in"] or "") / "last.pt"
+        if state:
             self.step, self.seconds, self.offset = state["step"], state["seconds"], state["offset"]
+        elif config["burn_in"]:
+            start = load_state(burn_in)
+            self.offset = start["offset"] + start["step"]
         self.arguments = dict(self.recipe.arguments)
         torch.manual_seed(config["seed"])
         arguments = {**self.arguments, "backbone_weights": None} if state or start else self.arguments
         student = make_detector(config["detector"], len(self.splits.categories), arguments)
-        self.method: Averaged = make_method(
-            config["method"], student, self.recipe, config["steps"], self.offset, config["seed"]
-        ).to(self.device)
-        self.method.train()
+        how = (self.recipe, config["steps"], self.offset, config["seed"])
+        self.method: Averaged = make_method(config["method"], student, *how).to(self.device).train()
         self.optimizer = make_optimizer(self.method, self.recipe)
         if state:
             fill(self.method, state["method"], self.out / "last.pt")
             self.optimizer.load_state_dict(state["optimizer"])
             self.method.student.nms = self.method.teacher.nms = state["nms"]
         elif start:
-            file = Path(config["burn_in"]) / "last.pt"
             for part in ("student", "teacher"):
-                own = {
-                    key[len(part) + 1 :]: value for key, value in start["method"].items() if key.startswith(f"{part}.")
-                }
-                fill(getattr(self.method, part), own, file)
+                named = [(key.partition("."), value) for key, value in start["method"].items()]
+                own = {key: value for (owner, _, key), value in named if owner == part}
+                fill(getattr(self.method, part), own, burn_in)
 
     def go(self) -> dict:
         """Train to the end; returns the last log line, with the AP on the test split under "test"."""
         self.out.mkdir(parents=True, exist_ok=True)
         self._drop_later_lines()
-        write_whole(self.out / "config.json", lambda where: where.write_text(json.dumps(self.config, indent=1)))
-        bar = tqdm(
-            total=self.config["steps"],
-            initial=self.step,
-            disable=self.quiet,
-            desc=self.config["method"],
-            mininterval=2,
-            dynamic_ncols=True,
-        )
+        write_whole(self.out / "config.json", json.dumps(self.config, indent=1))
+        look = {"desc": self.config["method"], "mininterval": 2, "dynamic_ncols": True, "disable": self.quiet}
+        bar = tqdm(total=self.config["steps"], initial=self.step, **look)
         began, line = time.perf_counter(), {}
         with bar:  # closed also when something goes wrong, so that the error gets a line of its own
             for batch in self._loader():
@@ -202,10 +175,8 @@ class Run:
             found = dict(zip(losses, torch.stack([loss.detach() for loss in losses.values()]).tolist(), strict=True))
             bad = [name for name, value in found.items() if not math.isfinite(value)]
             if bad:
-                name, good = bad[0], self.last_good
-                raise UserError(
-                    f"loss {name!r} is {found[name]} at step {self.step}; the last good checkpoint is {good}"
-                )
+                fault = f"loss {bad[0]!r} is {found[bad[0]]} at step {self.step}"
+                raise UserError(f"{fault}; the last good checkpoint is {self.last_good}")
             sum(losses.values()).backward()
             values = {name: values.get(name, 0.0) + found.get(name, 0.0) for name in {**values, **found}}
         torch.nn.utils.clip_grad_norm_([p for p in self.method.parameters() if p.requires_grad], self.recipe.clip)
@@ -215,43 +186,29 @@ class Run:
 
     def _loader(self):
         """The batches of the steps that are left."""
-        unlabelled = 0 if self.config["method"] == "supervised" else self.recipe.unlabelled_images
-        batches = Batches(
-            self.splits,
-            self.recipe.labelled_images,
-            unlabelled,
-            self.recipe.views,
-            self.config["seed"],
-            self.config.get("skip_unreadable", False),
-        )
+        how = (self.recipe.views, self.config["seed"], self.config.get("skip_unreadable", False))
+        batches = Batches(self.splits, self.recipe.labelled_images, self.unlabelled, *how)
         steps = range(self.offset + self.step, self.offset + self.config["steps"])
-        return torch.utils.data.DataLoader(
-            batches,
-            batch_size=None,
-            sampler=steps,
-            num_workers=self.workers,
-            prefetch_factor=4 if self.workers else None,
-        )
+        workers = {"num_workers": self.workers, "prefetch_factor": 4 if self.workers else None}
+        return torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, **workers)
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config["steps"]
 
     def _log(self, losses: dict, seconds: float) -> dict:
         """Measure, write one line to the log, save."""
-        count = self.recipe.labelled_images + (
-            0 if self.config["method"] == "supervised" else self.recipe.unlabelled_images
-        )
         steps = self.step % self.recipe.log_every or self.recipe.log_every
+        images = steps * (self.recipe.labelled_images + self.unlabelled)
         line = {
             "step": self.step,
             "losses": {name: round(value, 5) for name, value in losses.items()},
             **self.method.stats,
-            "images_per_second": round(count * steps / max(seconds, 1e-9), 2),
+            "images_per_second": round(images / max(seconds, 1e-9), 2),
             "seconds": round(self.seconds, 1),
         }
         if self._due(self.recipe.evaluate_every):
             line |= self._measure()
-        if self._due(self.recipe.watch_every) and self.config["method"] != "supervised":
+        if self._due(self.recipe.watch_every) and self.unlabelled:
             self._append("pseudo_boxes.jsonl", watched_boxes(self.method, self.splits.unlabelled, self.step))
         self._append("log.jsonl", [line])
         if not self.quiet:
@@ -265,22 +222,19 @@ class Run:
         for part in ("student", "teacher"):
             found = measure(getattr(self.method, part), self.splits.tune, self.recipe.evaluate_images)
             line |= {f"AP_{part}": round(found["AP"], 4), f"AP50_{part}": round(found["AP50"], 4)}
-        if self.config["method"] != "supervised":
+        if self.unlabelled:
             line |= pseudo_quality(self.method, self.splits.unlabelled)
             line |= duplicates(self.method.teacher, self.splits.tune, self.recipe.evaluate_images)
         if self.step == self.config["steps"]:
-            line["test"] = {
-                part: measure(getattr(self.method, part), self.splits.test) for part in ("student", "teacher")
-            }
+            parts = {"student": self.method.student, "teacher": self.method.teacher}
+            line["test"] = {part: measure(detector, self.splits.test) for part, detector in parts.items()}
         return line
 
     def save(self) -> None:
         """Weights and everything a resume needs, each file whole or not at all."""
+        kind = (self.config["detector"], self.arguments, self.splits.categories)
         for part in ("student", "teacher"):
-            file = self.out / f"{part}.safetensors"
-            save_weights(
-                file, getattr(self.method, part), self.config["detector"], self.arguments, self.splits.categories
-            )
+            save_weights(self.out / f"{part}.safetensors", getattr(self.method, part), *kind)
         state = {
             "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step, "offset":
             self.offset, "seconds": self.seconds, "nms": self.method.student.nms, "config": json.dumps(self.config),
@@ -289,26 +243,19 @@ class Run:
         self.last_good = f"{self.out / 'last.pt'} (step {self.step})"
 
     def _append(self, name: str, lines: list[dict]) -> None:
-        text = "".join(json.dumps(_plain(line)) + "\n" for line in lines)
         try:
-            with open(self.out / name, "a") as file:
-                file.write(text)
+            append_lines(self.out / name, [_plain(line) for line in lines])
         except OSError as problem:
-            raise UserError(
-                f"{self.out / name}: cannot be written ({problem}); the last good checkpoint is {self.last_good}"
-            ) from None
+            fault = f"{self.out / name}: cannot be written ({problem})"
+            raise UserError(f"{fault}; the last good checkpoint is {self.last_good}") from None
 
     def _drop_later_lines(self) -> None:
         """Lines of steps after the checkpoint (or of a run that never saved) are written again; drop them."""
         for name in ("log.jsonl", "pseudo_boxes.jsonl"):
-            file = self.out / name
-            if file.exists():
-                kept = [
-                    line
-                    for line in file.read_text().splitlines()
-                    if line.endswith("}") and json.loads(line)["step"] <= self.step
-                ]
-                write_whole(file, lambda where, kept=kept: where.write_text("".join(line + "\n" for line in kept)))
+            if (self.out / name).exists():
+                lines = read_lines(self.out / name, unfinished=True)
+                kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= self.step]
+                write_whole(self.out / name, "".join(kept))
 
 
 def _plain(line):
