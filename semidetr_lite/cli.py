@@ -92,25 +92,12 @@ def _table(runs: list[Path]) -> str:
 
 
 def train(
-    out: Path,
-    preset: Literal[tuple(PRESETS)] = "digits",
-    method: Literal[tuple(METHODS)] = "semi-detr",
-    detector: Literal[tuple(DETECTORS)] = "dino",
-    data: str = "digits",
-    images: Path | None = None,
-    unlabelled: Path | None = None,
-    validation: Path | None = None,
-    percent: float | None = None,
-    fold: int = 1,
-    seed: int = 0,
-    steps: int | None = None,
-    burn_in: Path | None = None,
-    folds: Path | None = None,
-    flip: bool = True,
-    skip_unreadable: bool = False,
-    resume: bool = False,
-    workers: int = 1,
-) -> None:
+    out: Path, preset: Literal[tuple(PRESETS)] = "digits", method: Literal[tuple(METHODS)] = "semi-detr",
+    detector: Literal[tuple(DETECTORS)] = "dino", data: str = "digits", images: Path | None = None,
+    unlabelled: Path | None = None, validation: Path | None = None, percent: float | None = None, fold: int = 1,
+    seed: int = 0, steps: int | None = None, burn_in: Path | None = None, folds: Path | None = None,
+    flip: bool = True, skip_unreadable: bool = False, resume: bool = False, workers: int = 1,
+) -> None:  # fmt: skip
     """Train a detector.
 
     Args:
@@ -152,12 +139,9 @@ def _settings(arguments: dict, *without: str) -> dict:
 
 
 def evaluate(
-    run: Annotated[Path | None, tyro.conf.Positional] = None,
-    weights: Weights = "teacher",
-    voc: bool = False,
-    truth: Path | None = None,
-    detections: Path | None = None,
-) -> None:
+    run: Annotated[Path | None, tyro.conf.Positional] = None, weights: Weights = "teacher", voc: bool = False,
+    truth: Path | None = None, detections: Path | None = None,
+) -> None:  # fmt: skip
     """Measure a run on its test split, or a detections json against a truth json: the twelve COCO figures.
 
     Args:
@@ -218,13 +202,9 @@ def _image_files(path: Path) -> list[Path]:
 
 
 def doctor(
-    data: str | None = None,
-    images: Path | None = None,
-    unlabelled: Path | None = None,
-    validation: Path | None = None,
-    weights: Path | None = None,
-    out: Path | None = None,
-) -> None:
+    data: str | None = None, images: Path | None = None, unlabelled: Path | None = None,
+    validation: Path | None = None, weights: Path | None = None, out: Path | None = None,
+) -> None:  # fmt: skip
     """Say what is in a data set, and everything that is wrong with it; or what a published weights file is.
 
     Args:
@@ -261,23 +241,12 @@ def compare(runs: Folders, out: Path, images: int = 8, score: float = 0.3) -> No
 
 
 def ablate(
-    out: Path = Path("runs/ablation"),
-    tables: tuple[Literal[tuple(TABLES)], ...] = ("main",),
-    rows: tuple[str, ...] = (),
-    percents: tuple[float, ...] = (10, 100),
-    seeds: tuple[int, ...] = (0, 1, 2),
-    preset: Literal[tuple(PRESETS)] = "digits",
-    detector: str = "dino",
-    steps: int | None = None,
-    fold: int = 1,
-    data: str = "digits",
-    images: Path | None = None,
-    unlabelled: Path | None = None,
-    validation: Path | None = None,
-    record: Path | None = None,
-    quick: bool = False,
-    show: bool = False,
-) -> None:
+    out: Path = Path("runs/ablation"), tables: tuple[Literal[tuple(TABLES)], ...] = ("main",),
+    rows: tuple[str, ...] = (), percents: tuple[float, ...] = (10, 100), seeds: tuple[int, ...] = (0, 1, 2),
+    preset: Literal[tuple(PRESETS)] = "digits", detector: str = "dino", steps: int | None = None, fold: int = 1,
+    data: str = "digits", images: Path | None = None, unlabelled: Path | None = None, validation: Path | None = None,
+    record: Path | None = None, quick: bool = False, show: bool = False,
+) -> None:  # fmt: skip
     """Compare the methods, and Semi-DETR with its parts changed: rows x label percents x seeds, one run at a time.
 
     Each finished run is a line of a JSON-lines file, and what has its line is not run again; an unfinished run goes on

@@ -105,13 +105,20 @@ def to_coco_json(detections: list[dict], image_ids: list[int], categories: list[
     rounded to a thousandth.
     """
     rows = []
-    for image_id, detection in zip(image_ids, detections, strict=True):
-        boxes, labels, scores = (detection[key].tolist() for key in ("boxes", "labels", "scores"))
-        for (x1, y1, x2, y2), label, score in zip(boxes, labels, scores):
-            box = [round(value, 3) for value in (x1, y1, x2 - x1, y2 - y1)]
-            row = {"image_id": image_id, "category_id": categories[label]["id"], "bbox": box, "score": round(score, 6)}
-            rows.append(row)
+    for image_id, found in zip(image_ids, detections, strict=True):
+        for row in _rows(image_id, found["labels"], found["boxes"].double(), score=found["scores"].double()):
+            row["category_id"] = categories[row["category_id"]]["id"]
+            box, score = [round(value, 3) for value in row["bbox"]], round(row["score"], 6)
+            rows.append({**row, "bbox": box, "score": score})
     return rows
+
+
+def _rows(image_id, labels: torch.Tensor, boxes: torch.Tensor, **fields: torch.Tensor) -> list[dict]:
+    """Boxes (N, 4) xyxy of one image, their labels and further fields (N,), as the rows of a COCO file."""
+    xywh = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)
+    columns = {"category_id": labels, "bbox": xywh, **fields}
+    values = zip(*(column.tolist() for column in columns.values()))
+    return [{"image_id": image_id, **dict(zip(columns, row))} for row in values]
 
 
 def box_errors(detection: dict, truth: dict, iou: float = 0.5) -> dict[str, torch.Tensor]:
@@ -157,11 +164,8 @@ def _truth_of_dicts(targets: list[dict]) -> dict:
     rows = []
     for image_id, target in enumerate(targets):
         boxes = target["boxes"].double().cpu()
-        crowd = target["crowd"].int() if "crowd" in target else torch.zeros(len(boxes), dtype=torch.int)
         area = target["area"].double() if "area" in target else box_area(boxes)
-        fields = (_xywh(boxes), target["labels"].tolist(), crowd.tolist(), area.tolist())
-        for box, label, iscrowd, size in zip(*fields):
-            rows.append({"image_id": image_id, "category_id": label, "bbox": box, "iscrowd": iscrowd, "area": size})
+        rows += _rows(image_id, target["labels"], boxes, iscrowd=_marked(target, "crowd").int(), area=area)
     return {"images": [{"id": image_id} for image_id in range(len(targets))], "annotations": rows}
 
 
@@ -172,15 +176,8 @@ def _detections_of_dicts(detections: list[dict]) -> list[dict]:
         scores, boxes = detection["scores"].double().cpu(), detection["boxes"].double().cpu()
         finite = (boxes.isfinite().all(1) & scores.isfinite()).nonzero()[:, 0]
         chosen = finite[scores[finite].argsort(descending=True, stable=True)[:TOP]]
-        fields = (_xywh(boxes[chosen]), detection["labels"].cpu()[chosen].tolist(), scores[chosen].tolist())
-        for box, label, score in zip(*fields):
-            rows.append({"image_id": image_id, "category_id": label, "bbox": box, "score": score})
+        rows += _rows(image_id, detection["labels"].cpu()[chosen], boxes[chosen], score=scores[chosen])
     return rows
-
-
-def _xywh(boxes: torch.Tensor) -> list[list[float]]:
-    """Boxes (N, 4) xyxy as COCO writes them: x, y, width, height."""
-    return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()
 
 
 def _detections_of_file(path, truth: dict) -> list[dict]:
@@ -218,14 +215,11 @@ def _figures(truth: dict, found: list[dict]) -> dict[str, float]:
 
 
 def _index(images: list[dict], categories: list, rows: list[dict]):
-    """pycocotools' view of some rows, which are completed in place where they say nothing of crowd and area.
-
-    They are numbered anew from 1: pycocotools takes a match with the id 0 for no match.
-    """
+    """pycocotools' view of some rows, which are completed in place where they say nothing of crowd and area."""
     from pycocotools.coco import COCO
 
     for number, row in enumerate(rows, 1):
-        row["id"] = number
+        row["id"] = number  # from 1: pycocotools takes a match with the id 0 for no match
         row.setdefault("iscrowd", 0)
         row.setdefault("area", row["bbox"][2] * row["bbox"][3])
     coco = COCO()

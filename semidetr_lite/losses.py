@@ -24,10 +24,7 @@ from semidetr_lite.matching import PaddedTargets, assign_one_to_many, assign_one
 
 
 def quality_focal_loss(logits: torch.Tensor, quality: torch.Tensor, gamma: float = 2.0) -> torch.Tensor:
-    """sum |y - p|^gamma * BCE(p, y) with p = sigmoid(logits) and soft targets y in [0, 1].
-
-    Logits, quality (N, C) -> scalar sum.
-    """
+    """The sum of |y - p|^gamma * BCE(p, y): p = sigmoid(logits) (N, C), soft targets y = quality (N, C) in [0, 1]."""
     return _focal(logits, quality, gamma).sum()
 
 
@@ -66,16 +63,13 @@ class LossWeights(NamedTuple):
 def layer_loss(
     logits, pred_boxes, targets: list[dict], stage: str, candidates: int = 13, weights: LossWeights = LossWeights()
 ) -> dict:
-    """The loss of one layer.
+    """The loss of one layer: {"class", "l1", "giou"}, weighted and normalised over the batch.
 
     Args:
         logits, pred_boxes: (B, Q, C) and (B, Q, 4) cxcywh in [0, 1].
         targets: B target dicts; crowd regions are left out.
         stage: "one_to_many" or "one_to_one".
         candidates: of the one-to-many matching.
-
-    Returns:
-        {"class", "l1", "giou"}, weighted and normalised over the batch.
     """
     layers, padded = Layers(logits[None], pred_boxes[None], encoder=False), pad_targets(targets, logits.device)
     costs = to_host(layer_costs(layers, padded)) if stage == "one_to_one" else None
@@ -134,10 +128,7 @@ def dense_loss(
 
 
 class Layers(NamedTuple):
-    """All layers of an outputs dict, stacked.
-
-    The decoder's, first to last, then the encoder's proposals if there are any.
-    """
+    """All layers of an outputs dict: the decoder's, first to last, then the encoder's proposals if there are any."""
 
     logits: torch.Tensor  # (L, B, Q, C)
     boxes: torch.Tensor  # (L, B, Q, 4)
@@ -172,13 +163,7 @@ def _layer_labels(layers: Layers, targets: PaddedTargets) -> torch.Tensor:
 
 
 def detection_loss(
-    layers: Layers,
-    targets: PaddedTargets,
-    stage: str,
-    costs=None,
-    valid=None,
-    candidates: int = 13,
-    weights: LossWeights = LossWeights(),
+    layers: Layers, targets: PaddedTargets, stage: str, costs=None, valid=None, candidates=13, weights=LossWeights()
 ) -> dict:
     """The sum over all layers of {"class", "l1", "giou"}.
 

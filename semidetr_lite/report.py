@@ -15,22 +15,11 @@ import numpy as np
 from jinja2 import Template
 
 import semidetr_lite
+from semidetr_lite import visualize
 from semidetr_lite.errors import UserError
 from semidetr_lite.training import presets
 from semidetr_lite.training.checkpoint import read_config, read_lines
 from semidetr_lite.training.measure import measure
-from semidetr_lite.visualize import (
-    count_hits,
-    hit_sentence,
-    image_tag,
-    plot_curves,
-    plot_losses,
-    plot_pseudo_quality,
-    pseudo_sentence,
-    show_hits,
-    show_pseudo_boxes,
-    show_targets,
-)
 
 FRAMES = 6  # steps of the pseudo-box timeline
 POOL = 200  # test images among which the largest differences are looked for
@@ -68,7 +57,7 @@ def write_report(runs, out, images: int = 8, score: float = 0.3) -> Path:
     truths = [splits.test[index][1] for index in range(min(POOL, len(splits.test)))]
     for run in runs:
         _look(run, splits.test, len(truths))
-        run.errors = [count_hits(*pair, score) for pair in zip(run.found, truths)]
+        run.errors = [visualize.count_hits(*pair, score) for pair in zip(run.found, truths)]
     seeing = [run for run in runs if run.weights] if truths else []
     first = [index for index, truth in enumerate(truths) if len(truth["boxes"])][:images]
     different, compared = _differences(seeing, images)
@@ -82,9 +71,9 @@ def write_report(runs, out, images: int = 8, score: float = 0.3) -> Path:
         change=_change,
         duration=_duration,
         curves=_curves(logs),
-        losses={name: _image(plot_losses(log)) for name, log in logs.items()},
+        losses={name: _image(visualize.plot_losses(log)) for name, log in logs.items()},
         seeing=seeing,
-        totals=[f"{run.name} {hit_sentence(*run.errors)}" for run in seeing],
+        totals=[f"{run.name} {visualize.hit_sentence(*run.errors)}" for run in seeing],
         score=score,
         looked_at=len(truths),
         first=[cards[index] for index in first if seeing],
@@ -115,10 +104,7 @@ def read_run(folder) -> Record:
 
 
 def _read_runs(folders) -> list[Record]:
-    """The runs in folders, under names that differ: what their paths do not share, and the method where it is not said.
-
-    Figures of different data must not stand side by side.
-    """
+    """The runs, under names that differ: what their paths do not share, and the method where it is not said."""
     runs = [read_run(folder) for folder in folders]
     if not runs:
         raise UserError("no run to report on: give at least one run folder")
@@ -178,7 +164,7 @@ def _look(run: Record, test, count: int) -> None:
 
 
 def _image(figure, text: str = "") -> str:
-    return image_tag(figure, text, SHARPNESS)
+    return visualize.image_tag(figure, text, SHARPNESS)
 
 
 def _finding(runs: list[Record]) -> str:
@@ -196,8 +182,8 @@ def _curves(logs: dict[str, list[dict]]) -> list[str]:
     """AP over steps and over minutes, if any was logged."""
     if not any("AP_teacher" in line or "AP_student" in line for log in logs.values() for line in log):
         return []
-    by_minute = plot_curves(logs, x="minutes", title="The same over the time spent on training")
-    return [_image(plot_curves(logs)), _image(by_minute)]
+    by_minute = visualize.plot_curves(logs, x="minutes", title="The same over the time spent on training")
+    return [_image(visualize.plot_curves(logs)), _image(by_minute)]
 
 
 def _timeline(run: Record, splits) -> dict:
@@ -212,14 +198,14 @@ def _timeline(run: Record, splits) -> dict:
         for frame, step in enumerate(steps, 1):
             line, picture, said = by_place.get((image_id, step)), "", "not recorded"
             if line is not None:
-                said = pseudo_sentence(line, truth)
-                drawn = show_pseudo_boxes(image, line, truth, splits.categories, title="")
+                said = visualize.pseudo_sentence(line, truth)
+                drawn = visualize.show_pseudo_boxes(image, line, truth, splits.categories, title="")
                 picture = _image(drawn, f"step {step:,}: {said}")
             cells.append((picture, f"step {step:,}", said, frame))
     known = any("pseudo_per_image" in line for line in run.log)
     return {
         "name": run.name,
-        "quality": _image(plot_pseudo_quality(run.log)) if known else "",
+        "quality": _image(visualize.plot_pseudo_quality(run.log)) if known else "",
         "steps": [f"step {step:,}" for step in steps],
         "cells": cells,
         "lost": [image_id for image_id in ids if image_id not in watched],
@@ -258,11 +244,11 @@ def _card(index: int, splits, runs: list[Record], score: float) -> dict:
     image, truth = splits.test[index]
     objects = len(truth["boxes"])
     said = f"{objects} {'object' if objects == 1 else 'objects'}"
-    drawn = show_targets([image], [truth], splits.categories, title="")
+    drawn = visualize.show_targets([image], [truth], splits.categories, title="")
     cells = [(_image(drawn, f"truth of test image {index}: {said}"), "truth", said)]
     for run in runs:
-        said = hit_sentence(run.errors[index])
-        drawn = show_hits([image], [run.found[index]], [truth], splits.categories, score, title="")
+        said = visualize.hit_sentence(run.errors[index])
+        drawn = visualize.show_hits([image], [run.found[index]], [truth], splits.categories, score, title="")
         cells.append((_image(drawn, f"{run.name} on test image {index}: {said}"), run.name, said))
     return {"index": index, "cells": cells, "large": max(image.shape[-2:]) > 160}
 

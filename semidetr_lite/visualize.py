@@ -249,10 +249,7 @@ def show_views(weak_image, strong_image, weak_boxes, strong_boxes, keep=None, ti
 
 
 def show_hits(images, detections, truths, categories, score=0.3, columns=4, title=None) -> Picture:
-    """Detections that score at least `score` against the truth at IoU 0.5: hits, false alarms and misses told apart.
-
-    `title=""` leaves out every word around the images.
-    """
+    """Detections of at least `score` against the truth: hits, false alarms, misses at IoU 0.5; `title=""`: no words."""
     errors = [count_hits(detection, truth, score) for detection, truth in zip(detections, truths)]
     captions, said = [hit_sentence(error) for error in errors], f"{hit_sentence(*errors)} at score {score:g}"
     words = (captions, title or said, ("hit", "false_alarm", "missed")) if title != "" else ()
@@ -573,10 +570,7 @@ def show_data_summary(summary: dict[str, dict], title=None) -> Picture:
 
 
 def _plot(width: float, height: float, columns: int = 1, height_ratios=(1,)):
-    """A figure with one plot, or several side by side or below each other (one for each of `height_ratios`).
-
-    Only what carries information: two axes, a faint grid behind, small text.
-    """
+    """A figure with one plot, or several side by side or below each other (one for each of `height_ratios`)."""
     figure = Picture(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
     axes = figure.subplots(len(height_ratios), columns, height_ratios=height_ratios)
     for ax in np.atleast_1d(axes):
@@ -615,24 +609,20 @@ def plot_ablation(rows, title=None) -> Picture:
             ax.plot(row.values, [place] * len(row.values), "o", color=color, markersize=4, alpha=0.5, linewidth=0)
             spread = 0 if row.error != row.error else row.error
             ax.errorbar(row.mean, place, xerr=spread, fmt="D", color=color, markersize=5, capsize=4, linewidth=1.6)
-            ax.annotate(
-                f"{row.mean:.1f}", (row.mean, place), (0, 5), textcoords="offset points", fontsize=7, ha="center"
-            )
+            above = {"xytext": (0, 5), "textcoords": "offset points", "fontsize": 7, "ha": "center"}
+            ax.annotate(f"{row.mean:.1f}", (row.mean, place), **above)
         ax.set_yticks(range(len(members)), [row.row for row in members])
-        ax.set(
-            ylim=(len(members) - 0.4, -0.8), xlabel="AP on the test split, %" if ax is np.atleast_1d(axes)[-1] else ""
-        )
+        ax.set(ylim=(len(members) - 0.4, -0.8))
         ax.set_title(f"{table}: {detector}, {percent:g} % of the labels ({preset})", fontsize=9, loc="left", color=INK)
+    ax.set(xlabel="AP on the test split, %")
     main = [row for row in rows if row.table == "main" and row.gap == row.gap and row.percent < 100]
     best = max(main, key=lambda row: row.gap, default=None)
-    said = (
-        f"{best.row} closes {best.gap:.0f} % of the gap at {best.percent:g} % of the labels" if best else "The ablation"
-    )
-    return _headline(figure, title, said)
+    said = f"{best.row} closes {best.gap:.0f} % of the gap at {best.percent:g} % of the labels" if best else ""
+    return _headline(figure, title, said or "The ablation")
 
 
 def plot_costs(costs, queries=(), targets=(), title=None) -> Picture:
-    """Costs or scores (Q, T) as a heat map, an object a row and a query a column; a ring marks each pair.
+    """Costs or scores (Q, T) as a heat map, an object a row and a query a column; a frame marks each pair.
 
     `queries` and `targets` (N,) are a Match's. Up to 60 values are written out.
     """
@@ -645,9 +635,11 @@ def plot_costs(costs, queries=(), targets=(), title=None) -> Picture:
     for (row, column), value in np.ndenumerate(table) if table.size <= 60 else ():
         color = "black" if value > (low + high) / 2 else "white"
         ax.text(column, row, f"{value:.2f}", color=color, fontsize=8, ha="center", va="center")
-    ring = {"markersize": 13, "markerfacecolor": "none", "markeredgecolor": RED, "markeredgewidth": 2}
-    ax.plot(torch.as_tensor(queries).tolist(), torch.as_tensor(targets).tolist(), "s", **ring)
-    ax.set_xticks(range(table.shape[1]))
+    for query, target in zip(torch.as_tensor(queries).tolist(), torch.as_tensor(targets).tolist()):
+        ax.add_patch(
+            Rectangle((query - 0.5, target - 0.5), 1, 1, fill=False, edgecolor=RED, linewidth=2.5, clip_on=False)
+        )
+    ax.set_xticks(range(0, table.shape[1], 1 if table.shape[1] <= 12 else 5))
     ax.set_yticks(range(len(table)), [f"object {place}" for place in range(len(table))])
     ax.tick_params(labelsize=8, length=2)
     ax.set_xlabel("query", fontsize=8, labelpad=1)

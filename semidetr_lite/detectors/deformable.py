@@ -27,25 +27,21 @@ from semidetr_lite.detectors.transformer import (
     Memory,
     QueryGroup,
     QuerySelfAttention,
-    as_outputs,
     map_positions,
-    split_queries,
+    split_outputs,
 )
 
 
 def deformable_attention(
     value: torch.Tensor, shapes: list[tuple[int, int]], locations: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """Weighted bilinear reads from a pyramid of maps.
+    """Weighted bilinear reads from a pyramid of maps: (B, Q, D).
 
     Args:
         value: (B, S, M, D/M), the tokens of all levels one after the other, split in heads.
         shapes: (H, W) of each level.
         locations: (B, Q, M, L, P, 2), (x, y) in [0, 1] of each level; outside reads zero.
         weights: (B, Q, M, L, P).
-
-    Returns:
-        (B, Q, D).
     """
     if value.device.type == "cpu" and not torch.is_grad_enabled() and value.dtype == locations.dtype:
         return _read_as_bags(value, shapes, locations, weights)
@@ -56,9 +52,7 @@ def deformable_attention(
     total = value.new_zeros(())
     for level, tokens in enumerate(value.split([height * width for height, width in shapes], dim=1)):
         maps = tokens.permute(0, 2, 3, 1).reshape(batch * heads, depth, *shapes[level])
-        read = F.grid_sample(
-            maps, grids[:, level].to(maps.dtype), mode="bilinear", padding_mode="zeros", align_corners=False
-        )
+        read = F.grid_sample(maps, grids[:, level].to(maps.dtype), align_corners=False)  # bilinear, zeros outside
         total = total + (read * weights[:, level, None].to(read.dtype)).sum(-1)  # (B*M, D/M, Q)
     return total.view(batch, heads * depth, queries).transpose(1, 2)
 
@@ -81,19 +75,13 @@ def _read_as_bags(value, shapes, locations, weights) -> torch.Tensor:
     shares = torch.stack([weights * near_y * near_x for _, near_y in corners[2:] for _, near_x in corners[:2]], -1)
     start = torch.arange(batch, dtype=torch.int32)[:, None] * tokens * heads + torch.arange(heads, dtype=torch.int32)
     rows = rows * heads + start.view(batch, 1, heads, 1, 1, 1)  # of the values as (B * S * M, D/M)
-    bags = (batch * locations.shape[1] * heads, -1)
-    read = F.embedding_bag(
-        rows.reshape(bags), value.reshape(-1, depth), mode="sum", per_sample_weights=shares.reshape(bags)
-    )
+    rows, shares = (each.reshape(batch * locations.shape[1] * heads, -1) for each in (rows, shares))
+    read = F.embedding_bag(rows, value.reshape(-1, depth), mode="sum", per_sample_weights=shares)
     return read.view(batch, locations.shape[1], heads * depth)
 
 
 class DeformableAttention(nn.Module):
-    """The learned part: where to look and how much, from the query alone.
-
-    Args:
-        dim, heads, levels, points: D, M, L, P.
-    """
+    """The learned part: where to look and how much, from the query alone; dim, heads, levels, points are D, M, L, P."""
 
     def __init__(self, dim: int, heads: int, levels: int, points: int):
         super().__init__()
@@ -294,25 +282,20 @@ class DeformableDetector(Detector):
         content = torch.cat([*(group.content for group in groups), content], 1)
         boxes = torch.cat([*(group.boxes for group in groups), boxes], 1)
         layers, states = self.refine(memory, content, boxes, *masks)
-        *parts, matching = zip(*(split_queries(layer, [*sizes, -1]) for layer in layers), strict=True)
-        outputs = as_outputs(matching)
+        *parts, outputs = split_outputs(layers, [*sizes, content.shape[1] - sum(sizes)])
         if memory.proposals is not None:
             outputs["encoder"] = memory.proposals
-        outputs["groups"] = [as_outputs(part) for part in parts]
+        outputs["groups"] = parts
         outputs["context"] = [tuple(state[:, sum(sizes) :] for state in pair) for pair in states]
         return outputs
 
     def decode_groups(self, memory: Memory, outputs: dict, groups: Sequence[QueryGroup]) -> list[dict]:
-        """Decode groups afterwards, against the matching queries that `decode` kept.
-
-        Exactly what decoding them together would give.
-        """
+        """Decode groups against the matching queries that `decode` kept: what decoding them together would give."""
         blocked, padding = _masks(groups, outputs["pred_boxes"].shape[1])
         content = torch.cat([group.content for group in groups], 1)
         boxes = torch.cat([group.boxes for group in groups], 1)
         layers, _ = self.refine(memory, content, boxes, blocked[: content.shape[1]], padding, outputs["context"])
-        sizes = [group.content.shape[1] for group in groups]
-        return [as_outputs(part) for part in zip(*(split_queries(layer, sizes) for layer in layers), strict=True)]
+        return split_outputs(layers, [group.content.shape[1] for group in groups])
 
 
 def _masks(groups: Sequence[QueryGroup], matching: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:

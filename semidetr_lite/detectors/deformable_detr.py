@@ -32,11 +32,8 @@ class DeformableDETR(DeformableDetector):
 
     Args:
         num_classes, num_queries, hidden: see DeformableDetector.
-        with_box_refine, two_stage: the form, see above; two_stage needs with_box_refine.
+        with_box_refine, two_stage: the form, see above; two_stage alone is a UserError.
         shared: dim, heads and all that DeformableDetector has a default for.
-
-    Raises:
-        UserError: two_stage without with_box_refine.
     """
 
     class_agnostic = True

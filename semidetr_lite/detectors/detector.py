@@ -74,10 +74,7 @@ class Detector(nn.Module):
         return *self._project_apart(images), True
 
     def _project(self, stacked: torch.Tensor) -> list[torch.Tensor]:
-        """(B, 3, H, W) -> L maps.
-
-        Levels beyond the backbone's come from strided convolutions of its last map, then of each other.
-        """
+        """(B, 3, H, W) -> L maps; beyond the backbone's, strided convolutions of its last map, then of each other."""
         maps = self.backbone(stacked)[self.used_maps]
         projected = [projection(level) for projection, level in zip(self.projections, maps, strict=False)]
         source = maps[-1]
@@ -117,7 +114,7 @@ class Detector(nn.Module):
     def detect(
         self, images, score: float = 0.0, top: int = 100, nms: float | None = None, at_once: int = 50
     ) -> list[dict]:
-        """Find objects.
+        """Find objects. Raises UserError for a path that is no readable image.
 
         Args:
             images: one image or a list of them; each a tensor (3, H, W), a PIL image or a path.
@@ -130,9 +127,6 @@ class Detector(nn.Module):
         Returns:
             One target dict an image with "boxes" (T, 4) in pixels of the image given, "labels", "scores" (falling)
             and "size".
-
-        Raises:
-            UserError: a path that is no readable image.
         """
         alone = isinstance(images, (str, Path, Image.Image)) or (isinstance(images, torch.Tensor) and images.dim() == 3)
         originals = [as_tensor(image) for image in ([images] if alone else images)]

@@ -46,16 +46,13 @@ def sine_positions(coordinates: torch.Tensor, dim: int, temperature: float = 20.
 
 
 def map_positions(mask: torch.Tensor, dim: int, temperature: float = 20.0, offset: float = 0.0) -> torch.Tensor:
-    """Positions of the cells of a map.
+    """Positions of the cells of a map: (B, H, W, D), the first half of D y, the second x.
 
     Args:
         mask: (B, H, W), True = padding.
         dim: D.
         temperature: 20 in DINO, 10,000 in DETR and Deformable DETR.
         offset: added to the cells' counts, which begin at 1 (Deformable DETR: -0.5).
-
-    Returns:
-        (B, H, W, D), the first half y, the second x.
     """
     inside = (~mask).float()
     y, x = inside.cumsum(1), inside.cumsum(2)
@@ -94,10 +91,7 @@ class QuerySelfAttention(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, content, positions, blocked=None, padding=None, context=None) -> torch.Tensor:
-        """content, positions (B, N, D).
-
-        Blocked (N, K) bool; padding (B, K) bool; context: (content, positions) of further keys behind the N.
-        """
+        """content, positions (B, N, D); blocked (N, K), padding (B, K) bool; context: those of keys behind the N."""
         keys, values = content + positions, content
         if context is not None:
             keys, values = torch.cat([keys, sum(context)], 1), torch.cat([values, context[0]], 1)
@@ -105,19 +99,15 @@ class QuerySelfAttention(nn.Module):
         return self.norm(content + self.attention(content + positions, keys, values, need_weights=False, **masks)[0])
 
 
-def split_queries(layer: dict, sizes: list[int]) -> list[dict]:
-    """One outputs dict per part of the queries; a last size of -1 takes the rest."""
-    start, parts = 0, []
-    for size in sizes:
-        stop = None if size == -1 else start + size
-        parts.append({key: value[:, start:stop] for key, value in layer.items()})
-        start = stop
-    return parts
-
-
 def as_outputs(layers: Sequence[dict]) -> dict:
     """The last layer's dict with the earlier ones under "aux_outputs"."""
     return {**layers[-1], "aux_outputs": list(layers[:-1])}
+
+
+def split_outputs(layers: Sequence[dict], sizes: list[int]) -> list[dict]:
+    """The dicts of all layers, their queries cut into parts of these sizes -> an outputs dict for each part."""
+    cut = [{key: value.split(sizes, dim=1) for key, value in layer.items()} for layer in layers]
+    return [as_outputs([{key: parts[n] for key, parts in layer.items()} for layer in cut]) for n in range(len(sizes))]
 
 
 def output_rows(outputs: dict, rows: slice) -> dict:

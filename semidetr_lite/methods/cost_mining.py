@@ -21,18 +21,10 @@ from semidetr_lite.matching import hungarian
 
 
 def fit_mixture(costs: np.ndarray) -> GaussianMixture:
-    """Two Gaussians over costs (N,), N >= 2, started at the cheapest and the dearest.
-
-    Released code: dino_detr_ssod.py:832-872.
-    """
-    mixture = GaussianMixture(
-        n_components=2,
-        covariance_type="diag",
-        weights_init=np.array([0.5, 0.5]),
-        means_init=np.array([[costs.min()], [costs.max()]]),
-        precisions_init=np.ones((2, 1)),
-        reg_covar=1e-5,
-    )
+    """Two Gaussians over N >= 2 costs, started at the cheapest and dearest (released: dino_detr_ssod.py:832-872)."""
+    start = {"weights_init": np.array([0.5, 0.5]), "means_init": np.array([[costs.min()], [costs.max()]])}
+    start["precisions_init"] = np.ones((2, 1))
+    mixture = GaussianMixture(2, covariance_type="diag", reg_covar=1e-5, **start)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         return mixture.fit(costs[:, None])
@@ -41,12 +33,8 @@ def fit_mixture(costs: np.ndarray) -> GaussianMixture:
 def reliable_threshold(costs) -> float:
     """The cost up to which pseudo-boxes count as reliable: that of the most likely sample of the cheaper Gaussian.
 
-    Args:
-        costs: (N,) tensor or array of matching costs, lower is better; entries that are not finite are ignored.
-
-    Returns:
-        The threshold; the only cost if N is 1, and 0 if N is 0 (paper section 3.4; released code:
-        dino_detr_ssod.py:874-890).
+    costs: (N,) tensor or array, lower is better; entries that are not finite are ignored. The only cost if N is 1, and
+        0 if N is 0 (paper section 3.4; released code: dino_detr_ssod.py:874-890).
     """
     costs = np.asarray(costs.detach().cpu() if isinstance(costs, torch.Tensor) else costs, dtype=np.float64).reshape(-1)
     costs = costs[np.isfinite(costs)]
@@ -61,10 +49,7 @@ def reliable_threshold(costs) -> float:
 
 
 def matched_costs(costs: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """What each pseudo-box costs its Hungarian partner.
-
-    Costs (B, Q, T), valid (B, T) -> (B, T), nan where there is no partner.
-    """
+    """What each pseudo-box costs its Hungarian partner, nan without one: costs (B, Q, T), valid (B, T) -> (B, T)."""
     matched = np.full(valid.shape, np.nan)
     for image in range(len(costs)):
         columns = np.flatnonzero(valid[image])

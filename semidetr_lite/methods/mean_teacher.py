@@ -26,19 +26,13 @@ LABELLED, UNLABELLED = range(2)  # separate streams of random numbers
 
 
 def ema_momentum(step: int, ceiling: float = 0.999) -> float:
-    """How much of itself the teacher keeps before iteration `step`.
-
-    min(ceiling, 1 - 1 / (step + 1)) (released code: mean_teacher.py:37-50).
-    """
+    """How much of itself the teacher keeps before iteration `step` (released code: mean_teacher.py:37-50)."""
     return min(ceiling, 1 - 1 / (step + 1))
 
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, for parameters and floating-point buffers.
-
-    Other buffers are copied.
-    """
+    """teacher <- momentum * teacher + (1 - momentum) * student; buffers that are no floats are copied."""
     pairs = list(zip((*teacher.parameters(), *teacher.buffers()), (*student.parameters(), *student.buffers())))
     torch._foreach_lerp_(*map(list, zip(*(pair for pair in pairs if pair[0].is_floating_point()))), 1 - momentum)
     for buffer, source in pairs:
@@ -56,9 +50,7 @@ class Averaged(nn.Module):
         weights: of the losses.
     """
 
-    def __init__(
-        self, student: Detector, ema_ceiling: float = 0.999, seed: int = 0, weights: LossWeights = LossWeights()
-    ):
+    def __init__(self, student: Detector, ema_ceiling=0.999, seed: int = 0, weights: LossWeights = LossWeights()):
         super().__init__()
         self.student, self.teacher = student, copy.deepcopy(student).requires_grad_(False).eval()
         self.ema_ceiling, self.seed, self.weights = ema_ceiling, seed, weights
@@ -81,13 +73,8 @@ class Averaged(nn.Module):
         """A seed for what torch draws in a step."""
         return int(np.random.default_rng([self.seed, 8, stream, step]).integers(2**63))
 
-    def denoise(
-        self, memory: Memory, outputs: dict, targets: PaddedTargets, weights: LossWeights, step: int, stream: int
-    ):
-        """Denoising losses of a batch, {} if it holds no box or the detector has no denoising.
-
-        The questions are decoded against the kept matching queries.
-        """
+    def denoise(self, memory: Memory, outputs: dict, targets: PaddedTargets, weights, step: int, stream: int) -> dict:
+        """Denoising losses beside the kept matching queries, {} without any box or if the detector has no denoising."""
         if self.student.denoising is None:
             return {}
         made = self.student.denoising(*targets, self.rngs(step, stream, len(targets.labels)))
@@ -122,8 +109,7 @@ class PseudoBoxes(NamedTuple):
 def pseudo_boxes(outputs: dict, sizes: torch.Tensor, most: int, nms: float) -> PseudoBoxes:
     """Teacher's outputs -> its at most `most` best boxes after class-wise suppression, scores over 0.01.
 
-    sizes: (B, 2) of the weak views. In both stages suppressed at IoU `nms` (released code:
-        dino_detr_ssod_head.py:1371-1395).
+    sizes: (B, 2) of the weak views. Suppressed in both stages (released code: dino_detr_ssod_head.py:1371-1395).
     """
     boxes, scores, labels, valid = best_boxes(outputs, sizes, 3 * most, 0.01, nms)
     # valid ones to the front, still by score

@@ -41,16 +41,13 @@ class Projector(nn.Module):
         self.layers = nn.Sequential(*parts, nn.Linear(hidden, dim), nn.ReLU())
 
     def forward(self, features: list[torch.Tensor], strides, images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-        """Features are not trained through this.
+        """Contents (R, D) of boxes; features are not trained through this.
 
         Args:
             features: maps (B, D, H, W), finest first.
             strides: pixels per cell (y, x) of each map.
             images: (R,) the image of each box.
             boxes: (R, 4) xyxy pixels.
-
-        Returns:
-            (R, D).
         """
         side = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1).sqrt()
         level = (side / (7 * strides[0][0]) + 1e-6).log2().floor().clamp(0, len(features) - 1)

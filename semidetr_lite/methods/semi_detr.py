@@ -30,13 +30,7 @@ from semidetr_lite.errors import UserError
 from semidetr_lite.losses import Layers, layer_costs, stack_layers
 from semidetr_lite.matching import PaddedTargets, batched_cost, pad_targets
 from semidetr_lite.methods.cost_mining import matched_costs, reliable_threshold, remember
-from semidetr_lite.methods.mean_teacher import (
-    MeanTeacher,
-    PseudoBoxes,
-    one_transfer,
-    pseudo_boxes,
-    target_sizes,
-)
+from semidetr_lite.methods.mean_teacher import MeanTeacher, PseudoBoxes, one_transfer, pseudo_boxes, target_sizes
 from semidetr_lite.methods.query_consistency import Projector, consistency_loss
 
 CONSISTENCY_BOXES = ("both", "confident", "mined", "none")
@@ -47,7 +41,7 @@ class SemiDETR(MeanTeacher):
     """The method.
 
     Args:
-        student: a detector that takes boxes as queries.
+        student: a detector that takes boxes as queries; any other one is a UserError.
         one_to_many_steps: the step at which stage two begins.
         candidates: queries a target takes in stage one.
         consistency_weight: of the consistency loss, before `unlabelled_weight`.
@@ -56,13 +50,9 @@ class SemiDETR(MeanTeacher):
             which leaves stage-wise matching alone.
         mining: which boxes are mined: those the "mixture" over matching costs finds reliable (the paper's), all above
             mean and "deviation" of their image's scores, the `mined_top` best of each image ("top"), or "none".
-        mined_top: see `mining`.
         mined_targets: whether mined boxes are targets of the class and box losses too.
         cost_memory: past matching costs that join the mixture.
         shared: see MeanTeacher and Averaged; `nms` is that of detections in stage one too.
-
-    Raises:
-        UserError: a detector whose queries are no boxes, or no such `consistency_boxes` or `mining`.
     """
 
     def __init__(
@@ -154,9 +144,8 @@ class SemiDETR(MeanTeacher):
         answers = unlabelled.logits[last].detach(), unlabelled.boxes[last].detach()
         prices = batched_cost(*answers, carried.boxes, carried.labels)
         further = [layer_costs(labelled, targets), layer_costs(unlabelled, carried)] if stage == "one_to_one" else []
-        prices, scores, minable, valid, truth_valid, past, *costs = one_transfer(
-            prices, *seen, carried.valid, targets.valid, self.past_costs, *further
-        )
+        wanted = (prices, *seen, carried.valid, targets.valid, self.past_costs, *further)
+        prices, scores, minable, valid, truth_valid, past, *costs = one_transfer(*wanted)
         matched = matched_costs(prices, valid)
         threshold = reliable_threshold(np.concatenate([past, matched.ravel()]))
         self.past_costs = remember(self.past_costs, matched.ravel())
@@ -176,10 +165,7 @@ class SemiDETR(MeanTeacher):
         }
 
     def consistency(self, student, teacher, pseudo: PseudoBoxes, carried: PaddedTargets, weak, asked) -> torch.Tensor:
-        """The consistency loss over the boxes `asked` (B, K) bool, on the host.
-
-        student, teacher: (Memory, outputs) of each.
-        """
+        """The consistency loss over the boxes `asked` (B, K) bool, on the host; of both networks (Memory, outputs)."""
         if not asked.any():  # every process has a gradient
             return sum(parameter.sum() * 0.0 for parameter in self.projector.parameters())
         device = carried.boxes.device
@@ -208,10 +194,7 @@ class SemiDETR(MeanTeacher):
 
 
 def above_mean_and_deviation(pseudo: PseudoBoxes) -> torch.Tensor:
-    """(B, K) bool: boxes scored at least the mean plus one deviation of their image's scores.
-
-    Released code: dino_detr_ssod.py:918-939.
-    """
+    """(B, K) bool: scores of at least their image's mean plus one deviation (released: dino_detr_ssod.py:918-939)."""
     count = pseudo.valid.sum(1, keepdim=True)
     scores = torch.where(pseudo.valid, pseudo.scores, 0.0)
     mean = scores.sum(1, keepdim=True) / count.clamp(min=1)

@@ -175,16 +175,14 @@ def summarise(lines: list[dict]) -> list[Summary]:
     for line in lines:
         key = tuple(line[name] for name in ("table", "preset", "detector", "percent", "row"))
         groups.setdefault(key, []).append(line)
-    found = []
-    for (table, preset, detector, percent, row), members in groups.items():
+    means, found = {key: statistics.mean(100 * line["AP"] for line in groups[key]) for key in groups}, []
+    for key, members in groups.items():
+        table, preset, detector, percent, row = key
         values = [100 * line["AP"] for line in members]
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-        ends = [
-            statistics.mean([100 * line["AP"] for line in groups[key]]) if key in groups else math.nan
-            for key in (("main", preset, detector, share, "supervised") for share in (percent, 100))
-        ]
-        mean = statistics.mean(values)
-        gap = 100 * (mean - ends[0]) / (ends[1] - ends[0]) if ends[1] != ends[0] else math.nan
+        ends = [("main", preset, detector, share, "supervised") for share in (percent, 100)]
+        low, high, mean = (means.get(one, math.nan) for one in (*ends, key))
+        gap = 100 * (mean - low) / (high - low) if high != low else math.nan
         ap50 = statistics.mean(100 * line["AP50"] for line in members)
         minutes = statistics.mean(line["seconds"] for line in members) / 60
         found.append(Summary(table, preset, detector, percent, row, values, mean, error, ap50, minutes, gap))

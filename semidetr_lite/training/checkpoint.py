@@ -19,10 +19,7 @@ from semidetr_lite.training.presets import make_detector
 
 
 def write_whole(path: Path, content) -> None:
-    """Put a file in place of `path` at once: text, bytes, or what the function `content(temporary path)` writes.
-
-    A full disk leaves the old file as it was.
-    """
+    """Put text, bytes or what `content(temporary path)` writes in place of a file; a full disk leaves the old one."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{random.randrange(10**6)}.part")
     try:
@@ -56,12 +53,8 @@ def save_weights(
 def load_detector(path, weights: str = "teacher") -> Detector:
     """A trained detector, in eval mode, with `.categories` [{"id", "name"}].
 
-    Args:
-        path: a run folder or a .safetensors file.
-        weights: of a run folder, "student" or "teacher" (its average).
-
-    Raises:
-        UserError: no such file, or not weights of this package.
+    `path` is a .safetensors file, or a run folder with `weights` "student" or "teacher" (its average). Raises UserError
+    for a file that is not there or does not hold weights of this package.
     """
     path = Path(path)
     if weights not in ("student", "teacher"):
@@ -117,10 +110,7 @@ def read_config(run) -> dict:
 
 
 def read_lines(path, unfinished: bool = False) -> list[dict]:
-    """The lines of a JSON-lines file, none if there is no file.
-
-    In an `unfinished` one, a last line cut short by a killed run is left out.
-    """
+    """The lines of a JSON-lines file, none if there is no file; a last one cut short is left out if `unfinished`."""
     path = Path(path)
     rows, found = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else [], []
     for number, row in enumerate(rows, 1):

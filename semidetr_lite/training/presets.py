@@ -74,15 +74,8 @@ class Recipe:
     evaluate_images: int = 5000  # of the tune split, at intervals
 
 
-TINY = {
-    "num_queries": 30,
-    "dim": 64,
-    "heads": 4,
-    "hidden": 256,
-    "encoder_layers": 2,
-    "decoder_layers": 3,
-    "backbone": "tiny",
-}
+TINY = {"num_queries": 30, "dim": 64, "heads": 4, "hidden": 256, "backbone": "tiny"}
+TINY |= {"encoder_layers": 2, "decoder_layers": 3}
 TINY_DEFORMABLE = {"levels": 3, "points": 4, "anchor_size": 0.1}
 TINY_PYRAMID = {"dim": 64, "backbone": "tiny"}
 TINY_PROPOSALS = {"object_size": 64, "hidden": 128, "proposals": (100, 50), "sampled": (64, 32)}
@@ -97,29 +90,13 @@ DIGITS = Recipe(
         "fcos": {**TINY_PYRAMID, "anchor_sizes": (4, 8, 16), "convs": 2},
     },
     views=ViewSettings(zoom=(0.85, 1.18), shift=0.06, weak_zoom=(0.95, 1.0), strong_rotation=3.0, strong_shear=3.0),
-    steps=1000,
-    burn_in_steps=1000,
-    one_to_many_share=0.4,
-    learning_rate=2e-3,
-    backbone_factor=1.0,
-    clip=1.0,
-    warm_up=50,
-    decay=0.25,
-    ema_ceiling=0.98,
-    score_cut=0.4,
-    unlabelled_weight=2.0,
-    unlabelled_box_weight=0.25,
-    candidates=4,
-    mined_top=4,
-    cost_memory=500,
-    most=30,
+    steps=1000, burn_in_steps=1000, one_to_many_share=0.4,
+    learning_rate=2e-3, backbone_factor=1.0, clip=1.0, warm_up=50, decay=0.25,
+    ema_ceiling=0.98, score_cut=0.4, unlabelled_weight=2.0, unlabelled_box_weight=0.25, candidates=4, mined_top=4,
     soft_teacher={"score_cut": 0.8, "unlabelled_weight": 2.0, "unlabelled_box_weight": 0.5},
     dense_teacher={"ratio": 0.05, "unlabelled_weight": 1.0, "unlabelled_box_weight": 0.5},
-    log_every=25,
-    watch_every=100,
-    evaluate_every=250,
-    evaluate_images=150,
-)
+    cost_memory=500, most=30, log_every=25, watch_every=100, evaluate_every=250, evaluate_images=150,
+)  # fmt: skip
 
 # The released code's effective values: 43.5 AP at 10 % was obtained with L1 counted twice, consistency in stage one
 # alone, a constant rate, and 5 images on each of 8 GPUs; here they are 8 parts of one step. Its labelled share is drawn
@@ -133,13 +110,9 @@ COCO = Recipe(
         "fcos": RESNET,
     },
     views=ViewSettings(short_sides=tuple(range(480, 801, 32))),
-    steps=120_000,
-    labelled_images=8,
-    unlabelled_images=32,
-    accumulate=8,
-    weights=LossWeights(l1_weight=10.0),
-    evaluate_every=4000,
-)
+    steps=120_000, labelled_images=8, unlabelled_images=32, accumulate=8,
+    weights=LossWeights(l1_weight=10.0), evaluate_every=4000,
+)  # fmt: skip
 
 PRESETS = {
     "digits": DIGITS,
@@ -156,8 +129,7 @@ PRESETS = {
         COCO,
         percent=100,
         steps=240_000,
-        labelled_images=32,
-        unlabelled_images=32,
+        labelled_images=32,  # and 32 unlabelled ones
         unlabelled_weight=2.0,
         drops=(1 / 2, 2 / 3),
     ),
@@ -170,16 +142,8 @@ def load_splits(config: dict) -> Splits:
     """The data of a run, from its config.json."""
     if config["data"] == "digits":
         return digits.load(config["percent"], config["fold"], config["recipe"].get("further", 0))
-    return coco.load(
-        config["data"],
-        config["images"],
-        config["unlabelled"],
-        config["percent"],
-        config["fold"],
-        config["validation"],
-        config.get("folds"),
-        config.get("flip", True),
-    )
+    places = (config[key] for key in ("data", "images", "unlabelled", "percent", "fold", "validation"))
+    return coco.load(*places, config.get("folds"), config.get("flip", True))
 
 
 def make_recipe(config: dict) -> Recipe:
@@ -190,11 +154,6 @@ def make_recipe(config: dict) -> Recipe:
     )
     entries["weights"], entries["drops"] = LossWeights(*entries["weights"]), tuple(entries.get("drops", ()))
     return Recipe(**entries)
-
-
-def recipe_as_dict(recipe: Recipe) -> dict:
-    """For config.json."""
-    return dataclasses.asdict(recipe)
 
 
 def make_detector(name: str, num_classes: int, arguments: dict) -> Detector:
@@ -220,19 +179,11 @@ def make_method(name: str, student: Detector, recipe: Recipe, steps: int, offset
         return SoftTeacher(student, **{"most": recipe.most, **recipe.soft_teacher}, **shared)
     if name == "dense-teacher":
         return DenseTeacher(student, **{"most": recipe.most, **recipe.dense_teacher}, **shared)
-    shared |= {
-        key: getattr(recipe, key) for key in ("score_cut", "unlabelled_weight", "unlabelled_box_weight", "most", "nms")
-    }
-    if name == "mean-teacher":
-        return MeanTeacher(student, **shared)
+    names = ["score_cut", "unlabelled_weight", "unlabelled_box_weight", "most", "nms"]
     if name == "semi-detr":
-        stage_one = offset + round(recipe.one_to_many_share * steps)
-        further = {
-            key: getattr(recipe, key)
-            for key in (
-                *("candidates", "consistency_weight", "consistency_throughout", "consistency_boxes"),
-                *("mining", "mined_top", "mined_targets", "cost_memory"),
-            )
-        }
-        return SemiDETR(student, one_to_many_steps=stage_one, **further, **shared)
-    raise UserError(f"no method called {name!r}: choose from {', '.join(METHODS)}")
+        names += ["candidates", "consistency_weight", "consistency_throughout", "consistency_boxes"]
+        names += ["mining", "mined_top", "mined_targets", "cost_memory"]
+        shared["one_to_many_steps"] = offset + round(recipe.one_to_many_share * steps)
+    elif name != "mean-teacher":
+        raise UserError(f"no method called {name!r}: choose from {', '.join(METHODS)}")
+    return METHODS[name](student, **{key: getattr(recipe, key) for key in names}, **shared)

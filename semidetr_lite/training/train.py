@@ -8,6 +8,7 @@ A run may start from another one (`burn_in`): it takes over weights and average,
 the optimizer starts anew.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -24,47 +25,25 @@ from semidetr_lite.data.batches import Batches
 from semidetr_lite.data.splits import Splits
 from semidetr_lite.errors import UserError
 from semidetr_lite.methods.mean_teacher import Averaged
+from semidetr_lite.training import presets
 from semidetr_lite.training.checkpoint import append_lines, fill, load_state, read_lines, save_weights, write_whole
 from semidetr_lite.training.measure import duplicates, measure, pseudo_quality, watched_boxes
-from semidetr_lite.training.presets import (
-    DETECTORS,
-    METHODS,
-    PRESETS,
-    Recipe,
-    check_pair,
-    load_splits,
-    make_detector,
-    make_method,
-    make_recipe,
-    recipe_as_dict,
-)
+from semidetr_lite.training.presets import Recipe, make_recipe
 
 
 def new_config(
-    preset: str = "digits",
-    method: str = "semi-detr",
-    detector: str = "dino",
-    data: str = "digits",
-    images: str | None = None,
-    unlabelled: str | None = None,
-    validation: str | None = None,
-    percent: float | None = None,
-    fold: int = 1,
-    seed: int = 0,
-    steps: int | None = None,
-    burn_in: str | None = None,
-    folds: str | None = None,
-    flip: bool = True,
-    skip_unreadable: bool = False,
-    **changes,
-) -> dict:
+    preset: str = "digits", method: str = "semi-detr", detector: str = "dino", data: str = "digits",
+    images: str | None = None, unlabelled: str | None = None, validation: str | None = None,
+    percent: float | None = None, fold: int = 1, seed: int = 0, steps: int | None = None, burn_in: str | None = None,
+    folds: str | None = None, flip: bool = True, skip_unreadable: bool = False, **changes,
+) -> dict:  # fmt: skip
     """The settings of a run, complete, as they go to config.json. `changes` replace fields of the preset's Recipe."""
     settings = {name: value for name, value in locals().items() if name != "changes"}
-    for kind, known in {"preset": PRESETS, "method": METHODS, "detector": DETECTORS}.items():
+    for kind, known in {"preset": presets.PRESETS, "method": presets.METHODS, "detector": presets.DETECTORS}.items():
         if settings[kind] not in known:
             raise UserError(f"no {kind} called {settings[kind]!r}: choose from {', '.join(known)}")
-    check_pair(method, detector)
-    recipe = recipe_as_dict(PRESETS[preset])
+    presets.check_pair(method, detector)
+    recipe = dataclasses.asdict(presets.PRESETS[preset])
     recipe["arguments"] = recipe["arguments"][detector]
     unknown = sorted(set(changes) - set(recipe))
     if unknown:
@@ -109,7 +88,7 @@ class Run:
         elif (self.out / "last.pt").exists():
             raise UserError(f"{self.out}: holds a run already; choose another --out, or go on with --resume")
         self.recipe: Recipe = make_recipe(config)
-        self.splits = splits or load_splits(config)
+        self.splits = splits or presets.load_splits(config)
         self.config = {**config, "categories": self.splits.categories}
         self.unlabelled = 0 if config["method"] == "supervised" else self.recipe.unlabelled_images  # a step
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -129,9 +108,9 @@ class Run:
         self.arguments = dict(self.recipe.arguments)
         torch.manual_seed(config["seed"])
         arguments = {**self.arguments, "backbone_weights": None} if state or start else self.arguments
-        student = make_detector(config["detector"], len(self.splits.categories), arguments)
+        student = presets.make_detector(config["detector"], len(self.splits.categories), arguments)
         how = (self.recipe, config["steps"], self.offset, config["seed"])
-        self.method: Averaged = make_method(config["method"], student, *how).to(self.device).train()
+        self.method: Averaged = presets.make_method(config["method"], student, *how).to(self.device).train()
         self.optimizer = make_optimizer(self.method, self.recipe)
         if state:
             fill(self.method, state["method"], self.out / "last.pt")
