@@ -45,6 +45,7 @@ notebooks: $(INSTALLED)  ## run every notebook from a clean kernel and save it i
 
 checkpoints: $(INSTALLED)  ## train the notebook's weights and logs again (seed 0, four arms, about half an hour)
 	$(PY) benchmarks/record_demo.py --seeds 0 --ship
+	$(PY) benchmarks/record_early.py
 
 $(INSTALLED): pyproject.toml $(if $(ACTIVE),,| .venv/bin/pip)
 	$(PY) -m pip install $(PIP_ARGS) -e '.[dev]'

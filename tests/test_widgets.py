@@ -1,0 +1,143 @@
+"""Explorers: a value changed in Python changes the picture, soon; a saved notebook keeps the first picture."""
+
+import re
+import time
+from pathlib import Path
+
+import ipywidgets
+import numpy as np
+import pytest
+import torch
+
+from semidetr_lite import load_detector
+from semidetr_lite.data import digits
+from semidetr_lite.errors import UserError
+from semidetr_lite.teach.widgets import Explorer, explore, explore_matching, explore_threshold, explore_views
+from semidetr_lite.training.presets import PRESETS
+from semidetr_lite.visualize import plot_costs
+
+EARLY = Path(__file__).parents[1] / "notebooks" / "checkpoints" / "early.safetensors"
+SECONDS = 0.5  # of processor time; a quiet machine takes a fifth of it
+# explorer: {control: a value that it does not begin with}
+CHANGES = {
+    "matching": {
+        "scene": 1,
+        "matching": "one-to-one",
+        "candidates": 1,
+        "alpha": 3.0,
+        "beta": 0.0,
+        "class_weight": 0.0,
+        "l1_weight": 0.0,
+        "giou_weight": 0.0,
+    },
+    "views": {"scene": 1, "strength": 3.0, "seed": 1},
+    "threshold": {"score_cut": 0.9, "truth": False},
+}
+
+
+def table(rows=3, sure=0.5, kind="plain"):
+    values = torch.arange(12.0).reshape(4, 3)[:, :rows] * sure
+    return plot_costs(values, title=f"{rows} <{kind}>")
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return [digits.scene(index, "tune") for index in (3, 8)]
+
+
+@pytest.fixture(scope="module")
+def explorers(scenes) -> dict[str, Explorer]:
+    detector = load_detector(EARLY)
+    return {
+        "matching": explore_matching(detector, scenes, digits.CATEGORIES),
+        "views": explore_views(scenes, PRESETS["digits"].views),
+        "threshold": explore_threshold(detector, scenes, digits.CATEGORIES),
+    }
+
+
+def test_a_control_for_every_kind_of_values_begins_at_the_default():
+    own = ipywidgets.Text("mine")
+    shown = explore(table, rows=(1, 3), sure=(0.0, 2.0), kind=own).controls
+    assert isinstance(shown["rows"], ipywidgets.IntSlider) and shown["rows"].value == 3 and shown["rows"].step == 1
+    assert isinstance(shown["sure"], ipywidgets.FloatSlider) and shown["sure"].value == 0.5
+    assert shown["sure"].step == 0.1 and shown["kind"] is own
+    assert explore(table, sure=(0.0, 2.0, 0.25)).controls["sure"].step == 0.25
+    assert explore(table, kind=["fancy", "plain"]).controls["kind"].value == "plain"
+    assert explore(table, rows={"one": 1, "three": 3}).controls["rows"].label == "three"
+    tick = explore(lambda on: table(1 + on), on=True).controls["on"]
+    assert isinstance(tick, ipywidgets.Checkbox) and tick.value is True
+
+
+@pytest.mark.parametrize("spec", ["plain", 3, (1,), None])
+def test_anything_else_is_no_control(spec):
+    with pytest.raises(UserError, match="'rows': give"):
+        explore(table, rows=spec)
+
+
+def test_the_picture_has_words_and_follows_the_value():
+    explorer = explore(table, rows=(1, 3))
+    first = explorer.picture.value
+    assert 'alt="3 &lt;plain&gt;"' in first
+    explorer.controls["rows"].value = 2
+    second = explorer.picture.value
+    assert 'alt="2 &lt;plain&gt;"' in second and picture(first) != picture(second)
+    explorer.controls["rows"].value = 3
+    assert explorer.picture.value == first
+
+
+def test_several_figures_stand_below_each_other():
+    explorer = explore(lambda rows: (table(rows), table(1)), rows=(1, 3))
+    assert explorer.picture.value.count("<img ") == 2
+
+
+def test_a_saved_notebook_keeps_a_described_picture_without_the_widget():
+    explorer = explore(table, rows=(1, 3))
+    shown = explorer._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in shown
+    assert re.fullmatch(r'<img src="data:image/png;base64,[\w+/=]+" alt="3 &lt;plain&gt;[^"]*">', shown["text/html"])
+    assert shown["text/plain"] == "explore(rows)"
+
+
+@pytest.mark.parametrize(("name", "control"), [(name, control) for name, row in CHANGES.items() for control in row])
+def test_each_control_of_an_explorer_changes_its_picture_in_time(explorers, name, control):
+    explorer, value = explorers[name], CHANGES[name][control]
+    assert list(CHANGES[name]) == list(explorer.controls)
+    start, before = explorer.controls[control].value, explorer.picture.value
+    explorer.controls[control].value = value
+    after = explorer.picture.value
+    explorer.controls[control].value = start
+    assert picture(after) != picture(before) and explorer.picture.value == before
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_redraw_is_fast_enough_to_follow_a_hand(explorers, name):
+    seconds = []
+    for _ in range(3):
+        began = time.process_time()
+        explorers[name].redraw()
+        seconds.append(time.process_time() - began)
+    assert min(seconds) < SECONDS
+
+
+def picture(html: str) -> list[str]:
+    """The bytes of the pictures, as they stand in the tags."""
+    return re.findall(r"base64,([\w+/=]+)", html)
+
+
+def test_the_boxes_of_the_views_travel_by_the_matrix(scenes):
+    explorer = explore_views(scenes, PRESETS["digits"].views)
+    explorer.controls["strength"].value = 0.0
+    (figure,) = explorer.figures()
+    shown = [len([patch for patch in ax.patches if patch.get_gid() == "prediction"]) for ax in figure.axes]
+    assert shown == [len(scenes[0][1]["labels"])] * 2
+
+
+def test_a_higher_cut_keeps_fewer_boxes(explorers):
+    explorer = explorers["threshold"]
+    counts = []
+    for cut in (0.1, 0.5, 0.9):
+        explorer.controls["score_cut"].value = cut
+        figure = explorer.figures()[0]
+        counts.append(sum(patch.get_gid() in ("hit", "false_alarm") for ax in figure.axes for patch in ax.patches))
+    explorer.controls["score_cut"].value = 0.4
+    assert counts == sorted(counts, reverse=True) and np.ptp(counts) > 0
