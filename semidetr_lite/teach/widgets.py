@@ -135,7 +135,8 @@ def explore_views(scenes: Sequence[tuple], settings: ViewSettings) -> Explorer:
 
     def draw(scene, strength=1.0, seed=0):
         scaled = {name: strength * getattr(settings, name) for name in names}
-        stronger = dataclasses.replace(settings, zoom=tuple(edge**strength for edge in settings.zoom), **scaled)
+        zoom = tuple(edge**strength for edge in settings.strong_zoom or settings.zoom)
+        stronger = dataclasses.replace(settings, strong_zoom=zoom, **scaled)
         weak_image, weak = weak_view(*scenes[scene], np.random.default_rng([seed, 0]), settings)
         strong_image, strong = strong_view(*scenes[scene], np.random.default_rng([seed, 1]), stronger)
         journey = strong["matrix"] @ torch.linalg.inv(weak["matrix"])

@@ -89,7 +89,10 @@ DIGITS = Recipe(
         "faster-rcnn": {**TINY_PYRAMID, "anchor_sizes": (12, 20, 32, 48), **TINY_PROPOSALS},
         "fcos": {**TINY_PYRAMID, "anchor_sizes": (4, 8, 16), "convs": 2},
     },
-    views=ViewSettings(zoom=(0.85, 1.18), shift=0.06, weak_zoom=(0.95, 1.0), strong_rotation=3.0, strong_shear=3.0),
+    views=ViewSettings(
+        zoom=(0.85, 1.18), shift=0.06, weak_zoom=(0.95, 1.0),
+        strong_zoom=(0.65, 1.5), strong_rotation=10.0, strong_shear=10.0,
+    ),
     steps=1000, burn_in_steps=1000, one_to_many_share=0.4,
     learning_rate=2e-3, backbone_factor=1.0, clip=1.0, warm_up=50, decay=0.25,
     ema_ceiling=0.98, score_cut=0.4, unlabelled_weight=2.0, unlabelled_box_weight=0.25, candidates=4, mined_top=4,
