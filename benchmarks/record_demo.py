@@ -5,7 +5,7 @@
 For each seed: supervised (the burn-in), then from it Semi-DETR, the plain mean teacher and the control (supervised for
 the same wall time). Runs that are finished are not run again. `--plateau` also trains with all labels, for the upper
 end of the gap. Logs go to notebooks/recorded/demo, and one line a run to notebooks/recorded/demo.jsonl. `--only` picks
-arms, so that two processes can share the work; `--ship` writes the notebook's weights.
+arms, so that two processes can share the work.
 """
 
 import argparse
@@ -17,9 +17,7 @@ from pathlib import Path
 
 import torch
 
-from semidetr_lite import load_detector
 from semidetr_lite.cli import ARMS, train_arm
-from semidetr_lite.training.checkpoint import save_weights
 
 RECORDED = Path(__file__).parents[1] / "notebooks" / "recorded"
 ORDER = ["all-labels", "supervised", "control", "mean-teacher", "semi-detr"]
@@ -71,18 +69,6 @@ def collect(out: Path) -> None:
             print(text)
 
 
-def ship(seed: Path) -> None:
-    """The averaged weights of the supervised run and of Semi-DETR in half precision, for the notebook."""
-    folder = RECORDED.parent / "checkpoints"
-    folder.mkdir(exist_ok=True)
-    for arm in ("supervised", "semi-detr"):
-        config = json.loads((seed / arm / "config.json").read_text())
-        detector, file = load_detector(seed / arm), folder / f"{arm.replace('-', '_')}.safetensors"
-        arguments = config["recipe"]["arguments"]
-        save_weights(file, detector, config["detector"], arguments, config["categories"], torch.float16)
-        print(f"{file.name}: {file.stat().st_size / 1e6:.2f} MB")
-
-
 def main() -> None:
     """Run what is missing, then collect."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -91,7 +77,6 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(ARMS))
     parser.add_argument("--plateau", type=int, default=0, help="steps of a run with all labels")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--ship", action="store_true", help="write the weights of seed 0 to notebooks/checkpoints")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for seed in options.seeds:
@@ -99,8 +84,6 @@ def main() -> None:
             train_arm(arm, options.out / f"seed{seed}", seed)
     if options.plateau:
         train_arm("supervised", options.out / "all", 0, name="all-labels", percent=100, steps=options.plateau)
-    if options.ship:
-        ship(options.out / "seed0")
     collect(options.out)
 
 
