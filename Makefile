@@ -43,9 +43,8 @@ notebooks: $(INSTALLED)  ## run every notebook from a clean kernel and save it i
 	  --ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.clear_cell_metadata=False \
 	  --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec $(NOTEBOOKS)
 
-checkpoints: $(INSTALLED)  ## train the notebook's weights and logs again (seed 0, four arms, about half an hour)
-	$(PY) benchmarks/record_demo.py --seeds 0 --ship
-	$(PY) benchmarks/record_early.py
+checkpoints: $(INSTALLED)  ## train the notebooks' weights again (seed 0, about an hour)
+	$(PY) benchmarks/record_checkpoints.py
 
 $(INSTALLED): pyproject.toml $(if $(ACTIVE),,| .venv/bin/pip)
 	$(PY) -m pip install $(PIP_ARGS) -e '.[dev]'
