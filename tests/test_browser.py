@@ -1,0 +1,111 @@
+"""A student's first minutes: JupyterLab in a real browser, Run All, and a slider that redraws its picture."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+
+pytest.importorskip("selenium", reason="selenium is not installed: pip install -e '.[dev]'")
+from selenium.webdriver import Chrome, ChromeOptions, ChromeService, Keys
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+DRIVER = shutil.which("chromedriver")
+if not (BROWSER and DRIVER):
+    pytest.skip("no chromium with its chromedriver on the PATH", allow_module_level=True)
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+NO_NEWS = "settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"  # it would ask the network
+
+
+def wait(ready, seconds: float, what: str):
+    """The first true answer of `ready`, asked again and again."""
+    end = time.monotonic() + seconds
+    while not (answer := ready()):
+        assert time.monotonic() < end, f"{what}: not within {seconds} s"
+        time.sleep(0.2)
+    return answer
+
+
+@pytest.fixture
+def lab(tmp_path):
+    """The address of a JupyterLab on a copy of notebook 01; it writes nothing outside tmp_path."""
+    folder, log = tmp_path / "notebooks", tmp_path / "server.log"
+    folder.mkdir()
+    shutil.copy(NOTEBOOKS / "01_data.ipynb", folder)
+    (tmp_path / NO_NEWS).parent.mkdir(parents=True)
+    (tmp_path / NO_NEWS).write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}), encoding="utf-8")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    names = ("JUPYTER_CONFIG", "JUPYTER_DATA", "JUPYTER_RUNTIME", "JUPYTERLAB_SETTINGS", "JUPYTERLAB_WORKSPACES")
+    homes = {f"{name}_DIR": str(tmp_path / name.split("_")[1].lower()) for name in names}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser"]
+    command += [f"--notebook-dir={folder}", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0"]
+    command += ["--IdentityProvider.token="]
+    environment = os.environ | homes | {"IPYTHONDIR": str(tmp_path / "ipython"), "OMP_NUM_THREADS": "1"}
+    with log.open("w", encoding="utf-8") as output:
+        server = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+    def answers():
+        assert server.poll() is None, log.read_text(encoding="utf-8")[-2000:]
+        try:
+            return urlopen(f"http://127.0.0.1:{port}/api/status").status == 200
+        except URLError:
+            return False
+
+    try:
+        wait(answers, 40, "JupyterLab's start")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()  # it ends its kernels
+        try:
+            server.wait(15)
+        except subprocess.TimeoutExpired:
+            server.kill()  # then the kernels see that they are alone, and end
+
+
+@pytest.fixture
+def browser(tmp_path):
+    options = ChromeOptions()
+    options.binary_location = BROWSER
+    for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1280,900"):
+        options.add_argument(f"--{flag}")
+    options.add_argument(f"--user-data-dir={tmp_path / 'profile'}")
+    driver = Chrome(options=options, service=ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+def test_a_slider_redraws_its_picture_after_run_all(lab, browser):
+    def lab_says(script):
+        return browser.execute_script(f"const app = window.jupyterapp, page = app?.shell?.currentWidget; {script}")
+
+    def pictures():
+        return browser.find_elements("css selector", ".jp-OutputArea .widget-html img")
+
+    browser.get(f"{lab}/doc/tree/01_data.ipynb")
+    idle = "return page?.sessionContext?.session?.kernel?.status === 'idle'"
+    wait(lambda: lab_says(idle), 30, "a kernel for the notebook")
+    assert not pictures()  # the saved page has the first picture, but no widget
+
+    lab_says("app.commands.execute('notebook:run-all-cells').then(() => window.allRan = true)")
+    wait(lambda: lab_says("return window.allRan"), 60, "Run All")
+    cells = [cell for cell in lab_says("return page.content.model.toJSON().cells") if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    assert not [output for cell in cells for output in cell["outputs"] if output["output_type"] == "error"]
+
+    [picture] = wait(pictures, 10, "the explorer's picture")
+    before = picture.get_attribute("src")
+    assert before.startswith("data:image/png;base64,") and picture.get_attribute("alt")
+    handle = browser.find_element("css selector", ".jp-OutputArea .widget-slider .noUi-handle")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'}); arguments[0].focus()", handle)
+    handle.send_keys(Keys.ARROW_RIGHT)
+    wait(lambda: [one for one in pictures() if one.get_attribute("src") != before], 10, "another picture")
