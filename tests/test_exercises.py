@@ -108,6 +108,28 @@ def cost_in_pixels(logits, pred_boxes, target):
     return cost_by_loops(logits, found, unit)
 
 
+def averaged_by_name(teacher, student, momentum):
+    new = {}
+    for name, old in teacher.items():
+        new[name] = momentum * old + (1 - momentum) * student[name] if old.is_floating_point() else student[name]
+    return new
+
+
+def average_of_a_run(start, moves, momentum, alias=False):
+    student = start.clone()
+    teacher = student.detach() if alias else student.detach().clone()
+    for move in moves:
+        student += move
+        teacher.lerp_(student, 1 - momentum)
+    return teacher
+
+
+def carried(found, matrix, size, score_cut, drop=True):
+    boxes, keep = mapped_boxes(found["boxes"], matrix, size)
+    keep = (keep if drop else True) & (found["scores"] >= score_cut)
+    return {"boxes": boxes[keep], "labels": found["labels"][keep]}
+
+
 # exercise: (a solution, a mistake that a learner might make)
 ANSWERS = {
     "boxes.pairwise_iou": (iou_by_loops, lambda a, b: pairwise_overlaps(a, b)[1]),
@@ -124,6 +146,9 @@ ANSWERS = {
     ),
     "matching.matching_cost": (cost_by_loops, cost_in_pixels),
     "matching.one_to_one": (one_to_one_by_permutations, greedy),
+    "mean_teacher.ema_update": (averaged_by_name, lambda old, new, m: averaged_by_name(old, new, 1 - m)),
+    "mean_teacher.average": (average_of_a_run, functools.partial(average_of_a_run, alias=True)),
+    "mean_teacher.carried": (carried, functools.partial(carried, drop=False)),
     "matching.one_to_many": (one_to_many_by_loops, functools.partial(one_to_many_by_loops, owner="m")),
 }
 

@@ -12,7 +12,16 @@ import torch
 from semidetr_lite import load_detector
 from semidetr_lite.data import digits
 from semidetr_lite.errors import UserError
-from semidetr_lite.teach.widgets import Explorer, explore, explore_matching, explore_threshold, explore_views
+from semidetr_lite.teach.widgets import (
+    Explorer,
+    explore,
+    explore_matching,
+    explore_momentum,
+    explore_threshold,
+    explore_views,
+    plot_lines,
+    show_dense,
+)
 from semidetr_lite.training.presets import PRESETS
 from semidetr_lite.visualize import plot_costs
 
@@ -32,6 +41,7 @@ CHANGES = {
     },
     "views": {"scene": 1, "strength": 3.0, "seed": 1},
     "threshold": {"score_cut": 0.9, "truth": False},
+    "momentum": {"momentum": 0.99, "ramp": True},
 }
 
 
@@ -52,6 +62,7 @@ def explorers(scenes) -> dict[str, Explorer]:
         "matching": explore_matching(detector, scenes, digits.CATEGORIES),
         "views": explore_views(scenes, PRESETS["digits"].views),
         "threshold": explore_threshold(detector, scenes, digits.CATEGORIES),
+        "momentum": explore_momentum(),
     }
 
 
@@ -141,3 +152,17 @@ def test_a_higher_cut_keeps_fewer_boxes(explorers):
         counts.append(sum(patch.get_gid() in ("hit", "false_alarm") for ax in figure.axes for patch in ax.patches))
     explorer.controls["score_cut"].value = 0.4
     assert counts == sorted(counts, reverse=True) and np.ptp(counts) > 0
+
+
+def test_a_dense_map_lies_over_each_image(scenes):
+    fcos = load_detector(EARLY.with_name("fcos.safetensors"))
+    images, truths = zip(*scenes)
+    figure = show_dense(images, fcos, truths, "maps")
+    assert len(figure.axes) == 2 and all(len(ax.images) == 2 for ax in figure.axes)
+    rows, columns = (-(-side // 8) for side in images[0].shape[-2:])
+    assert figure.axes[0].images[1].get_array().shape == (rows, columns)
+
+
+def test_curves_are_told_apart_without_colour():
+    figure = plot_lines({"one": ([0, 1], [1, 2]), "two": ([0, 1], [2, 1])}, "x", "y", "found")
+    assert len({line.get_linestyle() for line in figure.axes[0].lines}) == 2 and "found" in figure._repr_html_()

@@ -20,6 +20,7 @@ from semidetr_lite import boxes, matching
 from semidetr_lite.data import views
 from semidetr_lite.errors import UserError
 from semidetr_lite.evaluate import evaluate
+from semidetr_lite.methods import mean_teacher
 
 
 class Exercise(NamedTuple):
@@ -128,6 +129,41 @@ def average_precision(hits, objects: int) -> float:
     return evaluate([found], [{"boxes": there, "labels": torch.zeros(objects).long()}])["AP50"]
 
 
+def updated(teacher: dict, student: dict, momentum: float) -> dict:
+    """The tensors {name: tensor} of a teacher after `ema_update`."""
+    nets = torch.nn.Module(), torch.nn.Module()
+    for net, tensors in zip(nets, (teacher, student)):
+        for name, tensor in tensors.items():
+            net.register_buffer(name, tensor.clone())
+    mean_teacher.ema_update(*nets, momentum)
+    return dict(nets[0].named_buffers())
+
+
+def averaged(start: torch.Tensor, moves: list, momentum: float) -> torch.Tensor:
+    """The teacher after a student that begins at `start`, as the teacher does, has made these steps."""
+    student, teacher = start, start
+    for move in moves:
+        student = student + move
+        teacher = updated({"w": teacher}, {"w": student}, momentum)["w"]
+    return teacher
+
+
+def carried(found: dict, matrix: torch.Tensor, size: tuple, score_cut: float) -> dict:
+    """A teacher's boxes as targets of the strong view: over the cut, moved by the matrix, in view."""
+    sure = {key: value[found["scores"] >= score_cut] for key, value in found.items()}
+    moved = views.map_target(sure, matrix, size)
+    return {key: moved[key] for key in ("boxes", "labels")}
+
+
+def _pseudo(rng) -> dict:
+    scores = torch.tensor([0.9, 0.7, 0.4, 0.39, 0.2])
+    return {"boxes": _boxes(rng, 5), "labels": torch.arange(5), "scores": scores}
+
+
+def _weights(rng) -> dict:
+    return {"w": torch.tensor(rng.normal(0, 1, (2, 3)), dtype=torch.float32), "steps": torch.tensor(rng.integers(9))}
+
+
 def _boxes(rng, count: int) -> torch.Tensor:
     corners = rng.uniform(0, 70, (count, 2))
     return torch.tensor(np.hstack([corners, corners + rng.uniform(5, 25, (count, 2))]), dtype=torch.float32)
@@ -148,6 +184,7 @@ def _scenes(rng, *more) -> dict[str, tuple]:
 
 
 HITS, WIDE = torch.tensor([True, True, False, True, False, False, True]), (96, 128)
+AWAY = torch.tensor([[1.0, 0.0, 60.0], [0.0, 1.0, 60.0], [0.0, 0.0, 1.0]])
 TURN = torch.tensor([[1.1, 0.3, -30.0], [-0.3, 1.1, 9.0], [0.0, 0.0, 1.0]])
 EXERCISES = {
     "boxes.pairwise_iou": Exercise(
@@ -166,5 +203,26 @@ EXERCISES = {
     ),
     "matching.matching_cost": Exercise(matching.matching_cost, _scenes),
     "matching.one_to_one": Exercise(matching.one_to_one, _scenes),
+    "mean_teacher.ema_update": Exercise(
+        updated,
+        lambda rng: {
+            f"momentum {momentum}": (_weights(rng), _weights(rng), momentum) for momentum in (0.0, 0.5, 0.999, 1.0)
+        },
+    ),
+    "mean_teacher.average": Exercise(
+        averaged,
+        lambda rng: {
+            "one step": (torch.zeros(2), [torch.ones(2)], 0.5),
+            "five steps": (torch.ones(3), [torch.tensor(rng.normal(0, 1, 3)).float() for _ in range(5)], 0.9),
+        },
+    ),
+    "mean_teacher.carried": Exercise(
+        carried,
+        lambda rng: {
+            "in view": (_pseudo(rng), TURN, WIDE, 0.4),
+            "partly out of view": (_pseudo(rng), AWAY, WIDE, 0.3),
+            "nothing sure": (_pseudo(rng), TURN, WIDE, 0.95),
+        },
+    ),
     "matching.one_to_many": Exercise(matching.one_to_many, lambda rng: _scenes(rng, 1.0, 2.0, 3)),
 }

@@ -17,6 +17,7 @@ from html import escape
 import ipywidgets
 import numpy as np
 import torch
+import torch.nn.functional as nnf
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
@@ -24,7 +25,21 @@ from semidetr_lite.boxes import to_pixels
 from semidetr_lite.data.views import ViewSettings, map_boxes, strong_view, weak_view
 from semidetr_lite.errors import UserError
 from semidetr_lite.matching import hungarian, matching_cost, one_to_many
-from semidetr_lite.visualize import image_tag, plot_costs, plot_matching, show_hits, show_targets, show_views
+from semidetr_lite.visualize import (
+    BESIDE,
+    LINE_COLORS,
+    Picture,
+    _headline,
+    _page,
+    _plot,
+    draw_boxes,
+    image_tag,
+    plot_costs,
+    plot_matching,
+    show_hits,
+    show_targets,
+    show_views,
+)
 
 LOOK = {"layout": {"width": "330px"}, "style": {"description_width": "90px"}}
 
@@ -158,3 +173,60 @@ def explore_threshold(detector, scenes: Sequence[tuple], categories, nms: float 
         return show_targets(images, kept, categories, style="pseudo")
 
     return explore(draw, score_cut=(0.05, 0.95, 0.05), truth=True)
+
+
+def plot_lines(lines: dict[str, tuple], x: str, y: str, title: str = "") -> Picture:
+    """Curves {name: (places, values)}, each with its own colour and dashes."""
+    figure, ax = _plot(6.5, 2.7)
+    for (name, (places, values)), color, dashes in zip(lines.items(), LINE_COLORS, ("-", "--", "-.", ":") * 2):
+        ax.plot(places, values, color=color, linestyle=dashes, linewidth=1.8, label=name)
+    ax.set(xlabel=x, ylabel=y, ylim=(0, None))
+    ax.legend(**BESIDE)
+    return _headline(figure, title)
+
+
+def explore_momentum(steps: int = 120) -> Explorer:
+    """What a teacher is made of after some steps, and how it follows a student that learns and trembles."""
+    time = np.arange(steps + 1)
+    student = 1 - np.exp(-time / 25) + np.random.default_rng(0).normal(0, 0.08, steps + 1)
+
+    def draw(momentum=0.9, ramp=False):
+        keep = np.minimum(momentum, 1 - 1 / (time + 1)) if ramp else np.full(steps + 1, momentum)
+        parts, teacher = np.eye(1, steps + 1)[0], [student[0]]  # the weight of each step's student; the start is step 0
+        for step in time[1:]:
+            parts = keep[step] * parts
+            parts[step] += 1 - keep[step]
+            teacher.append(parts @ student)
+        figure, (left, right) = _plot(8.5, 2.6, 2)
+        left.bar(steps - time, parts, width=1.0, color=LINE_COLORS[0])
+        left.set(xlabel="age of the student, steps", ylabel="its weight in the teacher")
+        right.plot(time, student, ".", color=LINE_COLORS[1], markersize=4, label="student")
+        right.plot(time, teacher, color=LINE_COLORS[0], linewidth=2, label="teacher")
+        right.set(xlabel="step", ylabel="one weight", ylim=(-0.25, 1.25))
+        right.legend(fontsize=8, frameon=False, loc="lower right")
+        half = 1 + int(parts[::-1].cumsum().searchsorted(0.5 - 1e-9))
+        said = f"half of the teacher is younger than {half} step{'s' * (half > 1)}, {100 * parts[0]:.0f} % is the start"
+        return _headline(figure, f"Momentum {momentum:g}: {said}")
+
+    values = [0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 1.0]
+    slider = ipywidgets.SelectionSlider(options=values, value=0.9, description="momentum", **LOOK)
+    return explore(draw, momentum=slider, ramp=False)
+
+
+@torch.no_grad()
+def show_dense(images, detector, truths=None, title="") -> Picture:
+    """What FCOS says about images: over each cell its highest class score on any level, the brighter the higher."""
+    figure, axes = _page(images, 4, title=title)
+    for ax, image, truth in zip(axes, images, truths or [None] * len(images)):
+        cells = detector.cells(detector.see([image]))
+        scores, best = cells.outputs["cls_logits"][0].sigmoid().amax(-1).split(cells.counts), torch.zeros(1, 1, 1, 1)
+        shape = [-(-side // detector.strides[0]) for side in image.shape[-2:]]
+        for level, stride in zip(scores, detector.strides):
+            wide = -(-image.shape[-1] // stride)
+            best = torch.maximum(best, nnf.interpolate(level.view(1, 1, -1, wide), shape))
+        draw_boxes(ax, image, None, truth)
+        edges = (0, shape[1] * detector.strides[0], shape[0] * detector.strides[0], 0)
+        values = best[0, 0].numpy()
+        ax.imshow(values, cmap="cividis", vmin=0, vmax=1, alpha=np.minimum(1.2 * values + 0.2, 0.85), extent=edges)
+        ax.set(xlim=(0, image.shape[-1]), ylim=(image.shape[-2], 0))
+    return figure
