@@ -2,10 +2,12 @@
 
 import functools
 import itertools
+import math
 
 import numpy as np
 import pytest
 import torch
+from torchvision.ops import roi_align
 
 from semidetr_lite import matching
 from semidetr_lite.boxes import overlaps, pairwise_overlaps, to_model, to_pixels
@@ -71,6 +73,30 @@ def cost_by_loops(logits, pred_boxes, target):
     return cost
 
 
+def sines_by_loops(coordinates, dim, temperature, turn=2 * math.pi):
+    rows = []
+    for row in coordinates.tolist():
+        angles = [turn * place / temperature ** (2 * i / dim) for place in row for i in range(dim // 2)]
+        rows.append([value for angle in angles for value in (math.sin(angle), math.cos(angle))])
+    return torch.tensor(rows)
+
+
+def attention_by_loops(queries, keys, values, heads, scaled=True):
+    width = queries.shape[1] // heads
+    parts = []
+    for start in range(0, queries.shape[1], width):
+        q, k, v = (part[:, start : start + width] for part in (queries, keys, values))
+        parts.append((q @ k.T / (width**0.5 if scaled else 1)).softmax(1) @ v)
+    return torch.cat(parts, 1)
+
+
+def map_by_loops(height, width, dim, temperature, swapped=False):
+    over = (width, height) if swapped else (height, width)
+    places = [[[(y + 1) / over[0], (x + 1) / over[1]] for x in range(width)] for y in range(height)]
+    codes = sines_by_loops(torch.tensor(places).flatten(0, 1), dim // 2, temperature)
+    return codes.view(height, width, dim)
+
+
 def one_to_one_by_permutations(logits, pred_boxes, target):
     cost = matching.matching_cost(logits, pred_boxes, target)
     targets = range(cost.shape[1])
@@ -130,6 +156,59 @@ def carried(found, matrix, size, score_cut, drop=True):
     return {"boxes": boxes[keep], "labels": found["labels"][keep]}
 
 
+def consistency_by_loops(student, teacher, valid, count_all=False):
+    total, count = torch.zeros(()), valid.numel() if count_all else max(1, int(valid.sum()))
+    for ours, theirs in zip(student, teacher):
+        for image, query in valid.nonzero().tolist():
+            a, b = ours[image, query], theirs[image, query].detach()
+            total = total + (a / a.norm() - b / b.norm()).square().mean() / count
+    return total
+
+
+def cells_of_boxes(features, strides, images, boxes, side, finest=False):
+    cells = torch.zeros(len(boxes), features[0].shape[1], side, side)
+    for row, box in enumerate(boxes):
+        length = float((box[2:] - box[:2]).prod().sqrt())
+        level = min(len(features) - 1, max(0, int(np.floor(np.log2(length / (7 * strides[0][0]) + 1e-6)))))
+        level = 0 if finest else level
+        (y, x), image = strides[level], int(images[row])
+        here = torch.cat([torch.zeros(1), box / torch.tensor([x, y, x, y])])[None]
+        cells[row] = roi_align(features[level][image : image + 1], here, side, aligned=True)[0]
+    return cells
+
+
+def blocks(sizes, queries, transposed=False):
+    owner = torch.tensor([group for group, size in enumerate(sizes) for _ in range(size)] + [-1] * queries)
+    blocked = (owner != -1)[None] & (owner[:, None] != owner[None])
+    return blocked.T if transposed else blocked
+
+
+def em_by_hand(costs, weights, means, variances, around=None, floor=1e-5):
+    with np.errstate(all="ignore"):
+        chance = weights * np.exp(-((costs[:, None] - means) ** 2) / (2 * variances)) / np.sqrt(2 * np.pi * variances)
+        share = chance / chance.sum(1, keepdims=True)
+        count = share.sum(0)
+        new = (share * costs[:, None]).sum(0) / count
+        away = costs[:, None] - (new if around is None else around)
+        return count / len(costs), new, (share * away**2).sum(0) / count + floor
+
+
+def em_steps_by_hand(costs, steps, floor=1e-5):
+    state = np.full(2, 0.5), np.array([costs.min(), costs.max()]), np.ones(2)
+    for _ in range(steps):
+        state = em_by_hand(costs, *state, floor=floor)
+    return state
+
+
+def mined_by_loops(costs, scores, valid, threshold, score_cut, strict=False):
+    confident, mined = np.zeros(costs.shape, bool), np.zeros(costs.shape, bool)
+    for place in np.argwhere(valid):
+        place = tuple(place)
+        confident[place] = scores[place] >= score_cut
+        mined[place] = costs[place] < threshold if strict else costs[place] <= threshold
+    return confident, mined, confident | mined
+
+
 # exercise: (a solution, a mistake that a learner might make)
 ANSWERS = {
     "boxes.pairwise_iou": (iou_by_loops, lambda a, b: pairwise_overlaps(a, b)[1]),
@@ -146,9 +225,21 @@ ANSWERS = {
     ),
     "matching.matching_cost": (cost_by_loops, cost_in_pixels),
     "matching.one_to_one": (one_to_one_by_permutations, greedy),
+    "detr.sine_positions": (sines_by_loops, functools.partial(sines_by_loops, turn=math.pi)),
+    "detr.attention": (attention_by_loops, functools.partial(attention_by_loops, scaled=False)),
+    "detr.map_positions": (map_by_loops, functools.partial(map_by_loops, swapped=True)),
     "mean_teacher.ema_update": (averaged_by_name, lambda old, new, m: averaged_by_name(old, new, 1 - m)),
     "mean_teacher.average": (average_of_a_run, functools.partial(average_of_a_run, alias=True)),
     "mean_teacher.carried": (carried, functools.partial(carried, drop=False)),
+    "denoising.group_mask": (blocks, functools.partial(blocks, transposed=True)),
+    "query_consistency.consistency_loss": (
+        consistency_by_loops,
+        functools.partial(consistency_by_loops, count_all=True),
+    ),
+    "query_consistency.box_cells": (cells_of_boxes, functools.partial(cells_of_boxes, finest=True)),
+    "cost_mining.em_step": (em_by_hand, lambda costs, w, means, v: em_by_hand(costs, w, means, v, around=means)),
+    "cost_mining.em_steps": (em_steps_by_hand, functools.partial(em_steps_by_hand, floor=0.0)),
+    "cost_mining.mine": (mined_by_loops, functools.partial(mined_by_loops, strict=True)),
     "matching.one_to_many": (one_to_many_by_loops, functools.partial(one_to_many_by_loops, owner="m")),
 }
 

@@ -15,6 +15,7 @@ from semidetr_lite.errors import UserError
 from semidetr_lite.teach.widgets import (
     Explorer,
     explore,
+    explore_attention,
     explore_matching,
     explore_momentum,
     explore_threshold,
@@ -42,6 +43,7 @@ CHANGES = {
     "views": {"scene": 1, "strength": 3.0, "seed": 1},
     "threshold": {"score_cut": 0.9, "truth": False},
     "momentum": {"momentum": 0.99, "ramp": True},
+    "attention": {"scene": 1, "query": 5, "layer": 3},
 }
 
 
@@ -63,6 +65,7 @@ def explorers(scenes) -> dict[str, Explorer]:
         "views": explore_views(scenes, PRESETS["digits"].views),
         "threshold": explore_threshold(detector, scenes, digits.CATEGORIES),
         "momentum": explore_momentum(),
+        "attention": explore_attention(load_detector(EARLY.with_name("detr.safetensors")), scenes),
     }
 
 

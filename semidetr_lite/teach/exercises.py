@@ -10,17 +10,21 @@ import difflib
 import inspect
 import os
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from sklearn.mixture import GaussianMixture
 
 from semidetr_lite import boxes, matching
 from semidetr_lite.data import views
+from semidetr_lite.detectors import transformer
+from semidetr_lite.detectors.denoising import group_mask
 from semidetr_lite.errors import UserError
 from semidetr_lite.evaluate import evaluate
-from semidetr_lite.methods import mean_teacher
+from semidetr_lite.methods import mean_teacher, query_consistency
 
 
 class Exercise(NamedTuple):
@@ -129,6 +133,17 @@ def average_precision(hits, objects: int) -> float:
     return evaluate([found], [{"boxes": there, "labels": torch.zeros(objects).long()}])["AP50"]
 
 
+def attention(queries, keys, values, heads: int) -> torch.Tensor:
+    """Attention of several heads without projections: queries (Q, D), keys and values (S, D) -> (Q, D)."""
+    split = (part.unflatten(-1, (heads, -1)).transpose(0, 1) for part in (queries, keys, values))  # (M, N, D / M)
+    return torch.nn.functional.scaled_dot_product_attention(*split).transpose(0, 1).flatten(1)
+
+
+def map_positions(height: int, width: int, dim: int, temperature: float) -> torch.Tensor:
+    """(H, W, dim) of a map without padding."""
+    return transformer.map_positions(torch.zeros(1, height, width, dtype=torch.bool), dim, temperature)[0]
+
+
 def updated(teacher: dict, student: dict, momentum: float) -> dict:
     """The tensors {name: tensor} of a teacher after `ema_update`."""
     nets = torch.nn.Module(), torch.nn.Module()
@@ -164,9 +179,56 @@ def _weights(rng) -> dict:
     return {"w": torch.tensor(rng.normal(0, 1, (2, 3)), dtype=torch.float32), "steps": torch.tensor(rng.integers(9))}
 
 
+def box_cells(features: list, strides: list, images: torch.Tensor, boxes: torch.Tensor, side: int) -> torch.Tensor:
+    """What `Projector` reads of each box before its layers: (R, D, side, side)."""
+    projector = query_consistency.Projector(features[0].shape[1], 1, side)
+    projector.layers = torch.nn.Identity()
+    return projector(features, strides, images, boxes)
+
+
+def em_step(costs, weights, means, variances) -> tuple:
+    """scikit-learn's two Gaussians after one step: weights, means and variances, (2,) each."""
+    return _mixture(costs, 1, weights, means, variances)
+
+
+def em_steps(costs, steps: int) -> tuple:
+    """The same after several steps from the cheapest and the dearest cost."""
+    return _mixture(costs, steps, np.full(2, 0.5), np.array([costs.min(), costs.max()]), np.ones(2))
+
+
+def _mixture(costs, steps, weights, means, variances) -> tuple:
+    start = {"weights_init": weights, "means_init": means[:, None], "precisions_init": 1 / variances[:, None]}
+    mixture = GaussianMixture(2, covariance_type="diag", reg_covar=1e-5, tol=0, max_iter=steps, **start)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it has not converged, on purpose
+        mixture.fit(costs[:, None])
+    return mixture.weights_, mixture.means_[:, 0], mixture.covariances_[:, 0]
+
+
+def mine(costs, scores, valid, threshold: float, score_cut: float) -> tuple:
+    """Which boxes are confident, which are mined, and whose consistency is asked for: (B, K) bool each."""
+    confident = valid & (scores >= score_cut)
+    mined = valid & (np.nan_to_num(costs, nan=np.inf) <= threshold)
+    return confident, mined, confident | mined
+
+
+def _costs(rng, cheap: int = 9, dear: int = 5) -> np.ndarray:
+    return np.hstack([rng.normal(-1.5, 0.4, cheap), rng.normal(2.0, 1.0, dear)])
+
+
+def _embeddings(rng, queries: int) -> tuple:
+    layers = [torch.tensor(rng.normal(0, 2, (4, 2, queries, 6)), dtype=torch.float32) for _ in range(2)]
+    valid = torch.tensor(rng.random((2, queries)) < 0.7)
+    return list(layers[0]), list(layers[1]), valid
+
+
 def _boxes(rng, count: int) -> torch.Tensor:
     corners = rng.uniform(0, 70, (count, 2))
     return torch.tensor(np.hstack([corners, corners + rng.uniform(5, 25, (count, 2))]), dtype=torch.float32)
+
+
+def _map(rng, height: int, width: int) -> torch.Tensor:
+    return torch.tensor(rng.normal(0, 1, (2, 3, height, width)), dtype=torch.float32)
 
 
 def _scenes(rng, *more) -> dict[str, tuple]:
@@ -203,6 +265,23 @@ EXERCISES = {
     ),
     "matching.matching_cost": Exercise(matching.matching_cost, _scenes),
     "matching.one_to_one": Exercise(matching.one_to_one, _scenes),
+    "detr.sine_positions": Exercise(
+        transformer.sine_positions,
+        lambda rng: {
+            "one number": (torch.tensor([[0.25]]), 4, 100.0),
+            "boxes": (torch.tensor(rng.uniform(0, 1, (3, 4)), dtype=torch.float32), 8, 20.0),
+        },
+    ),
+    "detr.attention": Exercise(
+        attention,
+        lambda rng: {
+            f"{heads} heads": (*(torch.tensor(rng.normal(0, 1, (n, 8)), dtype=torch.float32) for n in (3, 5, 5)), heads)
+            for heads in (1, 2, 4)
+        },
+    ),
+    "detr.map_positions": Exercise(
+        map_positions, lambda rng: {"square": (3, 3, 8, 20.0), "wide": (3, 5, 8, 20.0), "tall": (4, 1, 8, 20.0)}
+    ),
     "mean_teacher.ema_update": Exercise(
         updated,
         lambda rng: {
@@ -222,6 +301,52 @@ EXERCISES = {
             "in view": (_pseudo(rng), TURN, WIDE, 0.4),
             "partly out of view": (_pseudo(rng), AWAY, WIDE, 0.3),
             "nothing sure": (_pseudo(rng), TURN, WIDE, 0.95),
+        },
+    ),
+    "denoising.group_mask": Exercise(
+        group_mask, lambda rng: {"one group": ([3], 4), "three groups": ([2, 2, 3], 5), "no group": ([], 2)}
+    ),
+    "query_consistency.consistency_loss": Exercise(
+        query_consistency.consistency_loss,
+        lambda rng: {
+            "some filled up": _embeddings(rng, 5),
+            "nothing valid": (*_embeddings(rng, 3)[:2], torch.zeros(2, 3).bool()),
+        },
+    ),
+    "query_consistency.box_cells": Exercise(
+        box_cells,
+        lambda rng: {
+            "one map": ([_map(rng, 24, 32)], [(4.0, 4.0)], torch.tensor([0, 1, 1]), _boxes(rng, 3), 2),
+            "small and large": (
+                [_map(rng, 24, 32), _map(rng, 12, 16)],
+                [(4.0, 4.0), (8.0, 8.0)],
+                torch.tensor([0, 0, 1, 1]),
+                torch.cat([_boxes(rng, 2), torch.tensor([[10.0, 10, 90, 80], [0, 0, 56, 56]])]),
+                3,
+            ),
+        },
+    ),
+    "cost_mining.em_step": Exercise(
+        em_step,
+        lambda rng: {
+            "the start": (_costs(rng), np.full(2, 0.5), np.array([-2.0, 4.0]), np.ones(2)),
+            "on the way": (_costs(rng, 20, 3), np.array([0.8, 0.2]), np.array([-1.0, 1.0]), np.array([0.5, 3.0])),
+        },
+    ),
+    "cost_mining.em_steps": Exercise(
+        em_steps,
+        lambda rng: {"five steps": (_costs(rng), 5), "two costs": (np.array([-1.0, 3.0]), 30)},
+    ),
+    "cost_mining.mine": Exercise(
+        mine,
+        lambda rng: {
+            "six boxes": (
+                np.array([[-2.0, -1.0, np.nan], [0.5, -1.5, -3.0]]),
+                np.array([[0.9, 0.2, 0.4], [0.8, 0.1, 0.3]]),
+                np.array([[True, True, True], [True, True, False]]),
+                -1.0,
+                0.4,
+            )
         },
     ),
     "matching.one_to_many": Exercise(matching.one_to_many, lambda rng: _scenes(rng, 1.0, 2.0, 3)),

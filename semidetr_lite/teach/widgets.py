@@ -230,3 +230,90 @@ def show_dense(images, detector, truths=None, title="") -> Picture:
         ax.imshow(values, cmap="cividis", vmin=0, vmax=1, alpha=np.minimum(1.2 * values + 0.2, 0.85), extent=edges)
         ax.set(xlim=(0, image.shape[-1]), ylim=(image.shape[-2], 0))
     return figure
+
+
+@torch.no_grad()
+def cross_attention(detector, image) -> tuple[torch.Tensor, dict]:
+    """Where each query of a DETR reads, (layers, Q, H, W), the mean over the heads; and the outputs for the image."""
+    memory = detector.encode([image])
+    places, keys, maps = detector.positions.weight[None], memory.tokens + memory.positions, []
+    content = torch.zeros_like(places)
+    for layer in detector.decoder:
+        asked = layer.self_attention(content, places) + places
+        maps.append(layer.attention(asked, keys, memory.tokens)[1][0])  # (Q, S)
+        content = layer(content, places, memory)
+    return torch.stack(maps).unflatten(-1, memory.shapes[0]), detector.decode(memory)
+
+
+def show_heat(images, maps, targets=None, titles=None, title="", columns=4) -> Picture:
+    """Maps (H, W) over images, the brighter the higher, each with its own scale, and boxes over them."""
+    figure, axes = _page(images, columns, titles, title)
+    for ax, image, values, target in zip(axes, images, maps, targets or [None] * len(images)):
+        draw_boxes(ax, image, target, categories=target and [{"name": ""}] * 99)
+        values, edges = (values / values.max()).numpy(), (0, image.shape[-1], image.shape[-2], 0)
+        ax.imshow(values, cmap="cividis", alpha=np.minimum(1.2 * values + 0.2, 0.85), extent=edges)
+        ax.set(xlim=edges[:2], ylim=edges[2:])
+    return figure
+
+
+def explore_attention(detector, scenes: Sequence[tuple]) -> Explorer:
+    """Where one query of a DETR reads in each layer of the decoder, and the box it then gives."""
+    seen = [cross_attention(detector, image) for image, _ in scenes]
+
+    def draw(scene, query, layer):
+        (image, target), (maps, outputs) = scenes[scene], seen[scene]
+        box = {"boxes": to_pixels(outputs["pred_boxes"][0, query], target["size"])[None], "labels": torch.tensor([0])}
+        return show_heat([image], [maps[layer - 1, query]], [box], title=f"Where query {query} reads in layer {layer}")
+
+    return explore(draw, scene=(0, len(scenes) - 1), query=(0, detector.num_queries - 1), layer=(1, len(seen[0][0])))
+
+
+def plot_places(boxes, title="") -> Picture:
+    """Where each query puts its box: centres of `boxes` (N images, Q, 4 cxcywh in [0, 1]), a small map a query."""
+    names = [f"query {query}" for query in range(boxes.shape[1])]
+    figure, axes = _page([torch.ones(3, 100, 100)] * len(names), 6, names, title, cell=1.4)
+    for query, ax in enumerate(axes):
+        draw_boxes(ax, torch.full((3, 100, 100), 0.93))
+        ax.plot(*100 * boxes[:, query, :2].T, ".", color=LINE_COLORS[0], markersize=3, alpha=0.5)
+    return figure
+
+
+def plot_histograms(values: dict[str, torch.Tensor], x: str, y: str, title: str = "", bins: int = 25) -> Picture:
+    """Histograms {name: (N,)} over each other, each with its own colour, hatch and mean (a line)."""
+    figure, ax = _plot(7.5, 2.8)
+    together = torch.cat([one.flatten() for one in values.values()])
+    edges = np.linspace(float(together.min()), float(together.max()), bins + 1)
+    for (name, one), color, hatch in zip(values.items(), LINE_COLORS, ("", "///", "...", "xxx")):
+        look = {"facecolor": color + "55", "edgecolor": color, "hatch": hatch, "label": f"{name}: {one.mean():.2f}"}
+        ax.hist(one.flatten().numpy(), edges, histtype="stepfilled", linewidth=1.5, **look)
+        ax.axvline(float(one.mean()), color=color, linewidth=2)
+    ax.set(xlabel=x, ylabel=y)
+    ax.legend(title="and its mean", title_fontsize=8, **BESIDE)
+    return _headline(figure, title)
+
+
+def explore_consistency(answers: Sequence[dict]) -> Explorer:
+    """An object of the weak view and how alike the strong view's objects are, under each way to pair queries.
+
+    `answers`, one a scene: "images" (weak, strong), "boxes" (T, 4) in the weak view, and "pairings" {name: (boxes
+    (T, 4) in the strong view, cosines (L, T, T) of weak and strong objects at each decoder layer)}.
+    """
+
+    def draw(scene, object=0, layer=1):
+        (weak, strong), boxes, pairings = (answers[scene][key] for key in ("images", "boxes", "pairings"))
+        chosen, labels = min(object, len(boxes) - 1), torch.arange(len(boxes))
+        styles = ["kept" if place == chosen else "prediction" for place in labels.tolist()]
+        rows = {name: cosines[layer - 1, chosen] for name, (_, cosines) in pairings.items()}
+        found = {name: int(row.argmax()) for name, row in rows.items()}
+        captions = [f"object {chosen} in the weak view", *(f"{name}: {place}" for name, place in found.items())]
+        right = [name for name, place in found.items() if place == chosen]
+        title = f"Layer {layer}: who is most like object {chosen}? Right: {' and '.join(right) or 'none'}"
+        figure, axes = _page([weak, *[strong] * len(rows)], 1 + len(rows), captions, title, cell=2.9)
+        draw_boxes(axes[0], weak, {"boxes": boxes[[chosen]], "labels": labels[[chosen]]}, style="kept")
+        for ax, (name, (places, _)) in zip(axes[1:], pairings.items()):
+            draw_boxes(ax, strong, {"boxes": places, "labels": labels, "scores": rows[name]}, style=styles)
+        return figure
+
+    most = max(len(one["boxes"]) for one in answers) - 1
+    layers = len(next(iter(answers[0]["pairings"].values()))[1])
+    return explore(draw, scene=(0, len(answers) - 1), object=(0, most), layer=(1, layers))
