@@ -133,10 +133,16 @@ class Run:
             self.out.mkdir(parents=True, exist_ok=True)
             self._drop_later_lines()
             write_whole(self.out / "config.json", json.dumps(self.config, indent=1))
+        if self.device.type == "cuda":
+            with self.engine.explained():
+                self.rehearse()
         look = {"desc": self.config["method"], "mininterval": 2, "dynamic_ncols": True, "disable": self.quiet}
         bar = tqdm(total=self.config["steps"], initial=self.step, **look)
         began, line = time.perf_counter(), {}
-        with bar:  # closed also when something goes wrong, so that the error gets a line of its own
+        with (
+            self.engine.explained(),
+            bar,
+        ):  # closed also when something goes wrong, so that the error gets a line of its own
             for batch in self._loader():
                 losses = self.train_step(batch)
                 self.step += 1
@@ -166,6 +172,15 @@ class Run:
         self.optimizer.step()
         self.method.after_step(step)
         return values
+
+    def rehearse(self) -> None:
+        """Run the largest steps once, so that a want of memory shows now; changes nothing."""
+        views = self.recipe.views
+        sizes = [size for part in (self.splits.labelled, self.splits.unlabelled) for size in part.sizes]
+        size = max(sizes, key=lambda size: size[0] * size[1])
+        if views.short_sides:
+            size = (max(views.short_sides), views.long_side)
+        self.engine.rehearse(size, self.recipe.labelled_images, self.unlabelled, self.recipe.most)
 
     def _loader(self):
         """The batches of the steps that are left."""
