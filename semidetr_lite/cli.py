@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 from tqdm import tqdm
 
+from semidetr_lite import distributed
 from semidetr_lite.data.coco import IMAGE_SUFFIXES
 from semidetr_lite.data.doctor import doctor_data
 from semidetr_lite.detectors.detector import as_tensor
@@ -18,6 +19,7 @@ from semidetr_lite.evaluate import to_coco_json
 from semidetr_lite.report import write_report
 from semidetr_lite.training.ablate import TABLES, Ablation, markdown, summarise
 from semidetr_lite.training.checkpoint import load_detector, read_config, read_lines, write_whole
+from semidetr_lite.training.engine import PRECISIONS
 from semidetr_lite.training.measure import measure
 from semidetr_lite.training.presets import DETECTORS, METHODS, PRESETS, load_splits
 from semidetr_lite.training.train import Run, new_config
@@ -97,6 +99,8 @@ def train(
     unlabelled: Path | None = None, validation: Path | None = None, percent: float | None = None, fold: int = 1,
     seed: int = 0, steps: int | None = None, burn_in: Path | None = None, folds: Path | None = None,
     flip: bool = True, skip_unreadable: bool = False, resume: bool = False, workers: int = 1,
+    accumulate: int | None = None, precision: Literal[PRECISIONS] | None = None, checkpointing: bool = False,
+    channels_last: bool = False, compile: bool = False,
 ) -> None:  # fmt: skip
     """Train a detector.
 
@@ -118,9 +122,15 @@ def train(
         flip: whether views may be mirrored; say --no-flip for letters and digits.
         skip_unreadable: go on when a labelled image cannot be read.
         resume: go on with the run in --out.
-        workers: processes that load data.
+        workers: processes that load data, of each process that trains.
+        accumulate: parts that a step's images are run in one after the other; the preset's if not given.
+        precision: bfloat16 where the GPU has it ("auto", the COCO presets), or one of the others everywhere.
+        checkpointing: less memory for a slower step: layers are run again in the backward pass.
+        channels_last: the memory layout of the backbone.
+        compile: torch.compile for backbone and layers.
     """
     config = new_config(**_settings(locals(), "out", "resume", "workers"))
+    distributed.start()
     run = Run(config, out, resume, workers=workers)
     counts = f"{len(run.splits.labelled)} labelled, {len(run.splits.unlabelled)} unlabelled images"
     print(f"{out}: {counts}, {len(run.splits.categories)} categories")
@@ -128,6 +138,7 @@ def train(
         print(f"{out}: finished already, at step {run.step}")
         return
     last = run.go()
+    distributed.stop()
     for part, found in last["test"].items():
         print(f"{part}: AP {100 * found['AP']:.1f}, AP50 {100 * found['AP50']:.1f} on the test split")
 
@@ -135,6 +146,7 @@ def train(
 def _settings(arguments: dict, *without: str) -> dict:
     """Arguments of a command as new_config takes them: paths as words."""
     kept = {name: value for name, value in arguments.items() if name not in without}
+    kept = {name: value for name, value in kept.items() if value is not None or name not in ("accumulate", "precision")}
     return {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
 
 
@@ -286,6 +298,9 @@ def ablate(
 COMMANDS = {command.__name__: command for command in (demo, train, evaluate, predict, compare, ablate, doctor)}
 
 
+AGAIN = "the same command with --resume (demo: without) goes on from the last checkpoint"
+
+
 def main() -> int:
     """Run a command; 0 if it worked, 2 with one line if the user has to do something, 130 if it was stopped."""
     try:
@@ -296,7 +311,11 @@ def main() -> int:
         print(f"error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        advice = "the same command with --resume (demo: without) goes on from the last checkpoint"
-        print(f"\nstopped; {advice}", file=sys.stderr)
+        print(f"\nstopped; {AGAIN}", file=sys.stderr)
         return 130
+    except RuntimeError as problem:
+        if not distributed.is_loss(problem):
+            raise
+        print(f"error: process {distributed.rank()} lost the others; {AGAIN}", file=sys.stderr)
+        return 1
     return 0

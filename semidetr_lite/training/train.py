@@ -21,12 +21,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from semidetr_lite import distributed
 from semidetr_lite.data.batches import Batches
 from semidetr_lite.data.splits import Splits
 from semidetr_lite.errors import UserError
 from semidetr_lite.methods.mean_teacher import Averaged
 from semidetr_lite.training import presets
 from semidetr_lite.training.checkpoint import append_lines, fill, load_state, read_lines, save_weights, write_whole
+from semidetr_lite.training.engine import Engine
 from semidetr_lite.training.measure import duplicates, measure, pseudo_quality, watched_boxes
 from semidetr_lite.training.presets import Recipe, make_recipe
 
@@ -79,7 +81,7 @@ class Run:
     """
 
     def __init__(self, config: dict, out, resume=False, splits: Splits | None = None, workers=1, quiet=False):
-        self.out, self.workers, self.quiet = Path(out), workers, quiet
+        self.out, self.workers, self.quiet = Path(out), workers, quiet or distributed.rank() > 0
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"{self.out}: is a file; --out must be a folder")
         state = load_state(self.out / "last.pt") if resume else None
@@ -93,6 +95,8 @@ class Run:
         self.unlabelled = 0 if config["method"] == "supervised" else self.recipe.unlabelled_images  # a step
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.step, self.seconds, self.offset = 0, 0.0, 0
+        settings = {key: value for key, value in self.config.items() if key not in ("commit", "machine", "command")}
+        distributed.agree("images, labels or settings", state and state["step"], settings, fingerprint(self.splits))
         self._build(state)
         self.last_good = f"{self.out / 'last.pt'} (step {self.step})" if state else "none yet"
 
@@ -112,6 +116,7 @@ class Run:
         how = (self.recipe, config["steps"], self.offset, config["seed"])
         self.method: Averaged = presets.make_method(config["method"], student, *how).to(self.device).train()
         self.optimizer = make_optimizer(self.method, self.recipe)
+        self.engine = Engine(self.method, self.recipe)
         if state:
             fill(self.method, state["method"], self.out / "last.pt")
             self.optimizer.load_state_dict(state["optimizer"])
@@ -124,13 +129,20 @@ class Run:
 
     def go(self) -> dict:
         """Train to the end; returns the last log line, with the AP on the test split under "test"."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        self._drop_later_lines()
-        write_whole(self.out / "config.json", json.dumps(self.config, indent=1))
+        if distributed.rank() == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._drop_later_lines()
+            write_whole(self.out / "config.json", json.dumps(self.config, indent=1))
+        if self.device.type == "cuda":
+            with self.engine.explained():
+                self.rehearse()
         look = {"desc": self.config["method"], "mininterval": 2, "dynamic_ncols": True, "disable": self.quiet}
         bar = tqdm(total=self.config["steps"], initial=self.step, **look)
         began, line = time.perf_counter(), {}
-        with bar:  # closed also when something goes wrong, so that the error gets a line of its own
+        with (
+            self.engine.explained(),
+            bar,
+        ):  # closed also when something goes wrong, so that the error gets a line of its own
             for batch in self._loader():
                 losses = self.train_step(batch)
                 self.step += 1
@@ -149,9 +161,7 @@ class Run:
             group["lr"] = group["initial_lr"] * learning_rate_factor(self.step, self.config["steps"], self.recipe)
         self.optimizer.zero_grad(set_to_none=True)
         values: dict[str, float] = {}
-        for part in micro_batches(batch, self.recipe.accumulate):
-            losses = {name: loss / self.recipe.accumulate for name, loss in self.method(part, step).items()}
-            found = dict(zip(losses, torch.stack([loss.detach() for loss in losses.values()]).tolist(), strict=True))
+        for losses, found in self.engine.losses(batch, step):
             bad = [name for name, value in found.items() if not math.isfinite(value)]
             if bad:
                 fault = f"loss {bad[0]!r} is {found[bad[0]]} at step {self.step}"
@@ -162,6 +172,15 @@ class Run:
         self.optimizer.step()
         self.method.after_step(step)
         return values
+
+    def rehearse(self) -> None:
+        """Run the largest steps once, so that a want of memory shows now; changes nothing."""
+        views = self.recipe.views
+        sizes = [size for part in (self.splits.labelled, self.splits.unlabelled) for size in part.sizes]
+        size = max(sizes, key=lambda size: size[0] * size[1])
+        if views.short_sides:
+            size = (max(views.short_sides), views.long_side)
+        self.engine.rehearse(size, self.recipe.labelled_images, self.unlabelled, self.recipe.most)
 
     def _loader(self):
         """The batches of the steps that are left."""
@@ -181,7 +200,7 @@ class Run:
         line = {
             "step": self.step,
             "losses": {name: round(value, 5) for name, value in losses.items()},
-            **self.method.stats,
+            **mean_stats(self.method.stats),
             "images_per_second": round(images / max(seconds, 1e-9), 2),
             "seconds": round(self.seconds, 1),
         }
@@ -211,6 +230,8 @@ class Run:
 
     def save(self) -> None:
         """Weights and everything a resume needs, each file whole or not at all."""
+        if distributed.rank():
+            return
         kind = (self.config["detector"], self.arguments, self.splits.categories)
         for part in ("student", "teacher"):
             save_weights(self.out / f"{part}.safetensors", getattr(self.method, part), *kind)
@@ -222,6 +243,8 @@ class Run:
         self.last_good = f"{self.out / 'last.pt'} (step {self.step})"
 
     def _append(self, name: str, lines: list[dict]) -> None:
+        if distributed.rank():
+            return
         try:
             append_lines(self.out / name, [_plain(line) for line in lines])
         except OSError as problem:
@@ -244,15 +267,17 @@ def _plain(line):
     return None if isinstance(line, float) and not math.isfinite(line) else line
 
 
-def micro_batches(batch: dict, parts: int) -> list[dict]:
-    """A batch in `parts` of equal size (or one less), the mix of labelled and unlabelled images kept in each."""
-    cut = {}
-    for name, (images, targets) in batch.items():
-        if len(images) < parts:
-            raise UserError(f"{len(images)} {name} images a step cannot be run in {parts} parts; lower accumulate")
-        edges = [len(images) * part // parts for part in range(parts + 1)]
-        cut[name] = [(images[a:b], targets[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
-    return [{name: pieces[part] for name, pieces in cut.items()} for part in range(parts)]
+def mean_stats(stats: dict[str, float]) -> dict[str, float]:
+    """Each figure's mean over the processes."""
+    found = distributed.gather(stats)
+    return {name: sum(one[name] for one in found) / len(found) for name in stats}
+
+
+def fingerprint(splits: Splits) -> list:
+    """What tells one choice of images from another: their sizes and, where there are such, indices and ids."""
+    parts = (splits.labelled, splits.unlabelled, splits.tune, splits.test)
+    ids = [getattr(getattr(part, "dataset", part), "image_ids", None) for part in parts]
+    return [(part.sizes, getattr(part, "indices", None), own) for part, own in zip(parts, ids, strict=True)]
 
 
 def make_optimizer(method: Averaged, recipe: Recipe) -> torch.optim.Optimizer:
