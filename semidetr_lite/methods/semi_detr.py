@@ -103,6 +103,7 @@ class SemiDETR(MeanTeacher):
             teacher_outputs = self.teacher.decode(teacher_memory)
             pseudo = pseudo_boxes(teacher_outputs, target_sizes(weak), self.most, self.nms)
         confident = pseudo.valid & (pseudo.scores >= self.score_cut)
+        self.count_pseudo(pseudo.labels, confident, len(weak))
         minable = self.minable(pseudo)
         pseudo = pseudo._replace(valid=confident | minable)
         carried = pseudo.carried(weak, strong)
@@ -150,7 +151,7 @@ class SemiDETR(MeanTeacher):
         threshold = reliable_threshold(np.concatenate([past, matched.ravel()]))
         self.past_costs = remember(self.past_costs, matched.ravel())
         confident = valid & (scores >= self.score_cut)
-        cheap = np.nan_to_num(matched, nan=np.inf) <= threshold
+        cheap = np.isfinite(matched) & (matched <= threshold)
         mined = valid & (cheap if self.mining == "mixture" else minable)
         self.stats = {
             "pseudo_per_image": float(confident.sum() / len(valid)),
