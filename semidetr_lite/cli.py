@@ -1,6 +1,7 @@
 """The commands: demo, train, evaluate, predict, compare, ablate, doctor. Each is a plain function."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,7 +14,7 @@ from semidetr_lite.data.coco import IMAGE_SUFFIXES
 from semidetr_lite.data.doctor import doctor_data
 from semidetr_lite.detectors.detector import as_tensor
 from semidetr_lite.detectors.public_weights import describe
-from semidetr_lite.errors import UserError
+from semidetr_lite.errors import Stopped, UserError
 from semidetr_lite.evaluate import evaluate as evaluate_detections
 from semidetr_lite.evaluate import to_coco_json
 from semidetr_lite.report import write_report
@@ -186,7 +187,6 @@ def predict(run: Folder, images: Folders, out: Path, score: float = 0.3, weights
     """
     detector = load_detector(run, weights)
     files = [file for path in images for file in _image_files(path)]
-    out.mkdir(parents=True, exist_ok=True)
     found = []
     for number, file in enumerate(tqdm(files, desc="predict", disable=len(files) < 20)):
         image = as_tensor(file)
@@ -302,17 +302,22 @@ AGAIN = "the same command with --resume (demo: without) goes on from the last ch
 
 
 def main() -> int:
-    """Run a command; 0 if it worked, 2 with one line if the user has to do something, 130 if it was stopped."""
+    """Run a command; 0 if it worked, 2 with one line if the user has to do something, 130 or 143 if it was stopped."""
     try:
         about = sys.modules["semidetr_lite"].__doc__
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="semidetr", description=about)
-    except UserError as problem:  # one from a data worker comes wrapped in that worker's traceback
-        line = str(problem).splitlines()[-1].removeprefix("semidetr_lite.errors.UserError: ")
+    except (UserError, OSError) as problem:
+        line = str(problem)
+        if isinstance(problem, OSError) and problem.filename:
+            line = f"{problem.filename}: {problem.strerror}"
+        line = line.rpartition("semidetr_lite.errors.UserError: ")[2]  # from a data worker it comes in a traceback
+        line = re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], line.rstrip())
         print(f"error: {line}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"\nstopped; {AGAIN}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as problem:
+        said, status = problem.args if isinstance(problem, Stopped) else ("stopped", 130)
+        print(f"\n{said}; the same command with --resume (demo, ablate: without) goes on", file=sys.stderr)
+        return status
     except RuntimeError as problem:
         if not distributed.is_loss(problem):
             raise

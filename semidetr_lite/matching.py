@@ -105,6 +105,7 @@ def hungarian(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """scipy's assignment of a (Q, T) cost; entries that are not finite become dearer than every finite one."""
     finite = np.isfinite(cost)
     if not finite.all():
+        cost = cost.astype(np.float64)  # in which no sum of float32 is infinite
         cost = np.where(finite, cost, np.abs(cost[finite]).max(initial=0.0) * 2 + 1e3)
     return linear_sum_assignment(cost)
 

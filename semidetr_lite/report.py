@@ -18,7 +18,7 @@ import semidetr_lite
 from semidetr_lite import visualize
 from semidetr_lite.errors import UserError
 from semidetr_lite.training import presets
-from semidetr_lite.training.checkpoint import read_config, read_lines
+from semidetr_lite.training.checkpoint import read_config, read_lines, write_whole
 from semidetr_lite.training.measure import measure
 
 FRAMES = 6  # steps of the pseudo-box timeline
@@ -53,7 +53,7 @@ def write_report(runs, out, images: int = 8, score: float = 0.3) -> Path:
     Raises UserError for a folder that is no run, a file that cannot be read, or runs on different data.
     """
     runs = _read_runs(runs)
-    splits = _splits(runs[0])
+    splits = presets.load_splits(runs[0].config)
     truths = [splits.test[index][1] for index in range(min(POOL, len(splits.test)))]
     for run in runs:
         _look(run, splits.test, len(truths))
@@ -79,14 +79,14 @@ def write_report(runs, out, images: int = 8, score: float = 0.3) -> Path:
         first=[cards[index] for index in first if seeing],
         different=[cards[index] for index in different],
         compared=compared,
-        timelines=[_timeline(run, splits if run is runs[0] else _splits(run)) for run in runs if run.pseudo_lines],
+        timelines=[
+            _timeline(run, splits if run is runs[0] else presets.load_splits(run.config))
+            for run in runs
+            if run.pseudo_lines
+        ],
     )
     path = Path(out) / "report.html"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
-    except OSError as problem:
-        raise UserError(f"{path}: the report cannot be written: {problem.strerror}") from None
+    write_whole(path, page)
     return path
 
 
@@ -136,14 +136,6 @@ def _lines(path: Path, **start) -> list[dict]:
     """The lines of a log, counted from an earlier start."""
     lines = read_lines(path, unfinished=True)
     return [line | {key: line[key] + start[key] for key in start if line.get(key) is not None} for line in lines]
-
-
-def _splits(run: Record):
-    """The data a run was trained and tested on."""
-    try:
-        return presets.load_splits(run.config)
-    except KeyError as missing:
-        raise UserError(f"{run.folder / 'config.json'}: no {missing}; the run folder is damaged") from None
 
 
 def _look(run: Record, test, count: int) -> None:

@@ -64,6 +64,7 @@ class Perfect:
 
 
 PNG = visualize.png
+REAL_LOAD_SPLITS = report.presets.load_splits
 DOT = PNG(visualize.Picture(figsize=(0.1, 0.1)))
 
 
@@ -290,14 +291,14 @@ def test_damaged_runs_are_one_clear_line(tmp_path, spoil, message):
 
 
 def test_a_config_without_a_setting_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(report.presets, "load_splits", lambda config: config["images"])
-    with pytest.raises(UserError, match="config.json: no 'images'"):
+    monkeypatch.setattr(report.presets, "load_splits", REAL_LOAD_SPLITS)
+    with pytest.raises(UserError, match="config.json: .*KeyError: '(percent|recipe)'"):
         write_report([make_run(tmp_path / "semi", "semi-detr", 0.5)], tmp_path / "out")
 
 
 def test_a_report_that_cannot_be_written(tmp_path):
     (tmp_path / "out").write_text("a file, not a folder")
-    with pytest.raises(UserError, match="report.html: the report cannot be written"):
+    with pytest.raises(UserError, match="report.html: cannot be written"):
         write_report([make_run(tmp_path / "supervised", "supervised", 0.4)], tmp_path / "out", images=1)
     with pytest.raises(UserError, match="no run to report on"):
         write_report([], tmp_path / "out")

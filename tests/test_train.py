@@ -12,8 +12,6 @@ from semidetr_lite import load_detector
 from semidetr_lite.data import digits
 from semidetr_lite.data.splits import Splits, Subset, Unlabelled
 from semidetr_lite.errors import UserError
-from semidetr_lite.methods.supervised import Supervised
-from semidetr_lite.training import checkpoint
 from semidetr_lite.training import measure as measure_module
 from semidetr_lite.training.engine import micro_batches
 from semidetr_lite.training.presets import PRESETS, make_detector
@@ -140,34 +138,6 @@ def test_a_run_leaves_every_file_and_figure(method, splits, tmp_path):
         assert len(boxes[0]["boxes"]) == len(boxes[0]["kept"]) == len(boxes[0]["mined"]) == len(boxes[0]["cost"])
 
 
-@pytest.mark.parametrize("method", ["supervised", "semi-detr"])
-def test_a_stopped_and_resumed_run_ends_bit_identical(method, splits, tmp_path, monkeypatch):
-    go(small(method, steps=6), tmp_path / "whole", splits)
-    stopped = Run(small(method, steps=6), tmp_path / "parts", splits=splits, quiet=True, workers=0)
-    real, count = Run.train_step, iter(range(100))
-    monkeypatch.setattr(
-        Run,
-        "train_step",
-        lambda self, batch: (_ for _ in ()).throw(KeyboardInterrupt) if next(count) == 3 else real(self, batch),
-    )
-    with pytest.raises(KeyboardInterrupt):
-        stopped.go()
-    monkeypatch.setattr(Run, "train_step", real)
-    (tmp_path / "parts/log.jsonl").open("a").write('{"step": 3, "half a li')
-    go({}, tmp_path / "parts", splits, resume=True)
-    ours, theirs = (torch.load(tmp_path / name / "last.pt", weights_only=True)["method"] for name in ("whole", "parts"))
-    assert all(torch.equal(ours[key].nan_to_num(), theirs[key].nan_to_num()) for key in ours)
-    timeless = [
-        [
-            {k: v for k, v in json.loads(line).items() if k not in ("seconds", "images_per_second")}
-            # fmt: skip
-            for line in (tmp_path / name / "log.jsonl").read_text().splitlines()
-        ]
-        for name in ("whole", "parts")
-    ]
-    assert timeless[0] == timeless[1]
-
-
 def test_a_run_goes_on_from_a_burn_in(splits, tmp_path):
     go(small("supervised"), tmp_path / "first", splits)
     run = Run(small(burn_in=str(tmp_path / "first")), tmp_path / "second", splits=splits, quiet=True, workers=0)
@@ -182,35 +152,6 @@ def test_stage_one_weights_ask_for_suppression_and_stage_two_weights_do_not(spli
     go(small(one_to_many_share=1.0), tmp_path / "one", splits)
     go(small(one_to_many_share=0.5), tmp_path / "two", splits)
     assert load_detector(tmp_path / "one").nms == 0.6 and load_detector(tmp_path / "two").nms is None
-
-
-def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_last_checkpoint(splits, tmp_path, monkeypatch):
-    run = Run(small("supervised", steps=6), tmp_path / "run", splits=splits, quiet=True, workers=0)
-    real = Supervised.forward
-    monkeypatch.setattr(
-        Supervised,
-        "forward",
-        lambda self, batch, step: {n: v * (torch.nan if step == 4 else 1) for n, v in real(self, batch, step).items()},
-    )
-    with pytest.raises(UserError, match=r"step 4; the last good checkpoint is .*last\.pt \(step 4\)"):
-        run.go()
-    state = torch.load(tmp_path / "run/last.pt", weights_only=True)
-    assert state["step"] == 4 and all(
-        value.isfinite().all() for key, value in state["method"].items() if key != "past_costs"
-    )
-
-
-def test_a_full_disk_leaves_the_old_file(tmp_path):
-    file = tmp_path / "last.pt"
-    file.write_text("old")
-
-    def full(where):
-        where.write_text("half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(UserError, match=r"last\.pt: cannot be written.*No space left"):
-        checkpoint.write_whole(file, full)
-    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
 
 
 def test_a_run_folder_is_not_overwritten(splits, tmp_path):

@@ -90,7 +90,9 @@ class DenseTeacher(Averaged):
             seen = self.teacher.see(carried)
             boxes = self.teacher.found(seen, self.score_cut, self.most, self.teacher.nms)  # for the log alone
             dense = self.teacher.cells(seen)
-        self.stats = {"pseudo_per_image": sum(len(one["labels"]) for one in boxes) / len(boxes)}
+        labels = torch.cat([one["labels"] for one in boxes])
+        self.count_pseudo(labels, torch.ones_like(labels), len(boxes))
+        self.stats = {"pseudo_per_image": len(labels) / len(boxes)}
         found = dense_losses(self.student.cells(self.student.see(images)), dense, self.ratio)
         for name, loss in found.items():
             losses[f"pseudo/{name}"] = loss * (self.class_weight if name == "class" else self.box_weight)

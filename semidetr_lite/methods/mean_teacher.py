@@ -65,6 +65,7 @@ class Averaged(nn.Module):
         self.student, self.teacher = student, copy.deepcopy(student).requires_grad_(False).eval()
         self.ema_ceiling, self.seed, self.weights = ema_ceiling, seed, weights
         self.stats: dict[str, float] = {}  # of the last step, for the log
+        self.register_buffer("pseudo_counts", torch.ones(student.num_classes) / student.num_classes)
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -78,6 +79,20 @@ class Averaged(nn.Module):
     def look_ahead(self, parts: list[dict], step: int) -> list[dict]:
         """The parts of a step with "counts" of all of them, {name: Count}; where no loss needs any, as they are."""
         return parts
+
+    def count_pseudo(self, labels: torch.Tensor, keep: torch.Tensor, images: int) -> None:
+        """Running mean over about 50 steps of the pseudo-boxes of each class in an image: those of `labels` to keep."""
+        counts = torch.zeros_like(self.pseudo_counts).index_add_(0, labels.flatten(), keep.flatten().float())
+        self.pseudo_counts.lerp_(counts / images, 0.02)
+
+    def alarm(self) -> str | None:
+        """What has happened if the teacher has collapsed: hardly any pseudo-box for long, or all of one class."""
+        counts = self.pseudo_counts.tolist()
+        if sum(counts) < 0.01:
+            return "no pseudo-boxes for long; lower the score cut or start from a longer burn-in"
+        if len(counts) > 1 and max(counts) > 0.998 * sum(counts):
+            return f"all pseudo-boxes are of one class (number {counts.index(max(counts))}) for long"
+        return None
 
     def rngs(self, step: int, stream: int, targets: list[dict]) -> list[np.random.Generator]:
         """A generator for each image, from (seed, step, position in the whole step) alone."""
@@ -191,6 +206,7 @@ class MeanTeacher(Averaged):
         (images, truths), (strong_images, strong) = batch["labelled"], batch["strong"]
         pseudo, carried, *_ = batch.get("look") or self.look(batch, step)
         confident = carried._replace(valid=carried.valid & (pseudo.scores >= self.score_cut))
+        self.count_pseudo(pseudo.labels, pseudo.valid & (pseudo.scores >= self.score_cut), len(strong))
         targets = pad_targets(truths, next(self.parameters()).device).join(confident)
 
         memory = self.student.encode([*images, *strong_images])

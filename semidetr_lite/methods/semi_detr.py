@@ -99,6 +99,7 @@ class SemiDETR(MeanTeacher):
         (images, truths), (_, weak), (strong_images, _) = (batch[name] for name in ("labelled", "weak", "strong"))
         stage, device = self.stage(step), next(self.parameters()).device
         pseudo, carried, minable, teacher = batch.get("look") or self.look(batch, step)
+        self.count_pseudo(pseudo.labels, pseudo.valid & (pseudo.scores >= self.score_cut), len(weak))
 
         memory = self.student.encode([*images, *strong_images])
         outputs = self.student.decode(memory)
@@ -159,7 +160,7 @@ class SemiDETR(MeanTeacher):
         threshold = reliable_threshold(np.concatenate([past, everywhere]))
         self.past_costs = remember(self.past_costs, everywhere)
         confident = valid & (scores >= self.score_cut)
-        cheap = np.nan_to_num(matched, nan=np.inf) <= threshold
+        cheap = np.isfinite(matched) & (matched <= threshold)
         mined = valid & (cheap if self.mining == "mixture" else minable)
         self.stats = {
             "pseudo_per_image": float(confident.sum() / len(valid)),

@@ -99,6 +99,8 @@ class SoftTeacher(Averaged):
                 [map_target(one, matrix, s["size"]) for one, matrix, s in zip(found, matrices, strong, strict=True)]
                 for found in self.pseudo_boxes(judge, step, weak)
             )
+        labels = torch.cat([one["labels"] for one in confident])
+        self.count_pseudo(labels, torch.ones_like(labels), len(weak))
         counts = ([len(one["labels"]) for one in found] for found in (confident, steady))
         self.stats = dict(zip(("pseudo_per_image", "steady_per_image"), (sum(n) / len(n) for n in counts)))
         seen, seed = self.student.see(images), self.draw(step, UNLABELLED)

@@ -7,6 +7,7 @@ needs; logs are JSON lines.
 import json
 import os
 import random
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -14,15 +15,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from semidetr_lite.detectors.detector import Detector
-from semidetr_lite.errors import UserError
+from semidetr_lite.errors import UserError, reading
 from semidetr_lite.training.presets import make_detector
+
+ADVICE = "free some space or choose another --out, then use --resume"
 
 
 def write_whole(path: Path, content) -> None:
-    """Put text, bytes or what `content(temporary path)` writes in place of a file; a full disk leaves the old one."""
+    """Put text, bytes or what `content(temporary path)` writes in place of a file; a UserError leaves the old one."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{random.randrange(10**6)}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         if callable(content):
             content(temporary)
         else:
@@ -31,10 +35,10 @@ def write_whole(path: Path, content) -> None:
             os.fsync(written.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as problem:
-        advice = "free some space or choose another --out, then use --resume"
-        raise UserError(f"{path}: cannot be written ({str(problem).splitlines()[0]}); {advice}") from None
+        raise UserError(f"{path}: cannot be written ({str(problem).splitlines()[0]}); {ADVICE}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def save_weights(
@@ -62,19 +66,18 @@ def load_detector(path, weights: str = "teacher") -> Detector:
     file = path / f"{weights}.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"{file}: no such weights; give a run folder made by `semidetr train` or a .safetensors file")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            header = json.loads((opened.metadata() or {}).get("semidetr_lite", "null"))
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}
-    except (SafetensorError, OSError, ValueError) as problem:
-        raise UserError(f"{file}: not a weights file ({str(problem).splitlines()[0]})") from None
+    with reading(file, "not a weights file"), safe_open(file, framework="pt") as opened:
+        header = json.loads((opened.metadata() or {}).get("semidetr_lite", "null"))
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}
     if header is None:
         raise UserError(f"{file}: weights of another program; only files written by semidetr-lite can be read")
-    arguments = {**header["arguments"], "backbone_weights": None}
-    detector = make_detector(header["detector"], len(header["categories"]), arguments)
-    fill(detector, tensors, file)
-    detector.categories, detector.nms = header["categories"], header["nms"]
-    detector.test_size = tuple(header["test_size"]) if header["test_size"] else None
+    with reading(file, "its header is damaged"):
+        arguments = {**header["arguments"], "backbone_weights": None}
+        detector = make_detector(header["detector"], len(header["categories"]), arguments)
+        fill(detector, tensors, file)
+        detector.categories = [{"id": int(row["id"]), "name": str(row["name"])} for row in header["categories"]]
+        detector.nms = header["nms"] and float(header["nms"])
+        detector.test_size = header["test_size"] and tuple(int(side) for side in header["test_size"])
     return detector.eval()
 
 
@@ -92,10 +95,8 @@ def load_state(file: Path) -> dict:
     """What `last.pt` holds; nothing in it is executed."""
     if not Path(file).is_file():
         raise UserError(f"{file}: no checkpoint there; start without --resume")
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as problem:
-        raise UserError(f"{file}: not a checkpoint of semidetr-lite ({str(problem).splitlines()[0][:80]})") from None
+    with reading(file, "not a checkpoint of semidetr-lite"):
+        return dict(torch.load(file, map_location="cpu", weights_only=True))
 
 
 def read_config(run) -> dict:
@@ -103,10 +104,8 @@ def read_config(run) -> dict:
     file = Path(run) / "config.json"
     if not file.is_file():
         raise UserError(f"{run}: no config.json, so this is no run folder; give a folder that `semidetr train` wrote")
-    try:
+    with reading(file, "not a JSON object; the run folder is damaged"):
         return dict(json.loads(file.read_text(encoding="utf-8")).items())
-    except (OSError, ValueError, AttributeError) as problem:
-        raise UserError(f"{file}: not a JSON object; the run folder is damaged ({problem})") from None
 
 
 def read_lines(path, unfinished: bool = False) -> list[dict]:
@@ -116,7 +115,7 @@ def read_lines(path, unfinished: bool = False) -> list[dict]:
     for number, row in enumerate(rows, 1):
         try:
             found.append(dict(json.loads(row).items()))
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             if not unfinished or number < len(rows):
                 fault = f"line {number} is not a JSON object, so these are not JSON lines"
                 raise UserError(f"{path}: {fault}; mend or delete that line to go on") from None
@@ -124,7 +123,18 @@ def read_lines(path, unfinished: bool = False) -> list[dict]:
 
 
 def append_lines(path: Path, lines: list[dict]) -> None:
-    """Add lines to a JSON-lines file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines))
+    """Add lines to a JSON-lines file, on the disk when it returns; a full disk is a UserError and no half line."""
+    text = memoryview("".join(json.dumps(line) + "\n" for line in lines).encode())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                while text:  # a nearly full disk takes a part
+                    text = text[file.write(text) :]
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(before)
+                raise
+    except OSError as problem:
+        raise UserError(f"{path}: cannot be written ({problem.strerror}); {ADVICE}") from None

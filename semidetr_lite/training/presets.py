@@ -15,7 +15,7 @@ from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.detectors.detr import DETR
 from semidetr_lite.detectors.dino import DINO
 from semidetr_lite.detectors.pyramid import FCOS, FasterRCNN
-from semidetr_lite.errors import UserError
+from semidetr_lite.errors import UserError, reading
 from semidetr_lite.losses import LossWeights
 from semidetr_lite.methods.dense_teacher import DenseTeacher
 from semidetr_lite.methods.mean_teacher import Averaged, MeanTeacher
@@ -150,20 +150,20 @@ PRESETS = {
 
 def load_splits(config: dict) -> Splits:
     """The data of a run, from its config.json."""
-    if config["data"] == "digits":
-        return digits.load(config["percent"], config["fold"], config["recipe"].get("further", 0))
-    places = (config[key] for key in ("data", "images", "unlabelled", "percent", "fold", "validation"))
-    return coco.load(*places, config.get("folds"), config.get("flip", True))
+    with reading("config.json", "settings of data that cannot be used"):
+        if config["data"] == "digits":
+            return digits.load(config["percent"], config["fold"], config["recipe"].get("further", 0))
+        places = (config[key] for key in ("data", "images", "unlabelled", "percent", "fold", "validation"))
+        return coco.load(*places, config.get("folds"), config.get("flip", True))
 
 
 def make_recipe(config: dict) -> Recipe:
     """The recipe written in a config.json."""
-    entries = dict(config["recipe"])
-    entries["views"] = ViewSettings(
-        **{key: tuple(v) if isinstance(v, list) else v for key, v in entries["views"].items()}
-    )
-    entries["weights"], entries["drops"] = LossWeights(*entries["weights"]), tuple(entries.get("drops", ()))
-    return Recipe(**entries)
+    with reading("config.json", "not a recipe"):
+        entries = dict(config["recipe"])
+        views = {key: tuple(v) if isinstance(v, list) else v for key, v in entries["views"].items()}
+        entries |= {"views": ViewSettings(**views), "weights": LossWeights(*entries["weights"])}
+        return Recipe(**{**entries, "drops": tuple(entries.get("drops", ()))})
 
 
 def make_detector(name: str, num_classes: int, arguments: dict) -> Detector:

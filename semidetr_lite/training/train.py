@@ -6,6 +6,9 @@
 
 A run may start from another one (`burn_in`): it takes over weights and average, and its step count goes on;
 the optimizer starts anew.
+
+A run can be killed at any moment and goes on with --resume to the same end, bit for bit: what a step does follows from
+its number and from `last.pt`, and what was logged after `last.pt` is logged again.
 """
 
 import dataclasses
@@ -13,9 +16,12 @@ import json
 import math
 import os
 import platform
+import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,13 +30,23 @@ from tqdm import tqdm
 from semidetr_lite import distributed
 from semidetr_lite.data.batches import Batches
 from semidetr_lite.data.splits import Splits
-from semidetr_lite.errors import UserError
+from semidetr_lite.errors import Stopped, UserError, reading
 from semidetr_lite.methods.mean_teacher import Averaged
 from semidetr_lite.training import presets
-from semidetr_lite.training.checkpoint import append_lines, fill, load_state, read_lines, save_weights, write_whole
+from semidetr_lite.training.checkpoint import (
+    append_lines,
+    fill,
+    load_state,
+    read_config,
+    read_lines,
+    save_weights,
+    write_whole,
+)  # fmt: skip
 from semidetr_lite.training.engine import Engine
 from semidetr_lite.training.measure import duplicates, measure, pseudo_quality, watched_boxes
 from semidetr_lite.training.presets import Recipe, make_recipe
+
+PATIENCE = 3  # steps in a row without a finite loss and gradient after which a run gives up
 
 
 def new_config(
@@ -74,7 +90,7 @@ class Run:
     Args:
         config: from new_config.
         out: the run folder.
-        resume: go on from `last.pt` in it.
+        resume: go on from `last.pt` in it, or begin again if it has none yet, in both cases with the settings in it.
         splits: the data, if already loaded.
         workers: processes that load data; 0 loads in this one.
         quiet: no progress bar, no lines.
@@ -84,9 +100,13 @@ class Run:
         self.out, self.workers, self.quiet = Path(out), workers, quiet or distributed.rank() > 0
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"{self.out}: is a file; --out must be a folder")
-        state = load_state(self.out / "last.pt") if resume else None
+        unsaved = (self.out / "config.json").exists() and not (self.out / "last.pt").exists()
+        state = load_state(self.out / "last.pt") if resume and not unsaved else None
         if state:
-            config = json.loads(state["config"])
+            with reading(self.out / "last.pt", "not a checkpoint of a run"):
+                config = dict(json.loads(state["config"]))
+        elif resume:
+            config = read_config(self.out)
         elif (self.out / "last.pt").exists():
             raise UserError(f"{self.out}: holds a run already; choose another --out, or go on with --resume")
         self.recipe: Recipe = make_recipe(config)
@@ -94,10 +114,11 @@ class Run:
         self.config = {**config, "categories": self.splits.categories}
         self.unlabelled = 0 if config["method"] == "supervised" else self.recipe.unlabelled_images  # a step
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.step, self.seconds, self.offset = 0, 0.0, 0
+        self.step, self.seconds, self.offset, self.skipped = 0, 0.0, 0, 0
         settings = {key: value for key, value in self.config.items() if key not in ("commit", "machine", "command")}
         distributed.agree("images, labels or settings", state and state["step"], settings, fingerprint(self.splits))
-        self._build(state)
+        with reading(self.out / "last.pt" if state else self.out, "cannot be built"):
+            self._build(state)
         self.last_good = f"{self.out / 'last.pt'} (step {self.step})" if state else "none yet"
 
     def _build(self, state: dict | None) -> None:
@@ -106,6 +127,7 @@ class Run:
         burn_in = Path(config["burn_in"] or "") / "last.pt"
         if state:
             self.step, self.seconds, self.offset = state["step"], state["seconds"], state["offset"]
+            self.skipped = state.get("skipped", 0)
         elif config["burn_in"]:
             start = load_state(burn_in)
             self.offset = start["offset"] + start["step"]
@@ -118,6 +140,7 @@ class Run:
         self.optimizer = make_optimizer(self.method, self.recipe)
         self.engine = Engine(self.method, self.recipe)
         if state:
+            state["method"].setdefault("pseudo_counts", self.method.pseudo_counts)  # not in checkpoints of old
             fill(self.method, state["method"], self.out / "last.pt")
             self.optimizer.load_state_dict(state["optimizer"])
             self.method.student.nms = self.method.teacher.nms = state["nms"]
@@ -128,34 +151,47 @@ class Run:
                 fill(getattr(self.method, part), own, burn_in)
 
     def go(self) -> dict:
-        """Train to the end; returns the last log line, with the AP on the test split under "test"."""
+        """Train to the end; returns the last log line, with the AP on the test split under "test".
+
+        Raises Stopped after Ctrl-C or SIGTERM, UserError where it cannot go on.
+        """
         if distributed.rank() == 0:
             self.out.mkdir(parents=True, exist_ok=True)
+            for left in self.out.glob(".*.part"):  # by a run that was killed while it wrote
+                left.unlink(missing_ok=True)
             self._drop_later_lines()
             write_whole(self.out / "config.json", json.dumps(self.config, indent=1))
         if self.device.type == "cuda":
             with self.engine.explained():
                 self.rehearse()
         look = {"desc": self.config["method"], "mininterval": 2, "dynamic_ncols": True, "disable": self.quiet}
+        self.logged, self.began, line = self.step, time.perf_counter(), {}
+        # the bar is closed also when something goes wrong, so that the error gets a line of its own
         bar = tqdm(total=self.config["steps"], initial=self.step, **look)
-        began, line = time.perf_counter(), {}
-        with (
-            self.engine.explained(),
-            bar,
-        ):  # closed also when something goes wrong, so that the error gets a line of its own
-            for batch in self._loader():
-                losses = self.train_step(batch)
-                self.step += 1
-                bar.update()
-                if self._due(self.recipe.log_every):
-                    spent = time.perf_counter() - began
-                    self.seconds += spent
-                    line = self._log(losses, spent)
-                    began = time.perf_counter()
+        with self.engine.explained(), Stop() as stop, bar:
+            try:
+                for batch in self._loader():
+                    losses = self.train_step(batch)
+                    self.step += 1
+                    bar.update()
+                    if self._due(self.recipe.log_every):
+                        with stop.at_once():  # measuring may take minutes; what is unsaved then is a few steps
+                            line = self._line(losses)
+                        self._log(line)
+                    if stop.asked and self.step < self.config["steps"]:
+                        self.save()
+                        stop.now()
+            except KeyboardInterrupt:
+                raise Stopped(f"stopped; the last checkpoint is {self.last_good}", stop.status) from None
+            except RuntimeError as problem:
+                if "DataLoader worker" not in str(problem):
+                    raise
+                fault = f"a process that loads data died ({str(problem).splitlines()[0]}), perhaps for lack of memory"
+                raise UserError(f"{fault}: use fewer --workers and --resume from {self.last_good}") from None
         return line
 
     def train_step(self, batch: dict) -> dict[str, float]:
-        """One optimizer step; the losses as floats."""
+        """One optimizer step; the losses as floats. It changes nothing where a loss or the gradient is not finite."""
         step = self.offset + self.step
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * learning_rate_factor(self.step, self.config["steps"], self.recipe)
@@ -164,13 +200,16 @@ class Run:
         for losses, found in self.engine.losses(batch, step):
             bad = [name for name, value in found.items() if not math.isfinite(value)]
             if bad:
-                fault = f"loss {bad[0]!r} is {found[bad[0]]} at step {self.step}"
-                raise UserError(f"{fault}; the last good checkpoint is {self.last_good}")
+                return self._skip(batch, step, found, f"loss {bad[0]!r} is {found[bad[0]]}")
             sum(losses.values()).backward()
             values = {name: values.get(name, 0.0) + found.get(name, 0.0) for name in {**values, **found}}
-        torch.nn.utils.clip_grad_norm_([p for p in self.method.parameters() if p.requires_grad], self.recipe.clip)
+        trained = [parameter for parameter in self.method.parameters() if parameter.requires_grad]
+        norm = float(torch.nn.utils.clip_grad_norm_(trained, self.recipe.clip))
+        if not math.isfinite(norm):
+            return self._skip(batch, step, values, f"the gradient's norm is {norm}")
         self.optimizer.step()
         self.method.after_step(step)
+        self.skipped = 0
         return values
 
     def rehearse(self) -> None:
@@ -182,37 +221,66 @@ class Run:
             size = (max(views.short_sides), views.long_side)
         self.engine.rehearse(size, self.recipe.labelled_images, self.unlabelled, self.recipe.most)
 
+    def _skip(self, batch: dict, step: int, losses: dict, fault: str) -> dict[str, float]:
+        """Count a step that changed no weights and keep the first of a row for `replay`; UserError after PATIENCE."""
+        self.skipped += 1
+        file = self.out / "bad_step.pt"
+        if self.skipped == 1:
+            dump = {"batch": batch, "step": step, "method": self.method.state_dict()}
+            write_whole(file, lambda where: torch.save(dump, where))
+        said = f"step {self.step}: {fault}"
+        if self.skipped >= PATIENCE:
+            said += f"; the {PATIENCE}th such step in a row (to look into the first: replay({str(file)!r}))"
+            raise UserError(f"{said}; the last good checkpoint is {self.last_good}")
+        print(f"warning: {said}, so it is skipped; its batch is in {file}", file=sys.stderr)
+        return losses
+
     def _loader(self):
         """The batches of the steps that are left."""
         how = (self.recipe.views, self.config["seed"], self.config.get("skip_unreadable", False))
         batches = Batches(self.splits, self.recipe.labelled_images, self.unlabelled, *how)
         steps = range(self.offset + self.step, self.offset + self.config["steps"])
         workers = {"num_workers": self.workers, "prefetch_factor": 4 if self.workers else None}
+        workers["worker_init_fn"] = ignore_signals
         return torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, **workers)
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config["steps"]
 
-    def _log(self, losses: dict, seconds: float) -> dict:
-        """Measure, write one line to the log, save."""
-        steps = self.step % self.recipe.log_every or self.recipe.log_every
-        images = steps * (self.recipe.labelled_images + self.unlabelled)
+    def _clock(self) -> float:
+        """The seconds since this was last asked, added to those of the run."""
+        spent, self.began = time.perf_counter() - self.began, time.perf_counter()
+        self.seconds += spent
+        return spent
+
+    def _line(self, losses: dict) -> dict:
+        """A line for the log, measured where that is due."""
+        images = (self.step - self.logged) * (self.recipe.labelled_images + self.unlabelled)
         line = {
             "step": self.step,
-            "losses": {name: round(value, 5) for name, value in losses.items()},
+            "losses": {name: round(value, 5) for name, value in losses.items() if math.isfinite(value)},
             **mean_stats(self.method.stats),
-            "images_per_second": round(images / max(seconds, 1e-9), 2),
+            "images_per_second": round(images / max(self._clock(), 1e-9), 2),
             "seconds": round(self.seconds, 1),
         }
-        if self._due(self.recipe.evaluate_every):
-            line |= self._measure()
+        alarm = self.method.alarm() if self.unlabelled else None
+        line |= {"alarm": alarm} if alarm else {}
+        return line | (self._measure() if self._due(self.recipe.evaluate_every) else {})
+
+    def _log(self, line: dict) -> None:
+        """Write a line to the log, save; the first process alone writes."""
+        if distributed.rank() == 0:
+            self._write(line)
+        self.save()
+        self.logged, self.began = self.step, time.perf_counter()
+
+    def _write(self, line: dict) -> None:
         if self._due(self.recipe.watch_every) and self.unlabelled:
-            self._append("pseudo_boxes.jsonl", watched_boxes(self.method, self.splits.unlabelled, self.step))
-        self._append("log.jsonl", [line])
+            watched = watched_boxes(self.method, self.splits.unlabelled, self.step)
+            append_lines(self.out / "pseudo_boxes.jsonl", watched)
+        append_lines(self.out / "log.jsonl", [_plain(line)])
         if not self.quiet:
             tqdm.write(summary(self.config["method"], line))
-        self.save()
-        return line
 
     def _measure(self) -> dict:
         """AP on the tune split, quality of the pseudo-boxes on watched images, and at the end AP on the test split."""
@@ -235,29 +303,79 @@ class Run:
         kind = (self.config["detector"], self.arguments, self.splits.categories)
         for part in ("student", "teacher"):
             save_weights(self.out / f"{part}.safetensors", getattr(self.method, part), *kind)
+        self._clock()
         state = {
-            "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step, "offset":
-            self.offset, "seconds": self.seconds, "nms": self.method.student.nms, "config": json.dumps(self.config),
+            "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "nms": self.method.student.nms, "step": self.step, "offset": self.offset, "seconds": self.seconds,
+            "skipped": self.skipped,
+            "config": json.dumps(self.config),
         }  # fmt: skip
         write_whole(self.out / "last.pt", lambda where: torch.save(state, where))
         self.last_good = f"{self.out / 'last.pt'} (step {self.step})"
 
-    def _append(self, name: str, lines: list[dict]) -> None:
-        if distributed.rank():
-            return
-        try:
-            append_lines(self.out / name, [_plain(line) for line in lines])
-        except OSError as problem:
-            fault = f"{self.out / name}: cannot be written ({problem})"
-            raise UserError(f"{fault}; the last good checkpoint is {self.last_good}") from None
-
     def _drop_later_lines(self) -> None:
         """Lines of steps after the checkpoint (or of a run that never saved) are written again; drop them."""
         for name in ("log.jsonl", "pseudo_boxes.jsonl"):
-            if (self.out / name).exists():
+            if os.path.lexists(self.out / name):  # a link is replaced, never followed to write
                 lines = read_lines(self.out / name, unfinished=True)
-                kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= self.step]
+                with reading(self.out / name, "not the log of a run"):
+                    kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= self.step]
                 write_whole(self.out / name, "".join(kept))
+
+
+class Stop:
+    """While inside, Ctrl-C and SIGTERM are noted in `asked`, and a second one is obeyed; `at_once` obeys the first."""
+
+    def __init__(self):
+        self.asked, self.waits, self.status = False, True, 130
+        self.before: dict = {}
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():  # Python takes signals nowhere else
+            self.before = {one: signal.signal(one, self._note) for one in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _) -> None:
+        again, self.asked, self.status = self.asked, True, 128 + number
+        if again or not self.waits:
+            self.now()
+
+    def now(self) -> None:
+        """Stop."""
+        raise KeyboardInterrupt
+
+    @contextmanager
+    def at_once(self):
+        """What is done inside may be broken off."""
+        self.waits = False
+        try:
+            if self.asked:
+                self.now()
+            yield
+        finally:
+            self.waits = True
+
+
+def ignore_signals(worker: int) -> None:
+    """In a process that loads data: Ctrl-C and SIGTERM, which may reach a whole group of processes, are the run's."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def replay(file) -> dict[str, torch.Tensor]:
+    """The losses of a step that was skipped, from the `bad_step.pt` it left in a run folder; nothing is trained.
+
+    Raises UserError for a file that is no such step.
+    """
+    file = Path(file)
+    dump, run = load_state(file), Run({}, file.parent, resume=True, workers=0, quiet=True)
+    with reading(file, "not a step that was skipped"):
+        fill(run.method, dump["method"], file)
+        return run.method(dump["batch"], dump["step"])
 
 
 def _plain(line):
@@ -310,5 +428,5 @@ def summary(method: str, line: dict) -> str:
         parts.append(f"pseudo-boxes {line['pseudo_per_image']:.1f} an image")
     if "AP_teacher" in line:
         parts.append(f"AP student {100 * line['AP_student']:.1f}, teacher {100 * line['AP_teacher']:.1f}")
-    parts.append(f"{line['images_per_second']:.0f} images/s")
+    parts += [f"{line['images_per_second']:.0f} images/s", *([f"ALARM: {line['alarm']}"] if "alarm" in line else [])]
     return " | ".join(parts)

@@ -1,0 +1,362 @@
+"""Trust: a run that is killed anywhere resumes to the same bits, and what is not finite or has collapsed is told."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from semidetr_lite.errors import Stopped, UserError
+from semidetr_lite.matching import hungarian
+from semidetr_lite.methods.cost_mining import matched_costs, reliable_threshold
+from semidetr_lite.methods.mean_teacher import Averaged
+from semidetr_lite.training import checkpoint, train
+from semidetr_lite.training.train import Run, replay
+from tests.test_train import go, small, splits  # noqa: F401  (a fixture)
+
+STEPS = 6
+
+
+def lines(folder, name: str = "log.jsonl") -> list[dict]:
+    """The lines of a log, times apart."""
+    rows = map(json.loads, (folder / name).read_text().splitlines())
+    return [{key: value for key, value in row.items() if key not in ("seconds", "images_per_second")} for row in rows]
+
+
+def assert_same_run(one, other):
+    """All that two runs leave is the same, times apart, and neither left anything half written."""
+    states = [torch.load(folder / "last.pt", weights_only=True) for folder in (one, other)]
+    assert states[0]["step"] == states[1]["step"]
+    for part in ("method", "optimizer"):
+        ours, theirs = (flat(state[part]) for state in states)
+        assert ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
+    for name in ("student.safetensors", "teacher.safetensors"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+    assert lines(one) == lines(other)
+    assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in other.iterdir())
+    if (one / "pseudo_boxes.jsonl").exists():
+        assert (one / "pseudo_boxes.jsonl").read_text() == (other / "pseudo_boxes.jsonl").read_text() != ""
+
+
+def flat(value, name: str = "") -> dict:
+    """A nested dict or list as one dict."""
+    if isinstance(value, dict | list):
+        rows = value.items() if isinstance(value, dict) else enumerate(value)
+        return {key: leaf for inner, one in rows for key, leaf in flat(one, f"{name}/{inner}").items()}
+    return {name: value}
+
+
+def same(one, other) -> bool:
+    return torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0)) if torch.is_tensor(one) else one == other
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches SIGKILL."""
+
+
+@pytest.fixture(scope="module")
+def whole(splits, tmp_path_factory):  # noqa: F811
+    """A run of each kind that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    for method in ("supervised", "semi-detr"):
+        go(settings(method), folder / method, splits)
+    return folder
+
+
+def settings(method: str = "semi-detr", **changes) -> dict:
+    return small(method, **{"steps": STEPS, "score_cut": 0.0, "watch_every": 2, "cost_memory": 20, **changes})
+
+
+def interrupt(monkeypatch, place, name: str, turn: int, act=None, after: bool = False):
+    """Die (or `act`) at the turn-th call of `place.name`, before or after it did its work."""
+    real, calls = getattr(place, name), iter(range(10**6))
+
+    def dying(*arguments, **others):
+        now = next(calls) == turn
+        if now and not after:
+            act() if act else die()
+        result = real(*arguments, **others)
+        if now and after:
+            act() if act else die()
+        return result
+
+    monkeypatch.setattr(place, name, dying)
+
+
+def die():
+    raise Killed
+
+
+PLACES = {
+    "in a step": (Run, "train_step", 3, False),
+    "before anything was saved": (Run, "train_step", 1, False),
+    "between optimizer and average": (Averaged, "after_step", 4, False),
+    "before a log line": (train, "append_lines", 2, False),
+    "between the two logs": (train, "append_lines", 3, False),
+    "between log and checkpoint": (Run, "save", 1, False),
+    "between the weights of two parts": (train, "save_weights", 3, False),
+    "before the checkpoint is in its place": (os, "replace", 6, False),  # one of config.json, three a save
+    "after the last checkpoint": (Run, "save", 2, True),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_killed_and_resumed_ends_in_the_same_bits(place, whole, splits, tmp_path, monkeypatch):  # noqa: F811
+    owner, name, turn, after = PLACES[place]
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        interrupt(patch, owner, name, turn, after=after)
+        go(settings(), folder, splits)
+    (folder / ".last.pt.77.77.part").write_text("half a checkpoint of a process that was killed")
+    run = Run({}, folder, resume=True, splits=splits, quiet=True, workers=0)
+    assert run.step < STEPS or place == "after the last checkpoint"
+    run.go()
+    assert_same_run(whole / "semi-detr", folder)
+
+
+def test_a_torn_last_line_is_written_again(whole, splits, tmp_path, monkeypatch):  # noqa: F811
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        interrupt(patch, Run, "train_step", 4)
+        go(settings(), tmp_path / "run", splits)
+    for name in ("log.jsonl", "pseudo_boxes.jsonl"):
+        with open(tmp_path / "run" / name, "a") as file:
+            file.write('{"step": 5, "losses": {}}\n{"step": 5, "half a li')
+    go({}, tmp_path / "run", splits, resume=True)
+    assert_same_run(whole / "semi-detr", tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(number, whole, splits, tmp_path, monkeypatch):  # noqa: F811
+    before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
+        interrupt(patch, Run, "train_step", 2, act=lambda: os.kill(os.getpid(), number))
+        go(settings(), tmp_path / "run", splits)
+    assert stopped.value.args == (f"stopped; the last checkpoint is {tmp_path / 'run/last.pt'} (step 3)", 128 + number)
+    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 3
+    go({}, tmp_path / "run", splits, resume=True)
+    assert_same_run(whole / "semi-detr", tmp_path / "run")
+
+
+def test_measuring_is_broken_off_at_once(whole, splits, tmp_path, monkeypatch):  # noqa: F811
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match=r"last\.pt \(step 2\)"):
+        interrupt(patch, train, "measure", 1, act=lambda: os.kill(os.getpid(), signal.SIGTERM))
+        go(settings(), tmp_path / "run", splits)
+    go({}, tmp_path / "run", splits, resume=True)
+    assert_same_run(whole / "semi-detr", tmp_path / "run")
+
+
+def test_a_second_signal_does_not_wait(splits, tmp_path, monkeypatch):  # noqa: F811
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("went on after the second Ctrl-C")
+
+    interrupt(monkeypatch, Run, "train_step", 2, act=twice)
+    with pytest.raises(Stopped, match=r"step 2\)"):
+        go(settings(), tmp_path / "run", splits)
+
+
+def test_a_dead_data_worker_is_one_clear_line(splits, tmp_path, monkeypatch):  # noqa: F811
+    interrupt(monkeypatch, train.Batches, "__getitem__", 2, act=lambda: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(UserError, match=r"a process that loads data died.*fewer --workers.*none yet"):
+        Run(settings("supervised"), tmp_path / "run", splits=splits, quiet=True, workers=1).go()
+
+
+def test_data_workers_leave_signals_to_the_run(splits, tmp_path, monkeypatch):  # noqa: F811
+    for number in (signal.SIGINT, signal.SIGTERM):  # as Ctrl-C and a batch system send them, to all processes
+        interrupt(monkeypatch, train.Batches, "__getitem__", 2, act=lambda number=number: os.kill(os.getpid(), number))
+    Run(settings("supervised"), tmp_path / "run", splits=splits, quiet=True, workers=1).go()
+
+
+# ---- full disks ------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    file = tmp_path / "last.pt"
+    file.write_text("old")
+
+    def full(where):
+        where.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match=r"last\.pt: cannot be written.*No space left"):
+        checkpoint.write_whole(file, full)
+    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+
+
+FULL = """
+import resource, sys, torch
+from pathlib import Path
+from semidetr_lite.errors import UserError
+from semidetr_lite.training.checkpoint import append_lines, write_whole
+from safetensors.torch import save_file
+kind, place = sys.argv[1], Path(sys.argv[2])
+tensors = {"a": torch.zeros(100_000)}
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # of a file; to write more fails as on a full disk
+try:
+    if kind == "log.jsonl":
+        append_lines(place, [{"step": 2, "boxes": [0.5] * 20_000}])
+    else:
+        save = torch.save if kind == "last.pt" else save_file
+        write_whole(place, lambda where: save(tensors, where))
+except UserError as problem:
+    print(problem)
+    sys.exit(2)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are POSIX's")
+@pytest.mark.parametrize("kind", ["last.pt", "student.safetensors", "log.jsonl"])
+def test_a_write_that_the_system_cuts_off(kind, tmp_path):
+    (tmp_path / kind).write_text('{"step": 1}\n')
+    found = subprocess.run([sys.executable, "-c", FULL, kind, tmp_path / kind], capture_output=True, text=True)
+    assert found.returncode == 2 and f"{kind}: cannot be written (" in found.stdout and not found.stderr
+    assert (tmp_path / kind).read_text() == '{"step": 1}\n' and len(list(tmp_path.iterdir())) == 1
+
+
+# ---- what is not finite ----------------------------------------------------------------------------------------------
+
+
+def know_the_step(monkeypatch):
+    """The step that a method is at, in its `at`; what denoises asks for generators first."""
+    real = Averaged.rngs
+
+    def rngs(self, step, *others):
+        self.at = step
+        return real(self, step, *others)
+
+    monkeypatch.setattr(Averaged, "rngs", rngs)
+
+
+def spoil(monkeypatch, steps, what=torch.nan):
+    """Losses of these steps that are not finite."""
+    real = Averaged.denoise
+    know_the_step(monkeypatch)
+
+    def spoiled(self, *arguments, **named):
+        factor = what if self.at in steps else 1
+        return {name: value * factor for name, value in real(self, *arguments, **named).items()}
+
+    monkeypatch.setattr(Averaged, "denoise", spoiled)
+
+
+def test_a_loss_that_is_not_finite_skips_the_step_and_can_be_replayed(splits, tmp_path, monkeypatch, capsys):  # noqa: F811
+    spoil(monkeypatch, [2], torch.inf)
+    run = Run(settings(one_to_many_share=0.0), tmp_path / "run", splits=splits, quiet=True, workers=0)
+    real, states = Run.train_step, []
+
+    def watched(self, batch):
+        found = real(self, batch)
+        states.append({key: value.clone() for key, value in self.method.state_dict().items()})
+        return found
+
+    monkeypatch.setattr(Run, "train_step", watched)
+    run.go()
+    changed = [key for key in states[0] if not same(states[1][key], states[2][key])]
+    assert set(changed) <= {"past_costs", "pseudo_counts"}, "a skipped step changes no weights"
+    assert not same(states[2]["student.class_head.weight"], states[3]["student.class_head.weight"])
+    said = capsys.readouterr().err
+    assert "warning: step 2: loss 'labelled denoising/class' is inf, so it is skipped" in said and "bad_step.pt" in said
+    assert len(lines(tmp_path / "run")) == STEPS // 2
+    monkeypatch.setattr(train.presets, "load_splits", lambda config: splits)
+    found = replay(tmp_path / "run/bad_step.pt")
+    assert found["labelled denoising/class"].isinf() and found["labelled/class"].isfinite()
+
+
+def test_a_gradient_that_is_not_finite_skips_the_step(splits, tmp_path, monkeypatch, capsys):  # noqa: F811
+    real = Averaged.denoise
+    know_the_step(monkeypatch)
+
+    def spoiled(self, *arguments, **named):
+        losses = real(self, *arguments, **named)
+        zero = losses["class"] * 0
+        return {**losses, "class": losses["class"] + (zero.sqrt() - zero.sqrt().detach() if self.at == 1 else 0)}
+
+    monkeypatch.setattr(Averaged, "denoise", spoiled)
+    go(settings("supervised"), tmp_path / "run", splits)
+    assert "step 1: the gradient's norm is nan, so it is skipped" in capsys.readouterr().err
+    state = torch.load(tmp_path / "run/last.pt", weights_only=True)["method"]
+    assert all(value.isfinite().all() for value in state.values())
+
+
+def test_a_few_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(splits, tmp_path, monkeypatch):  # noqa: F811
+    spoil(monkeypatch, range(3, 99))
+    good = r"step 5: loss 'labelled denoising/class' is nan; the 3th such .*bad_step\.pt.*last\.pt \(step 4\)"
+    with pytest.raises(UserError, match=good):
+        go(settings("supervised", steps=9), tmp_path / "run", splits)
+    state = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    assert state["step"] == 4 and state["skipped"] == 1
+    assert all(value.isfinite().all() for value in state["method"].values())
+    with pytest.raises(UserError, match="step 5: .*3th such"):  # the count is resumed too
+        go({}, tmp_path / "run", splits, resume=True)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_costs_that_are_not_finite_never_reach_the_assignment(bad):
+    costs = np.random.default_rng(0).random((1, 5, 3)).astype(np.float32)
+    costs[0, 2] = costs[0, :, 1] = bad
+    queries, targets = hungarian(costs[0])
+    assert sorted(targets) == [0, 1, 2] and len(set(queries)) == 3
+    assert dict(zip(targets, queries))[0] != 2 != dict(zip(targets, queries))[2]
+    matched = matched_costs(costs, np.ones((1, 3), dtype=bool))
+    assert not np.isfinite(matched[0, 1]) and np.isfinite(reliable_threshold(matched))
+    everything = np.full((4, 2), bad)
+    assert len(hungarian(everything)[0]) == 2
+    huge = np.array([[3e38, np.nan], [1.0, 3e38]], dtype=np.float32)
+    assert hungarian(huge)[0].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("method", ["mean-teacher", "semi-detr"])
+@pytest.mark.parametrize("part", ["teacher", "student"])
+def test_a_network_that_says_nan_is_survived(method, part, splits, tmp_path):  # noqa: F811
+    run = Run(settings(method), tmp_path / "run", splits=splits, quiet=True, workers=0)
+    with torch.no_grad():
+        getattr(run.method, part).class_head.weight.fill_(torch.nan)
+    before = run.method.student.class_head.weight.clone()
+    run.train_step(next(iter(run._loader())))
+    after = run.method.student.class_head.weight
+    assert same(before, after) if part == "student" else not same(before, after)
+
+
+# ---- a teacher that collapses ----------------------------------------------------------------------------------------
+
+
+def alarms(counts, method="mean-teacher", steps=400) -> str | None:
+    """What is said after so many steps with this number of pseudo-boxes of each class in 2 images."""
+    student = train.presets.make_detector("dino", len(counts), small()["recipe"]["arguments"])
+    made = train.presets.make_method(method, student, train.make_recipe(small()), 10, 0, 0)
+    labels = torch.tensor([label for label, count in enumerate(counts) for _ in range(count)], dtype=torch.int64)
+    for _ in range(steps):
+        made.count_pseudo(labels, torch.ones_like(labels), 2)
+    return made.alarm()
+
+
+def test_the_alarm_tells_a_collapsed_teacher_from_others():
+    assert "no pseudo-boxes for long" in alarms([0, 0, 0])
+    assert "of one class (number 1)" in alarms([0, 3, 0])
+    assert alarms([0, 30, 1]) is None and alarms([1]) is None
+    assert alarms([0, 0, 0], steps=50) is None and alarms([0, 3, 0], steps=50) is None, "not yet long"
+
+
+def test_the_alarm_is_a_line_in_the_log_and_on_the_screen(splits, tmp_path, monkeypatch, capsys):  # noqa: F811
+    run = Run(settings(score_cut=2.0), tmp_path / "run", splits=splits, workers=0)
+    run.method.pseudo_counts.fill_(1e-4)
+    run.go()
+    assert all("no pseudo-boxes for long" in line["alarm"] for line in lines(tmp_path / "run"))
+    assert "ALARM: no pseudo-boxes for long" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["mean-teacher", "semi-detr"])
+def test_the_pseudo_boxes_counted_are_those_learned_from(method, splits, tmp_path):  # noqa: F811
+    run = Run(settings(method), tmp_path / "run", splits=splits, quiet=True, workers=0)
+    run.method.pseudo_counts.zero_()
+    run.train_step(next(iter(run._loader())))
+    assert float(run.method.pseudo_counts.sum()) == pytest.approx(0.02 * 8, rel=0.3)  # `most` in an image, few lost
+    run.method.score_cut = 2.0
+    run.train_step(next(iter(run._loader())))
+    assert float(run.method.pseudo_counts.sum()) < 0.02 * 8
