@@ -305,7 +305,7 @@ EXERCISES = {
         point_attention,
         lambda rng: {
             note: (_normal(rng, 3, 5, 2), torch.tensor(rng.uniform(*ends, (9, 2))).float(), _normal(rng, 9).softmax(0))
-            for note, ends in (("inside", (0.2, 0.8)), ("partly outside", (-0.2, 1.2)))
+            for note, ends in (("inside", (0.2, 0.8)), ("partly outside", (-0.2, 0.9)))
         },
     ),
     "deformable.refine": Exercise(
