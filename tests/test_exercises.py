@@ -97,6 +97,27 @@ def map_by_loops(height, width, dim, temperature, swapped=False):
     return codes.view(height, width, dim)
 
 
+def reads_by_loops(feature_map, places, shares, floor=math.floor):
+    height, width, answer = *feature_map.shape[:2], 0
+    for (x, y), share in zip(places.tolist(), shares.tolist()):
+        column, row = x * width - 0.5, y * height - 0.5
+        for c, r in itertools.product((floor(column), floor(column) + 1), (floor(row), floor(row) + 1)):
+            if 0 <= c < width and 0 <= r < height:
+                answer = answer + share * (1 - abs(column - c)) * (1 - abs(row - r)) * feature_map[r, c]
+    return answer
+
+
+def refined(delta, reference, start=0.0):
+    before = torch.full_like(delta, start)
+    before[:, : reference.shape[1]] = torch.logit(reference.clamp(1e-5, 1 - 1e-5))
+    return torch.sigmoid(before + delta)
+
+
+def shifted(reference, offsets, shape):
+    height, width = shape
+    return torch.stack([reference[0] + offsets[:, 0] / width, reference[1] + offsets[:, 1] / height], 1)
+
+
 def one_to_one_by_permutations(logits, pred_boxes, target):
     cost = matching.matching_cost(logits, pred_boxes, target)
     targets = range(cost.shape[1])
@@ -228,6 +249,9 @@ ANSWERS = {
     "detr.sine_positions": (sines_by_loops, functools.partial(sines_by_loops, turn=math.pi)),
     "detr.attention": (attention_by_loops, functools.partial(attention_by_loops, scaled=False)),
     "detr.map_positions": (map_by_loops, functools.partial(map_by_loops, swapped=True)),
+    "deformable.attention": (reads_by_loops, functools.partial(reads_by_loops, floor=int)),
+    "deformable.refine": (refined, functools.partial(refined, start=-2.0)),
+    "deformable.places": (shifted, lambda reference, offsets, shape: shifted(reference, offsets, shape[::-1])),
     "mean_teacher.ema_update": (averaged_by_name, lambda old, new, m: averaged_by_name(old, new, 1 - m)),
     "mean_teacher.average": (average_of_a_run, functools.partial(average_of_a_run, alias=True)),
     "mean_teacher.carried": (carried, functools.partial(carried, drop=False)),

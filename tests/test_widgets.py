@@ -18,6 +18,7 @@ from semidetr_lite.teach.widgets import (
     explore_attention,
     explore_matching,
     explore_momentum,
+    explore_points,
     explore_threshold,
     explore_views,
     plot_lines,
@@ -44,6 +45,7 @@ CHANGES = {
     "threshold": {"score_cut": 0.9, "truth": False},
     "momentum": {"momentum": 0.99, "ramp": True},
     "attention": {"scene": 1, "query": 5, "layer": 3},
+    "points": {"scene": 1, "query": 5, "layer": 3, "head": 2},
 }
 
 
@@ -65,6 +67,7 @@ def explorers(scenes) -> dict[str, Explorer]:
         "views": explore_views(scenes, PRESETS["digits"].views),
         "threshold": explore_threshold(detector, scenes, digits.CATEGORIES),
         "momentum": explore_momentum(),
+        "points": explore_points(detector, scenes),
         "attention": explore_attention(load_detector(EARLY.with_name("detr.safetensors")), scenes),
     }
 

@@ -20,7 +20,7 @@ from sklearn.mixture import GaussianMixture
 
 from semidetr_lite import boxes, matching
 from semidetr_lite.data import views
-from semidetr_lite.detectors import transformer
+from semidetr_lite.detectors import deformable, transformer
 from semidetr_lite.detectors.denoising import group_mask
 from semidetr_lite.errors import UserError
 from semidetr_lite.evaluate import evaluate
@@ -144,6 +144,24 @@ def map_positions(height: int, width: int, dim: int, temperature: float) -> torc
     return transformer.map_positions(torch.zeros(1, height, width, dtype=torch.bool), dim, temperature)[0]
 
 
+def point_attention(feature_map, places, shares) -> torch.Tensor:
+    """`deformable_attention` of one query, head and level: map (H, W, D), places (P, 2), shares (P,) -> (D,)."""
+    value = feature_map.flatten(0, 1)[None, :, None]  # (1, S, 1, D)
+    shapes, layout = [tuple(feature_map.shape[:2])], (1, 1, 1, 1, -1)
+    return deformable.deformable_attention(value, shapes, places.view(*layout, 2), shares.view(layout))[0, 0]
+
+
+def refine(delta, reference) -> torch.Tensor:
+    """A layer's correction (N, 4) of boxes, or of points (N, 2), which leave width and height free."""
+    before = torch.nn.functional.pad(boxes.inverse_sigmoid(reference), (0, 4 - reference.shape[-1]))
+    return (delta + before).sigmoid()
+
+
+def places(reference, offsets, shape: tuple[int, int]) -> torch.Tensor:
+    """Sampling points (P, 2) of offsets in cells around a reference (2,)."""
+    return reference + offsets / torch.tensor([shape[1], shape[0]])
+
+
 def updated(teacher: dict, student: dict, momentum: float) -> dict:
     """The tensors {name: tensor} of a teacher after `ema_update`."""
     nets = torch.nn.Module(), torch.nn.Module()
@@ -222,6 +240,10 @@ def _embeddings(rng, queries: int) -> tuple:
     return list(layers[0]), list(layers[1]), valid
 
 
+def _normal(rng, *shape: int) -> torch.Tensor:
+    return torch.tensor(rng.normal(0, 1, shape), dtype=torch.float32)
+
+
 def _boxes(rng, count: int) -> torch.Tensor:
     corners = rng.uniform(0, 70, (count, 2))
     return torch.tensor(np.hstack([corners, corners + rng.uniform(5, 25, (count, 2))]), dtype=torch.float32)
@@ -274,13 +296,31 @@ EXERCISES = {
     ),
     "detr.attention": Exercise(
         attention,
-        lambda rng: {
-            f"{heads} heads": (*(torch.tensor(rng.normal(0, 1, (n, 8)), dtype=torch.float32) for n in (3, 5, 5)), heads)
-            for heads in (1, 2, 4)
-        },
+        lambda rng: {f"{heads} heads": (*(_normal(rng, n, 8) for n in (3, 5, 5)), heads) for heads in (1, 2, 4)},
     ),
     "detr.map_positions": Exercise(
         map_positions, lambda rng: {"square": (3, 3, 8, 20.0), "wide": (3, 5, 8, 20.0), "tall": (4, 1, 8, 20.0)}
+    ),
+    "deformable.attention": Exercise(
+        point_attention,
+        lambda rng: {
+            note: (_normal(rng, 3, 5, 2), torch.tensor(rng.uniform(*ends, (9, 2))).float(), _normal(rng, 9).softmax(0))
+            for note, ends in (("inside", (0.2, 0.8)), ("partly outside", (-0.2, 0.9)))
+        },
+    ),
+    "deformable.refine": Exercise(
+        refine,
+        lambda rng: {
+            f"references of {size}": (_normal(rng, 3, 4), torch.tensor(rng.uniform(0, 1, (3, size))).float())
+            for size in (4, 2)
+        },
+    ),
+    "deformable.places": Exercise(
+        places,
+        lambda rng: {
+            f"{shape[0]} x {shape[1]}": (torch.tensor([0.5, 0.25]), _normal(rng, 3, 2), shape)
+            for shape in ((4, 4), (2, 8))
+        },
     ),
     "mean_teacher.ema_update": Exercise(
         updated,

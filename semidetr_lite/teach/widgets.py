@@ -13,6 +13,7 @@ import inspect
 import io
 from collections.abc import Callable, Sequence
 from html import escape
+from unittest.mock import patch
 
 import ipywidgets
 import numpy as np
@@ -23,6 +24,7 @@ from PIL import Image
 
 from semidetr_lite.boxes import to_pixels
 from semidetr_lite.data.views import ViewSettings, map_boxes, strong_view, weak_view
+from semidetr_lite.detectors import deformable
 from semidetr_lite.errors import UserError
 from semidetr_lite.matching import hungarian, matching_cost, one_to_many
 from semidetr_lite.visualize import (
@@ -317,3 +319,47 @@ def explore_consistency(answers: Sequence[dict]) -> Explorer:
     most = max(len(one["boxes"]) for one in answers) - 1
     layers = len(next(iter(answers[0]["pairings"].values()))[1])
     return explore(draw, scene=(0, len(answers) - 1), object=(0, most), layer=(1, layers))
+
+
+@torch.no_grad()
+def sampling_points(detector, image) -> tuple[list, dict]:
+    """Where the deformable attention of each decoder layer reads: [(places (Q, M, L, P, 2), shares (Q, M, L, P))]."""
+    seen, read = [], deformable.deformable_attention
+
+    def note(value, shapes, places, shares):
+        seen.append((places[0], shares[0]))
+        return read(value, shapes, places, shares)
+
+    with patch.object(deformable, "deformable_attention", note):
+        outputs = detector([image])
+    return seen[-len(detector.decoder) :], outputs
+
+
+def show_points(image, target, places, shares, title="") -> Picture:
+    """Places (L, P, 2) in [0, 1] on an image, the larger the more they count, a colour and a mark for each level."""
+    figure, (ax,) = _page([image], 1, title=title, cell=3.4)
+    draw_boxes(ax, image, target, categories=[{"name": ""}] * 99)
+    height, width = image.shape[-2:]
+    for level, (xy, share) in enumerate(zip(places, shares)):
+        look = {"marker": "os^D"[level % 4], "color": LINE_COLORS[level], "edgecolor": "white", "linewidth": 0.7}
+        ax.scatter(xy[:, 0] * width, xy[:, 1] * height, 10 + 400 * share, **look, label=f"level {level}", clip_on=False)
+    figure.legend(loc="lower left", fontsize=8, framealpha=0.7, ncols=len(places))
+    return figure
+
+
+def explore_points(detector, scenes: Sequence[tuple]) -> Explorer:
+    """Which points one query reads, by decoder layer and head; all heads at once under "all"."""
+    seen = [sampling_points(detector, image) for image, _ in scenes]
+    heads = seen[0][0][0][0].shape[1]
+
+    def draw(scene, query, layer, head="all"):
+        (image, target), (layers, outputs) = scenes[scene], seen[scene]
+        boxes = [*outputs["aux_outputs"], outputs][layer - 1]["pred_boxes"][0, query]
+        box = {"boxes": to_pixels(boxes, target["size"])[None], "labels": torch.tensor([0])}
+        chosen = list(range(heads)) if head == "all" else [head]
+        places, shares = (part[query, chosen].transpose(0, 1).flatten(1, 2) for part in layers[layer - 1])
+        title = f"Query {query}, layer {layer}: {places.shape[0] * places.shape[1]} points read"
+        return show_points(image, box, places, shares, title)
+
+    controls = {"scene": (0, len(scenes) - 1), "query": (0, detector.num_queries - 1), "layer": (1, len(seen[0][0]))}
+    return explore(draw, **controls, head=["all", *range(heads)])
