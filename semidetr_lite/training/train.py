@@ -115,6 +115,7 @@ class Run:
         self.unlabelled = 0 if config["method"] == "supervised" else self.recipe.unlabelled_images  # a step
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.step, self.seconds, self.offset, self.skipped = 0, 0.0, 0, 0
+        self.logged, self.began = 0, time.perf_counter()
         settings = {key: value for key, value in self.config.items() if key not in ("commit", "machine", "command")}
         distributed.agree("images, labels or settings", state and state["step"], settings, fingerprint(self.splits))
         with reading(self.out / "last.pt" if state else self.out, "cannot be built"):
