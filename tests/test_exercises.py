@@ -118,6 +118,25 @@ def shifted(reference, offsets, shape):
     return torch.stack([reference[0] + offsets[:, 0] / width, reference[1] + offsets[:, 1] / height], 1)
 
 
+def noised(boxes, negative, amount, chance, ordered=True):
+    rows = []
+    for (x, y, w, h), far, draws in zip(boxes.tolist(), negative.tolist(), chance.tolist()):
+        corners = []
+        for edge, half, share, way in zip(
+            (x - w / 2, y - h / 2, x + w / 2, y + h / 2), (w / 2, h / 2) * 2, draws[:4], draws[4:]
+        ):
+            edge += (share + far) * amount * half * (-1 if way < 0.5 else 1)
+            corners.append(min(max(edge, 0.0), 1.0))
+        xs, ys = (sorted(pair) if ordered else pair for pair in (corners[::2], corners[1::2]))
+        rows.append([sum(xs) / 2, sum(ys) / 2, xs[1] - xs[0], ys[1] - ys[0]])
+    return torch.tensor(rows)
+
+
+def selected(logits, boxes, count, score=max):
+    order = sorted(range(len(boxes)), key=lambda token: -score(logits[token].tolist()))
+    return boxes[order[:count]]
+
+
 def one_to_one_by_permutations(logits, pred_boxes, target):
     cost = matching.matching_cost(logits, pred_boxes, target)
     targets = range(cost.shape[1])
@@ -230,6 +249,38 @@ def mined_by_loops(costs, scores, valid, threshold, score_cut, strict=False):
     return confident, mined, confident | mined
 
 
+def gap_by_hand(lines, row, percent, average=lambda values: sum(values) / len(values)):
+    ends = ("supervised", percent), ("supervised", 100), (row, percent)
+    found = [[100 * line["AP"] for line in lines if (line["row"], line["percent"]) == end] for end in ends]
+    if not all(found):
+        return float("nan")
+    low, high, value = map(average, found)
+    return 100 * (value - low) / (high - low)
+
+
+def go_on(state, average="teacher"):
+    def part(name):
+        return {key.removeprefix(name): value for key, value in state["method"].items() if key.startswith(name)}
+
+    return part("student."), part(f"{average}."), state["step"] + state["offset"]
+
+
+def drawn(count, percent, seed):
+    order = np.random.default_rng(seed).permutation(count)
+    return sorted(order[: max(1, round(count * percent / 100))].tolist())
+
+
+def cut(batch, parts, rest=True):
+    found = [{} for _ in range(parts)]
+    for name, (images, targets) in batch.items():
+        for p in range(parts):
+            start, end = len(images) * p // parts, len(images) * (p + 1) // parts
+            if not rest:
+                start, end = len(images) // parts * p, len(images) // parts * (p + 1)
+            found[p][name] = (images[start:end], targets[start:end])
+    return found
+
+
 # exercise: (a solution, a mistake that a learner might make)
 ANSWERS = {
     "boxes.pairwise_iou": (iou_by_loops, lambda a, b: pairwise_overlaps(a, b)[1]),
@@ -252,6 +303,8 @@ ANSWERS = {
     "deformable.attention": (reads_by_loops, functools.partial(reads_by_loops, floor=int)),
     "deformable.refine": (refined, functools.partial(refined, start=-2.0)),
     "deformable.places": (shifted, lambda reference, offsets, shape: shifted(reference, offsets, shape[::-1])),
+    "denoising.noise_boxes": (noised, functools.partial(noised, ordered=False)),
+    "dino.select": (selected, functools.partial(selected, score=sum)),
     "mean_teacher.ema_update": (averaged_by_name, lambda old, new, m: averaged_by_name(old, new, 1 - m)),
     "mean_teacher.average": (average_of_a_run, functools.partial(average_of_a_run, alias=True)),
     "mean_teacher.carried": (carried, functools.partial(carried, drop=False)),
@@ -265,6 +318,21 @@ ANSWERS = {
     "cost_mining.em_steps": (em_steps_by_hand, functools.partial(em_steps_by_hand, floor=0.0)),
     "cost_mining.mine": (mined_by_loops, functools.partial(mined_by_loops, strict=True)),
     "matching.one_to_many": (one_to_many_by_loops, functools.partial(one_to_many_by_loops, owner="m")),
+    "semi_detr.one_to_many": (
+        lambda step, before, steps, share: step - before < round(share * steps),
+        lambda step, before, steps, share: step < round(share * steps),
+    ),
+    "ablate.gap_closed": (gap_by_hand, functools.partial(gap_by_hand, average=max)),
+    "train.resumed": (go_on, functools.partial(go_on, average="student")),
+    "splits.labelled_indices": (
+        lambda count, percent, fold: drawn(count, percent, [fold, 2023]),
+        lambda count, percent, fold: drawn(count, percent, [fold, int(percent)]),
+    ),
+    "splits.of_process": (
+        lambda ids, percent, fold, process: [ids[i] for i in drawn(len(ids), percent, [fold, 2023])],
+        lambda ids, percent, fold, process: [ids[i] for i in drawn(len(ids), percent, [fold + process, 2023])],
+    ),
+    "train.micro_batches": (cut, functools.partial(cut, rest=False)),
 }
 
 

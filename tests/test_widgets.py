@@ -16,18 +16,25 @@ from semidetr_lite.teach.widgets import (
     Explorer,
     explore,
     explore_attention,
+    explore_consistency,
+    explore_denoising,
+    explore_detectors,
     explore_matching,
     explore_momentum,
     explore_points,
+    explore_recorded,
+    explore_run,
     explore_threshold,
     explore_views,
+    plot_histograms,
     plot_lines,
     show_dense,
 )
 from semidetr_lite.training.presets import PRESETS
 from semidetr_lite.visualize import plot_costs
 
-EARLY = Path(__file__).parents[1] / "notebooks" / "checkpoints" / "early.safetensors"
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+EARLY = NOTEBOOKS / "checkpoints" / "early.safetensors"
 SECONDS = 0.5  # of processor time; a quiet machine takes a fifth of it
 # explorer: {control: a value that it does not begin with}
 CHANGES = {
@@ -44,9 +51,25 @@ CHANGES = {
     "views": {"scene": 1, "strength": 3.0, "seed": 1},
     "threshold": {"score_cut": 0.9, "truth": False},
     "momentum": {"momentum": 0.99, "ramp": True},
+    "consistency": {"scene": 1, "object": 1, "layer": 1},
     "attention": {"scene": 1, "query": 5, "layer": 3},
+    "denoising": {"scene": 1, "box_noise": 1.0, "questions": 40, "seed": 1},
+    "run": {"image": 0, "start": 200, "truth": False},
+    "detectors": {"detector": "supervised", "score_cut": 0.9, "truth": False},
+    "recorded": {"percent": 100.0, "quantity": "duplicates", "supervised": False, "semi-detr": False},
     "points": {"scene": 1, "query": 5, "layer": 3, "head": 2},
 }
+
+AP = {"AP_teacher": 0.4, "AP_student": 0.3}
+CURVES = [
+    {"row": row, "method": row, "preset": "digits", "percent": percent, "seed": seed, "step": step, **AP, **more}
+    for row, percent, more in (
+        *(("supervised", 10.0, {}), ("supervised", 100.0, {"AP_teacher": 0.7, "duplicates": 0.2})),
+        ("semi-detr", 10.0, {"pseudo_precision": 0.8, "pseudo_recall": 0.6, "duplicates": 2.0}),
+    )
+    for seed in range(2)
+    for step in (500, 1500)
+]
 
 
 def table(rows=3, sure=0.5, kind="plain"):
@@ -62,14 +85,28 @@ def scenes():
 @pytest.fixture(scope="module")
 def explorers(scenes) -> dict[str, Explorer]:
     detector = load_detector(EARLY)
+    trained = {"early": detector, "supervised": load_detector(EARLY.with_name("supervised.safetensors"))}
     return {
         "matching": explore_matching(detector, scenes, digits.CATEGORIES),
         "views": explore_views(scenes, PRESETS["digits"].views),
         "threshold": explore_threshold(detector, scenes, digits.CATEGORIES),
         "momentum": explore_momentum(),
+        "consistency": explore_consistency([answer(*scene) for scene in scenes]),
+        "denoising": explore_denoising(scenes),
+        "run": explore_run(NOTEBOOKS / "recorded/demo/seed0/semi-detr"),
+        "detectors": explore_detectors(trained, scenes, digits.CATEGORIES),
+        "recorded": explore_recorded(CURVES),
         "points": explore_points(detector, scenes),
         "attention": explore_attention(load_detector(EARLY.with_name("detr.safetensors")), scenes),
     }
+
+
+def answer(image, target) -> dict:
+    """A scene whose views are equal, and random cosines."""
+    count = len(target["labels"])
+    boxes, chance = target["boxes"], torch.rand(3, count, count, generator=torch.Generator().manual_seed(0))
+    pairings = {"same number": (boxes.flip(0), chance), "consistency query": (boxes, chance + 2 * torch.eye(count))}
+    return {"images": (image, image), "boxes": boxes, "places": boxes, "pairings": pairings}
 
 
 def test_a_control_for_every_kind_of_values_begins_at_the_default():
@@ -172,3 +209,15 @@ def test_a_dense_map_lies_over_each_image(scenes):
 def test_curves_are_told_apart_without_colour():
     figure = plot_lines({"one": ([0, 1], [1, 2]), "two": ([0, 1], [2, 1])}, "x", "y", "found")
     assert len({line.get_linestyle() for line in figure.axes[0].lines}) == 2 and "found" in figure._repr_html_()
+
+
+def test_the_most_similar_query_is_judged_by_its_place(explorers):
+    (figure,) = explorers["consistency"].figures()
+    words = [ax.get_title(loc="left") for ax in figure.axes]
+    assert words[2] == "consistency query: most like 0, right place" and len(figure.axes) == 3
+
+
+def test_histograms_name_their_means():
+    figure = plot_histograms({"low": torch.zeros(5), "high": torch.ones(7)}, "x", "y", "apart")
+    names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert names == ["low: 0.00", "high: 1.00"] and "apart" in figure._repr_html_()

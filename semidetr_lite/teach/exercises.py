@@ -12,6 +12,8 @@ import os
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -19,12 +21,16 @@ import torch
 from sklearn.mixture import GaussianMixture
 
 from semidetr_lite import boxes, matching
-from semidetr_lite.data import views
+from semidetr_lite.data import splits, views
 from semidetr_lite.detectors import deformable, transformer
-from semidetr_lite.detectors.denoising import group_mask
+from semidetr_lite.detectors.denoising import group_mask, noise_boxes
 from semidetr_lite.errors import UserError
 from semidetr_lite.evaluate import evaluate
 from semidetr_lite.methods import mean_teacher, query_consistency
+from semidetr_lite.methods.semi_detr import SemiDETR
+from semidetr_lite.training import ablate
+from semidetr_lite.training.checkpoint import fill
+from semidetr_lite.training.train import micro_batches
 
 
 class Exercise(NamedTuple):
@@ -162,6 +168,11 @@ def places(reference, offsets, shape: tuple[int, int]) -> torch.Tensor:
     return reference + offsets / torch.tensor([shape[1], shape[0]])
 
 
+def select(logits, places, count: int) -> torch.Tensor:
+    """Two-stage selection: the boxes (count, 4) of the tokens with the highest best class score."""
+    return places[logits.amax(-1).topk(count).indices]
+
+
 def updated(teacher: dict, student: dict, momentum: float) -> dict:
     """The tensors {name: tensor} of a teacher after `ema_update`."""
     nets = torch.nn.Module(), torch.nn.Module()
@@ -230,6 +241,51 @@ def mine(costs, scores, valid, threshold: float, score_cut: float) -> tuple:
     return confident, mined, confident | mined
 
 
+def one_to_many(step: int, before: int, steps: int, share: float) -> bool:
+    """Whether a step is in stage one of a run of `steps` steps that began at step `before`."""
+    switch = SimpleNamespace(one_to_many_steps=before + round(share * steps))
+    return SemiDETR.stage(switch, step) == "one_to_many"
+
+
+def gap_closed(lines: list[dict], row: str, percent: float) -> float:
+    """The share of the gap that a row of an ablation's main table closes, in %, nan where an end of it is missing."""
+    found = {(one.row, one.percent): one.gap for one in ablate.summarise(lines) if one.table == "main"}
+    return found[row, percent]
+
+
+def resumed(state: dict) -> tuple[dict, dict, int]:
+    """The tensors of student and teacher, and the step, that a run goes on with from its `last.pt`."""
+    method = mean_teacher.Averaged(torch.nn.Linear(3, 2))
+    fill(method, state["method"], Path("last.pt"))
+    student, teacher = (dict(part.state_dict()) for part in (method.student, method.teacher))
+    return student, teacher, state["offset"] + state["step"]
+
+
+def labelled_of_process(image_ids: list[int], percent: float, fold: int, process: int) -> list[int]:
+    """The ids of the labelled images of a fold, the same in every process."""
+    return [image_ids[index] for index in splits.labelled_indices(len(image_ids), percent, fold)]
+
+
+def _recorded(rng, **seeds: int) -> list[dict]:
+    """Lines of an ablation: so many seeds of each row, "all" for supervised with all labels."""
+    lines = []
+    for name, count in seeds.items():
+        row, percent = ("supervised", 100.0) if name == "all" else (name, 10.0)
+        kind = {"table": "main", "preset": "digits", "detector": "dino", "row": row, "percent": percent}
+        lines += [kind | {"seed": i, "AP": rng.uniform(0.4, 0.8), "AP50": 0.9, "seconds": 60.0} for i in range(count)]
+    return lines
+
+
+def _state(rng) -> dict:
+    method = {f"{part}.{name}": _normal(rng, *shape) for part in ("student", "teacher") for name, shape in LINEAR}
+    return {"method": method, "step": 250, "offset": 1000}
+
+
+def _batch(labelled: int, unlabelled: int) -> dict:
+    counts = {"labelled": labelled, "weak": unlabelled, "strong": unlabelled}
+    return {key: ([torch.full((1,), i) for i in range(n)], [{"id": i} for i in range(n)]) for key, n in counts.items()}
+
+
 def _costs(rng, cheap: int = 9, dear: int = 5) -> np.ndarray:
     return np.hstack([rng.normal(-1.5, 0.4, cheap), rng.normal(2.0, 1.0, dear)])
 
@@ -270,6 +326,7 @@ def _scenes(rng, *more) -> dict[str, tuple]:
 HITS, WIDE = torch.tensor([True, True, False, True, False, False, True]), (96, 128)
 AWAY = torch.tensor([[1.0, 0.0, 60.0], [0.0, 1.0, 60.0], [0.0, 0.0, 1.0]])
 TURN = torch.tensor([[1.1, 0.3, -30.0], [-0.3, 1.1, 9.0], [0.0, 0.0, 1.0]])
+LINEAR = (("weight", (2, 3)), ("bias", (2,)))
 EXERCISES = {
     "boxes.pairwise_iou": Exercise(
         lambda a, b: boxes.pairwise_overlaps(a, b)[0],
@@ -322,6 +379,19 @@ EXERCISES = {
             for shape in ((4, 4), (2, 8))
         },
     ),
+    "denoising.noise_boxes": Exercise(
+        noise_boxes,
+        lambda rng: {
+            f"noise {amount}": (
+                boxes.to_model(_boxes(rng, 4), WIDE),
+                torch.tensor([False, True, False, True]),
+                amount,
+                torch.tensor(rng.uniform(0, 1, (4, 8))).float(),
+            )
+            for amount in (0.4, 2.0)
+        },
+    ),
+    "dino.select": Exercise(select, lambda rng: {"8 of 10": (_normal(rng, 10, 3), _normal(rng, 10, 4), 8)}),
     "mean_teacher.ema_update": Exercise(
         updated,
         lambda rng: {
@@ -390,4 +460,41 @@ EXERCISES = {
         },
     ),
     "matching.one_to_many": Exercise(matching.one_to_many, lambda rng: _scenes(rng, 1.0, 2.0, 3)),
+    "semi_detr.one_to_many": Exercise(
+        one_to_many,
+        lambda rng: {
+            "the last step of stage one": (599, 0, 1500, 0.4),
+            "the first of stage two": (600, 0, 1500, 0.4),
+            "after a burn-in": (1599, 1000, 1500, 0.4),
+            "no stage one": (0, 0, 1500, 0.0),
+            "no stage two": (1499, 0, 1500, 1.0),
+        },
+    ),
+    "ablate.gap_closed": Exercise(
+        gap_closed,
+        lambda rng: {
+            "one seed": (_recorded(rng, supervised=1, all=1, ours=1), "ours", 10.0),
+            "more seeds of some rows": (_recorded(rng, supervised=3, all=1, ours=2), "ours", 10.0),
+            "the lower end": (_recorded(rng, supervised=2, all=1, ours=1), "supervised", 10.0),
+            "no run with all labels": (_recorded(rng, supervised=1, ours=2), "ours", 10.0),
+        },
+    ),
+    "train.resumed": Exercise(resumed, lambda rng: {"after a burn-in": (_state(rng),)}),
+    "splits.labelled_indices": Exercise(
+        splits.labelled_indices,
+        lambda rng: {
+            "10 % of 400": (400, 10.0, 1),
+            "another fold": (400, 10.0, 2),
+            "5 % of 118, rounded": (118, 5.0, 1),
+            "1 % of 30, at least one": (30, 1.0, 1),
+        },
+    ),
+    "splits.of_process": Exercise(
+        labelled_of_process,
+        lambda rng: {f"process {p}": (list(range(100, 160)), 10.0, 2, p) for p in (0, 3)},
+    ),
+    "train.micro_batches": Exercise(
+        micro_batches,
+        lambda rng: {"equal parts": (_batch(4, 8), 4), "unequal ones": (_batch(3, 7), 2), "one": (_batch(1, 2), 1)},
+    ),
 }

@@ -13,6 +13,7 @@ import inspect
 import io
 from collections.abc import Callable, Sequence
 from html import escape
+from pathlib import Path
 from unittest.mock import patch
 
 import ipywidgets
@@ -22,23 +23,31 @@ import torch.nn.functional as nnf
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from semidetr_lite.boxes import to_pixels
+from semidetr_lite.boxes import overlaps, to_pixels
 from semidetr_lite.data.views import ViewSettings, map_boxes, strong_view, weak_view
 from semidetr_lite.detectors import deformable
+from semidetr_lite.detectors.denoising import Denoising, group_mask
 from semidetr_lite.errors import UserError
-from semidetr_lite.matching import hungarian, matching_cost, one_to_many
+from semidetr_lite.matching import hungarian, matching_cost, one_to_many, pad_targets
+from semidetr_lite.training.ablate import STEP_RATIO
+from semidetr_lite.training.checkpoint import read_config, read_lines
+from semidetr_lite.training.measure import readable
+from semidetr_lite.training.presets import PRESETS, load_splits
 from semidetr_lite.visualize import (
     BESIDE,
     LINE_COLORS,
+    SHARES,
     Picture,
     _headline,
     _page,
     _plot,
     draw_boxes,
     image_tag,
+    plot_attention_mask,
     plot_costs,
     plot_matching,
     show_hits,
+    show_pseudo_boxes,
     show_targets,
     show_views,
 )
@@ -180,8 +189,8 @@ def explore_threshold(detector, scenes: Sequence[tuple], categories, nms: float 
 def plot_lines(lines: dict[str, tuple], x: str, y: str, title: str = "") -> Picture:
     """Curves {name: (places, values)}, each with its own colour and dashes."""
     figure, ax = _plot(6.5, 2.7)
-    for (name, (places, values)), color, dashes in zip(lines.items(), LINE_COLORS, ("-", "--", "-.", ":") * 2):
-        ax.plot(places, values, color=color, linestyle=dashes, linewidth=1.8, label=name)
+    for (name, (places, values)), color, dashes in zip(lines.items(), LINE_COLORS * 4, ("-", "--", "-.", ":") * 7):
+        ax.plot(places, values, color=color, linestyle=dashes, linewidth=1.8, label=name if len(places) else None)
     ax.set(xlabel=x, ylabel=y, ylim=(0, None))
     ax.legend(**BESIDE)
     return _headline(figure, title)
@@ -297,23 +306,32 @@ def plot_histograms(values: dict[str, torch.Tensor], x: str, y: str, title: str 
 def explore_consistency(answers: Sequence[dict]) -> Explorer:
     """An object of the weak view and how alike the strong view's objects are, under each way to pair queries.
 
-    `answers`, one a scene: "images" (weak, strong), "boxes" (T, 4) in the weak view, and "pairings" {name: (boxes
-    (T, 4) in the strong view, cosines (L, T, T) of weak and strong objects at each decoder layer)}.
+    `answers`, one a scene: "images" (weak, strong), "boxes" and "places" (T, 4), the objects in the two views, and
+    "pairings" {name: (boxes (T, 4) in the strong view, cosines (L, T, T) of weak and strong at each decoder layer)}.
+    The white box is where the chosen object is, the thick one that of the most similar query.
     """
 
-    def draw(scene, object=0, layer=1):
-        (weak, strong), boxes, pairings = (answers[scene][key] for key in ("images", "boxes", "pairings"))
+    most = max(len(one["boxes"]) for one in answers) - 1
+    layers = len(next(iter(answers[0]["pairings"].values()))[1])
+
+    def draw(scene, object=0, layer=layers):
+        one = answers[scene]
+        (weak, strong), boxes, places, pairings = (one[key] for key in ("images", "boxes", "places", "pairings"))
         chosen, labels = min(object, len(boxes) - 1), torch.arange(len(boxes))
-        styles = ["kept" if place == chosen else "prediction" for place in labels.tolist()]
-        rows = {name: cosines[layer - 1, chosen] for name, (_, cosines) in pairings.items()}
-        found = {name: int(row.argmax()) for name, row in rows.items()}
-        captions = [f"object {chosen} in the weak view", *(f"{name}: {place}" for name, place in found.items())]
-        right = [name for name, place in found.items() if place == chosen]
-        title = f"Layer {layer}: who is most like object {chosen}? Right: {' and '.join(right) or 'none'}"
-        figure, axes = _page([weak, *[strong] * len(rows)], 1 + len(rows), captions, title, cell=2.9)
+        views, drawn = [f"object {chosen} in the weak view"], []
+        for name, (found, cosines) in pairings.items():
+            row = cosines[layer - 1, chosen]
+            best = int(row.argmax())
+            styles = ["kept" if place == best else "prediction" for place in labels.tolist()]
+            there = overlaps(found[best], places[chosen])[0] >= 0.5
+            views.append(f"{name}: most like {best}, {'right' if there else 'wrong'} place")
+            drawn.append(({"boxes": found, "labels": labels, "scores": row}, styles))
+        title = f"Who is most like object {chosen} at layer {layer}?"
+        figure, axes = _page([weak, *[strong] * len(drawn)], 3, views, title, cell=2.9)
         draw_boxes(axes[0], weak, {"boxes": boxes[[chosen]], "labels": labels[[chosen]]}, style="kept")
-        for ax, (name, (places, _)) in zip(axes[1:], pairings.items()):
-            draw_boxes(ax, strong, {"boxes": places, "labels": labels, "scores": rows[name]}, style=styles)
+        for ax, (target, styles) in zip(axes[1:], drawn):
+            truth = {"boxes": places[[chosen]], "labels": labels[[chosen]]}
+            draw_boxes(ax, strong, target, truth, style=styles)
         return figure
 
     most = max(len(one["boxes"]) for one in answers) - 1
@@ -363,3 +381,95 @@ def explore_points(detector, scenes: Sequence[tuple]) -> Explorer:
 
     controls = {"scene": (0, len(scenes) - 1), "query": (0, detector.num_queries - 1), "layer": (1, len(seen[0][0]))}
     return explore(draw, **controls, head=["all", *range(heads)])
+
+
+def explore_denoising(scenes: Sequence[tuple]) -> Explorer:
+    """One denoising group on a scene, its positives and negatives, and the mask of all groups."""
+
+    def draw(scene, box_noise=0.4, questions=20, seed=0):
+        image, target = scenes[scene]
+        padded = pad_targets([target])
+        maker = Denoising(10, 1, questions, box_noise=box_noise)
+        made = maker(*padded, [np.random.default_rng(seed)])
+        if made is None:
+            return show_targets([image], [target], title="No object, so there is nothing to ask")
+        (_, boxes, copies, _), count = made[0], len(target["labels"])
+        labels = padded.labels[0].repeat(2)
+        asked = {"boxes": to_pixels(boxes[0, : 2 * count], target["size"]), "labels": labels}
+        figure, (ax,) = _page([image], 1, title=f"{count} positives, {count} negatives", cell=3.4)
+        draw_boxes(ax, image, asked, target, [{"name": ""}] * 99, ["prediction"] * count + ["dropped"] * count)
+        return figure, plot_attention_mask(group_mask([2 * count] * copies, 8), 8)
+
+    return explore(draw, scene=(0, len(scenes) - 1), box_noise=(0.0, 2.0, 0.1), questions=(1, 60), seed=(0, 30))
+
+
+def explore_run(folder, frames: int = 4) -> Explorer:
+    """The teacher's boxes on the watched images of a run folder, `frames` looks side by side from a step on."""
+    lines, splits = read_lines(Path(folder) / "pseudo_boxes.jsonl"), load_splits(read_config(folder))
+    known = {target["image_id"]: (image, target.get("truth")) for image, target in readable(splits.unlabelled, 8)}
+    steps, watched = sorted({line["step"] for line in lines}), list(dict.fromkeys(line["image_id"] for line in lines))
+
+    kept = [sum(sum(line["kept"]) for line in lines if line["image_id"] == image_id) for image_id in watched]
+    fullest = kept.index(max(kept))
+
+    def draw(image=fullest, start=steps[0], truth=True):
+        pixels, objects = known[watched[image]]
+        looks = [line for line in lines if line["image_id"] == watched[image] and line["step"] >= start][:frames]
+        title = f"{Path(folder).name}: what the teacher says about unlabelled image {watched[image]}"
+        return show_pseudo_boxes(pixels, looks, objects if truth else None, splits.categories, title)
+
+    starts = {f"step {step:,}": step for step in steps[: max(1, len(steps) - frames + 1)]}
+    return explore(draw, image=(0, len(watched) - 1), start=starts, truth=True)
+
+
+def explore_detectors(detectors: dict, scenes: Sequence[tuple], categories) -> Explorer:
+    """What each of several detectors {name: detector} finds, beside the truth or alone, over a score cut."""
+    images, truths = [image for image, _ in scenes], [truth for _, truth in scenes]
+    answers = {name: detector.detect(images) for name, detector in detectors.items()}
+
+    def draw(detector, score_cut=0.3, truth=True):
+        found = answers[detector]
+        if truth:
+            return show_hits(images, found, truths, categories, score_cut)
+        keep = [one["scores"] >= score_cut for one in found]
+        kept = [{key: one[key][chosen] for key in ("boxes", "labels", "scores")} for one, chosen in zip(found, keep)]
+        return show_targets(images, kept, categories, style="prediction")
+
+    return explore(draw, detector=list(answers), score_cut=(0.05, 0.95, 0.05), truth=True)
+
+
+QUANTITIES = {"AP_teacher": "AP of the teacher, %", "AP_student": "AP of the student, %"}
+QUANTITIES |= {"pseudo_precision": "pseudo-boxes that are right, %", "pseudo_recall": "objects that they find, %"}
+QUANTITIES |= {"duplicates": "boxes too many for an object found, without NMS"}
+
+
+def explore_recorded(lines: Sequence[dict]) -> Explorer:
+    """Curves of an ablation, from the lines of its ablation_curves.jsonl: the rows that are ticked, mean of the seeds.
+
+    Over the time spent, in supervised steps, from the end of the burn-in on; a semi-supervised step takes longer.
+    """
+    rows: dict[str, dict] = {}
+    for line in lines:
+        time, before = line["step"], PRESETS[line["preset"]].burn_in_steps
+        if line["method"] != "supervised":
+            time = before + STEP_RATIO * time
+        if time >= before:
+            rows.setdefault(line["row"], {}).setdefault((line["percent"], time), []).append(line)
+
+    def draw(percent, quantity, **ticked):
+        curves, factor = {}, 100 if quantity in SHARES else 1
+        for row, looks in rows.items():
+            known = {time: looks[share, time] for share, time in sorted(looks) if share == percent and ticked[row]}
+            found = {time: [one[quantity] for one in seeds if quantity in one] for time, seeds in known.items()}
+            found = {time: factor * np.mean(values) for time, values in found.items() if values}
+            curves[row] = (list(found), list(found.values()))
+        title = f"{sum(map(bool, ticked.values()))} rows with {percent:g} % of the labels"
+        figure = plot_lines(curves, "time, in supervised steps", QUANTITIES[quantity], title)
+        figure.axes[0].autoscale(axis="y")
+        return figure
+
+    percents = sorted({share for looks in rows.values() for share, _ in looks})
+    controls = {"percent": _control("percent", percents, inspect.Parameter.empty)}
+    controls["quantity"] = _control("quantity", {name: key for key, name in QUANTITIES.items()}, "AP_teacher")
+    look = {"indent": False, "layout": {"width": "160px"}}
+    return Explorer(draw, controls | {row: ipywidgets.Checkbox(True, description=row, **look) for row in rows})
