@@ -281,6 +281,7 @@ def cut(batch, parts, rest=True):
     return found
 
 
+stages = ("one_to_one", "one_to_many")
 # exercise: (a solution, a mistake that a learner might make)
 ANSWERS = {
     "boxes.pairwise_iou": (iou_by_loops, lambda a, b: pairwise_overlaps(a, b)[1]),
@@ -318,9 +319,9 @@ ANSWERS = {
     "cost_mining.em_steps": (em_steps_by_hand, functools.partial(em_steps_by_hand, floor=0.0)),
     "cost_mining.mine": (mined_by_loops, functools.partial(mined_by_loops, strict=True)),
     "matching.one_to_many": (one_to_many_by_loops, functools.partial(one_to_many_by_loops, owner="m")),
-    "semi_detr.one_to_many": (
-        lambda step, before, steps, share: step - before < round(share * steps),
-        lambda step, before, steps, share: step < round(share * steps),
+    "semi_detr.stage": (
+        lambda step, before, steps, share: stages[step - before < round(share * steps)],
+        lambda step, before, steps, share: stages[step < round(share * steps)],
     ),
     "ablate.gap_closed": (gap_by_hand, functools.partial(gap_by_hand, average=max)),
     "train.resumed": (go_on, functools.partial(go_on, average="student")),
@@ -332,7 +333,7 @@ ANSWERS = {
         lambda ids, percent, fold, process: [ids[i] for i in drawn(len(ids), percent, [fold, 2023])],
         lambda ids, percent, fold, process: [ids[i] for i in drawn(len(ids), percent, [fold + process, 2023])],
     ),
-    "train.micro_batches": (cut, functools.partial(cut, rest=False)),
+    "engine.micro_batches": (cut, functools.partial(cut, rest=False)),
 }
 
 
