@@ -256,9 +256,9 @@ def gap_closed(lines: list[dict], row: str, percent: float) -> float:
 
 def resumed(state: dict) -> tuple[dict, dict, int]:
     """The tensors of student and teacher, and the step, that a run goes on with from its `last.pt`."""
-    method = mean_teacher.Averaged(torch.nn.Linear(3, 2))
+    method = torch.nn.ModuleDict({part: torch.nn.Linear(3, 2) for part in ("student", "teacher")})
     fill(method, state["method"], Path("last.pt"))
-    student, teacher = (dict(part.state_dict()) for part in (method.student, method.teacher))
+    student, teacher = (dict(part.state_dict()) for part in method.values())
     return student, teacher, state["offset"] + state["step"]
 
 
