@@ -10,11 +10,12 @@ PY := $(if $(ACTIVE),$(PYTHON),.venv/bin/python)
 INSTALLED := $(ENV)/.semidetr-lite-$(shell pwd | cksum | cut -d' ' -f1)
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
-.PHONY: help install demo test check lab notebooks checkpoints
+.PHONY: help install demo test check lab notebooks site slides checkpoints
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 	@echo "PYTHON=...   the interpreter that makes .venv, or one inside an environment of yours (now: $(ENV))"
+	@echo "REVEAL=...   address, or folder of a copy, of reveal.js 4, which slides load when shown; else a public address"
 	@echo "PIP_ARGS=... goes to pip, for instance the index of the CPU-only torch"
 
 install: $(INSTALLED)  ## the package and what it needs, into your active environment or .venv; again if pyproject.toml changed
@@ -42,6 +43,12 @@ notebooks: $(INSTALLED)  ## run every notebook from a clean kernel and save it i
 	  --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.store_widget_state=False \
 	  --ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.clear_cell_metadata=False \
 	  --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec $(NOTEBOOKS)
+
+site: $(INSTALLED)  ## the notebooks as pages that need no kernel and no network, in build/site; runs nothing
+	$(PY) notebooks/make_pages.py site build/site
+
+slides: $(INSTALLED)  ## the same as reveal.js slides, in build/slides
+	$(PY) notebooks/make_pages.py slides build/slides $(if $(REVEAL),--reveal-prefix '$(REVEAL)')
 
 checkpoints: $(INSTALLED)  ## train the notebooks' weights again (seed 0, about an hour)
 	$(PY) benchmarks/record_checkpoints.py
