@@ -20,6 +20,7 @@ from semidetr_lite.teach.widgets import (
     explore_denoising,
     explore_detectors,
     explore_matching,
+    explore_mixture,
     explore_momentum,
     explore_points,
     explore_recorded,
@@ -52,6 +53,7 @@ CHANGES = {
     "threshold": {"score_cut": 0.9, "truth": False},
     "momentum": {"momentum": 0.99, "ramp": True},
     "consistency": {"scene": 1, "object": 1, "layer": 1},
+    "mixture": {"checkpoint": "late", "samples": 3, "em_steps": 1, "truth": False},
     "attention": {"scene": 1, "query": 5, "layer": 3},
     "denoising": {"scene": 1, "box_noise": 1.0, "questions": 40, "seed": 1},
     "run": {"image": 0, "start": 200, "truth": False},
@@ -92,6 +94,7 @@ def explorers(scenes) -> dict[str, Explorer]:
         "threshold": explore_threshold(detector, scenes, digits.CATEGORIES),
         "momentum": explore_momentum(),
         "consistency": explore_consistency([answer(*scene) for scene in scenes]),
+        "mixture": explore_mixture({"early": costs(60, 20, 0), "late": costs(80, 10, 1)}),
         "denoising": explore_denoising(scenes),
         "run": explore_run(NOTEBOOKS / "recorded/demo/seed0/semi-detr"),
         "detectors": explore_detectors(trained, scenes, digits.CATEGORIES),
@@ -99,6 +102,12 @@ def explorers(scenes) -> dict[str, Explorer]:
         "points": explore_points(detector, scenes),
         "attention": explore_attention(load_detector(EARLY.with_name("detr.safetensors")), scenes),
     }
+
+
+def costs(cheap, dear, seed) -> tuple:
+    """Matching costs, and whether the box is right."""
+    rng = np.random.default_rng(seed)
+    return np.hstack([rng.normal(-1.5, 0.5, cheap), rng.normal(2, 1, dear)]), np.arange(cheap + dear) < cheap
 
 
 def answer(image, target) -> dict:
@@ -221,3 +230,14 @@ def test_histograms_name_their_means():
     figure = plot_histograms({"low": torch.zeros(5), "high": torch.ones(7)}, "x", "y", "apart")
     names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert names == ["low: 0.00", "high: 1.00"] and "apart" in figure._repr_html_()
+
+
+def test_costs_without_truth_say_nothing_of_it(explorers):
+    explorer = explorers["mixture"]
+    (figure,) = explorer.figures()
+    assert "are right" in figure.get_suptitle()
+    explorer.controls["truth"].value = False
+    (figure,) = explorer.figures()
+    explorer.controls["truth"].value = True
+    names = {text.get_text() for text in figure.axes[0].get_legend().get_texts()}
+    assert "right" not in figure.get_suptitle() and not names & {"right", "wrong"} and len(names) == 3

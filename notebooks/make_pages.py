@@ -1,0 +1,185 @@
+"""`make site` and `make slides`: the notebooks as pages that need no kernel. Nothing is run; saved outputs are shown.
+
+Formulas become MathML and pictures are inside, so a page of the site loads nothing from anywhere. Slides load reveal.js
+when they are shown, from a public address or from a copy of yours.
+"""
+
+import argparse
+import base64
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+from latex2mathml.converter import convert
+from nbconvert.exporters import HTMLExporter, SlidesExporter
+from traitlets.config import Config
+
+HERE = Path(__file__).parent
+REVEAL = "https://unpkg.com/reveal.js@4.6.1"
+SAVED = Config({"NbConvertBase": {"display_data_priority": ["text/html", "image/png", "text/plain"]}})  # no widgets
+MATHS = re.compile(r"(?P<code>(`+).*?\2)|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+?)\$", re.DOTALL)
+COLAB = "from importlib.util import find_spec"  # how the cell begins that installs the package there
+LINES = 28  # that fit on a slide
+SITE = """
+{%- extends 'lab/index.html.j2' -%}
+{%- block html_head_js -%}{%- endblock -%}
+{%- block html_head_js_mathjax -%}{%- endblock -%}
+{%- block html_head_js_mermaidjs -%}{%- endblock -%}
+{%- block html_head_css -%}
+<style>
+main { max-width: 1000px; margin: auto; padding: 0 16px 64px; }
+nav { display: flex; justify-content: space-between; gap: 16px; padding: 12px 24px; }
+main, nav { font-family: var(--jp-content-font-family); }
+nav a { color: var(--jp-content-link-color); text-decoration: none; }
+details { margin-bottom: 1em; }
+.jp-RenderedHTMLCommon table { margin-left: 0; }
+.jp-RenderedHTMLCommon img { max-width: 100%; }
+math { font-size: 1.1em; }
+</style>
+{%- endblock -%}
+{%- block body_header -%}{{ super() }}
+<nav>{% for text, href in nb.metadata.links %}<a href="{{ href }}">{{ text | e }}</a>{% endfor %}</nav>
+{%- endblock -%}
+"""
+SLIDES = """
+{%- extends 'reveal/index.html.j2' -%}
+{%- block html_head_js -%}{%- endblock -%}
+{%- block html_head_js_mathjax -%}{%- endblock -%}
+{%- block html_head_css -%}
+<style>
+.reveal .slides section section { max-height: 100%; overflow-y: auto; padding: 0 24px; }
+.reveal .jp-OutputArea img { zoom: 1.5; margin: 8px 0; }
+</style>
+{%- endblock -%}
+{%- block footer_js -%}
+<script src="{{ resources.reveal.url_prefix }}/dist/reveal.js"></script>
+<script src="{{ resources.reveal.url_prefix }}/plugin/notes/notes.js"></script>
+<script>
+Reveal.initialize({width: 1280, height: 760, margin: 0.02, center: false, hash: true, slideNumber: "c/t",
+                   transition: "none", plugins: [RevealNotes]});
+</script>
+{%- endblock -%}
+"""
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    """A notebook, or a markdown file as a notebook of one cell, ready for a page; its title is the first heading."""
+    if path.suffix == ".md":
+        text = path.read_text(encoding="utf-8")
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)])
+    else:
+        notebook = nbformat.read(path, as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if not cell.source.startswith(COLAB)]
+    texts = [cell for cell in notebook.cells if cell.cell_type == "markdown"]
+    headings = re.findall(r"^# (.+)$", "\n".join(cell.source for cell in texts), re.MULTILINE)
+    notebook.metadata.title = headings[0] if headings else path.stem
+    for cell in texts:
+        cell.source = re.sub(r"\]\(([\w./-]+)\.ipynb(#[^)]*)?\)", r"](\1.html\2)", MATHS.sub(_mathml, cell.source))
+    return notebook
+
+
+def _mathml(found: re.Match) -> str:
+    if found["code"]:
+        return found[0]
+    maths = convert(found["block"] or found["inline"], display="block" if found["block"] else "inline")
+    return re.sub(r"(?<=>)[*_](?=<)", lambda sign: f"&#{ord(sign[0])};", maths)  # markdown would take them as its own
+
+
+def write(exporter: HTMLExporter, notebook: nbformat.NotebookNode, path: Path) -> None:
+    path.write_text(exporter.from_notebook_node(notebook)[0], encoding="utf-8")
+
+
+def make_site(folder: Path, out: Path) -> None:
+    """A page for each notebook, and index.html from README.md."""
+    exporter = HTMLExporter(config=SAVED, raw_template=SITE)
+    index, pages = read(folder / "README.md"), {path.stem: read(path) for path in sorted(folder.glob("*.ipynb"))}
+    index.metadata.links = []
+    write(exporter, index, out / "index.html")
+    names = list(pages)
+    for place, (name, page) in enumerate(pages.items()):
+        page.metadata.links = [("Contents", "index.html")]
+        for arrow, other in (("← {}", place - 1), ("{} →", place + 1)):
+            if 0 <= other < len(names):
+                title = pages[names[other]].metadata.title
+                page.metadata.links.append((arrow.format(title), f"{names[other]}.html"))
+        write(exporter, page, out / f"{name}.html")
+
+
+def make_slides(folder: Path, out: Path, reveal: str = REVEAL) -> None:
+    """reveal.js slides of each notebook, and index.html with their titles; a copy of reveal.js is taken along."""
+    if Path(reveal, "dist").is_dir():
+        for part in ("dist", "plugin"):
+            shutil.copytree(Path(reveal, part), out / "reveal.js" / part, dirs_exist_ok=True)
+        reveal = "reveal.js"
+    exporter = SlidesExporter(config=SAVED, raw_template=SLIDES, reveal_url_prefix=reveal)
+    exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
+    rows = ["# Slides", ""]
+    for path in sorted(folder.glob("*.ipynb")):
+        notebook = read(path)
+        add_slide_types(notebook)
+        write(exporter, notebook, out / f"{path.stem}.html")
+        rows.append(f"* {path.stem[:2]} [{notebook.metadata.title}]({path.stem}.html)")
+    index = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("\n".join(rows))])
+    index.metadata.update(title="Slides", links=[])
+    write(HTMLExporter(raw_template=SITE), index, out / "index.html")
+
+
+def add_slide_types(notebook: nbformat.NotebookNode) -> None:
+    """For cells without one: a heading begins a slide; below it begins what would not fit, and what answers a guess.
+
+    A cell with a heading further down is cut there.
+    """
+    cells, filled, guess = notebook.cells, 0.0, False
+    notebook.cells = [part for cell in cells for part in _parts(cell)]
+    for cell in notebook.cells:
+        lines = _lines(cell)
+        if cell.cell_type == "markdown" and re.match("##? ", cell.source):
+            kind = "slide"
+        else:
+            kind = "subslide" if guess or filled + lines > LINES or cell.source.startswith("###") else "-"
+        kind = cell.metadata.setdefault("slideshow", {}).setdefault("slide_type", kind)
+        if kind not in ("skip", "notes"):
+            filled = lines if kind in ("slide", "subslide") else filled + lines
+            guess = "**Your guess" in cell.source
+
+
+def _parts(cell) -> list:
+    if cell.cell_type != "markdown" or "slideshow" in cell.metadata:
+        return [cell]
+    texts = filter(str.strip, re.split(r"^(?=##? )", cell.source, flags=re.MULTILINE))
+    return [nbformat.v4.new_markdown_cell(text, metadata=cell.metadata.copy()) for text in texts]
+
+
+def _lines(cell) -> float:
+    """About how many lines a cell takes on a slide."""
+    lines = 1 + _wrapped(cell.source)
+    for output in cell.get("outputs", []):
+        html = output.get("data", {}).get("text/html", "")
+        for code in re.findall(r"data:image/png;base64,([\w+/]{32})", html):
+            lines += int.from_bytes(base64.b64decode(code)[20:24], "big") / 17  # its height in pixels
+        lines += 0 if html else _wrapped(output.get("text") or output.get("data", {}).get("text/plain", ""))
+    return lines
+
+
+def _wrapped(text: str) -> int:
+    return sum(1 + len(line) // 110 for line in text.splitlines())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["site", "slides"])
+    parser.add_argument("out", type=Path, help="folder for the pages")
+    copy = "address of reveal.js 4, or the folder of a copy of yours (%(default)s)"
+    parser.add_argument("--reveal-prefix", default=REVEAL, help=copy)
+    chosen = parser.parse_args()
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    if chosen.what == "site":
+        make_site(HERE, chosen.out)
+    else:
+        make_slides(HERE, chosen.out, chosen.reveal_prefix)
+    print(f"wrote {chosen.out / 'index.html'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""The course as static pages, made from a tiny notebook; and the links of the real contents page."""
+
+import base64
+import importlib.util
+import re
+from pathlib import Path
+from urllib.parse import unquote
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+pytest.importorskip("latex2mathml", reason="latex2mathml is not installed: pip install -e '.[dev]'")
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+spec = importlib.util.spec_from_file_location("make_pages", NOTEBOOKS / "make_pages.py")
+make_pages = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(make_pages)
+
+PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (400).to_bytes(4, "big") + (340).to_bytes(4, "big")).decode()
+WIDGET = {
+    "text/html": f'<img src="data:image/png;base64,{PNG}{"A" * 12}" alt="the saved picture">',
+    "application/vnd.jupyter.widget-view+json": {"model_id": "gone", "version_major": 2, "version_minor": 0},
+}
+
+
+def tiny() -> nbformat.NotebookNode:
+    return new_notebook(
+        cells=[
+            new_markdown_cell("# Why *two*?\n\nSee [one](01_one.ipynb#a). Take $s^\\alpha * m_q$, not `$x$`."),
+            new_code_cell(f'{make_pages.COLAB}\n\nif not find_spec("semidetr_lite"):\n    %cd -q x'),
+            new_markdown_cell("**Your guess:**"),
+            new_code_cell("print(1)", outputs=[new_output("stream", text="unrepeatable 17\n")]),
+            new_markdown_cell("Done.\n\n## Play\n\n$$\\tfrac12$$"),
+            new_code_cell("explore()", outputs=[new_output("execute_result", data=WIDGET, execution_count=2)]),
+            new_code_cell("\n".join("x = 1" for _ in range(20))),
+        ]
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    nbformat.write(new_notebook(cells=[new_markdown_cell("# Why one?")]), tmp_path / "01_one.ipynb")
+    nbformat.write(tiny(), tmp_path / "02_two.ipynb")
+    (tmp_path / "README.md").write_text("# The course\n\n[first](01_one.ipynb)\n", encoding="utf-8")
+    (tmp_path / "out").mkdir()
+    return tmp_path
+
+
+def test_the_site_shows_what_was_saved_and_loads_nothing(folder):
+    make_pages.make_site(folder, folder / "out")
+    page = (folder / "out" / "02_two.html").read_text(encoding="utf-8")
+    assert "unrepeatable 17" in page and 'alt="the saved picture"' in page
+    assert "find_spec" not in page and "widget-view" not in page
+    assert page.count("<math") == 2 and "<code>$x$</code>" in page and "<em>" not in page.split("Take")[1][:400]
+    assert re.search(r"<title>Why \*?two\*?\?</title>", page)
+    assert not re.findall(r'(?:src|href)="(?:https?:)?//', page) and "<script" not in page
+
+
+def broken_links(out: Path) -> list[str]:
+    """Links of the pages in `out` that lead to no file there."""
+    found = []
+    for path in sorted(out.glob("*.html")):
+        for href in re.findall(r'<a\b[^>]* href="([^"]+)"', path.read_text(encoding="utf-8")):
+            file = unquote(href.split("#")[0])
+            if file and not re.match(r"[a-z]+:", file) and not (out / file).is_file():
+                found.append(f"{path.name}: {href}")
+    return found
+
+
+def test_links_of_the_site_lead_to_its_pages(folder):
+    make_pages.make_site(folder, folder / "out")
+    assert 'href="01_one.html"' in (folder / "out" / "index.html").read_text(encoding="utf-8")
+    second = (folder / "out" / "02_two.html").read_text(encoding="utf-8")
+    assert '<a href="index.html">' in second and '<a href="01_one.html">← Why one?</a>' in second
+    assert broken_links(folder / "out") == []
+    (folder / "out" / "01_one.html").unlink()
+    assert len(broken_links(folder / "out")) == 3
+
+
+def test_slides_begin_at_headings_and_after_guesses(folder):
+    notebook = make_pages.read(folder / "02_two.ipynb")
+    notebook.cells[-1].metadata.slideshow = {"slide_type": "fragment"}
+    make_pages.add_slide_types(notebook)
+    kinds = [(cell.source.split("\n")[0][:9], cell.metadata["slideshow"]["slide_type"]) for cell in notebook.cells]
+    assert kinds == [
+        ("# Why *tw", "slide"),
+        ("**Your gu", "-"),
+        ("print(1)", "subslide"),
+        ("Done.", "-"),
+        ("## Play", "slide"),
+        ("explore()", "-"),  # a picture of 20 lines fits
+        ("x = 1", "fragment"),  # a tag stays
+    ]
+    del notebook.cells[-1].metadata["slideshow"]
+    make_pages.add_slide_types(notebook)
+    assert notebook.cells[-1].metadata["slideshow"]["slide_type"] == "subslide"
+
+
+def test_slides_load_reveal_from_an_address_or_from_a_copy(folder):
+    make_pages.make_slides(folder, folder / "out")
+    page = (folder / "out" / "02_two.html").read_text(encoding="utf-8")
+    assert f'<script src="{make_pages.REVEAL}/dist/reveal.js">' in page and 'alt="the saved picture"' in page
+    assert page.count("<section") == page.count("</section") == 6  # two slides, and the parts stacked in them
+    (folder / "mine" / "dist").mkdir(parents=True)
+    (folder / "mine" / "plugin").mkdir()
+    (folder / "mine" / "dist" / "reveal.js").write_text("", encoding="utf-8")
+    make_pages.make_slides(folder, folder / "out", str(folder / "mine"))
+    page = (folder / "out" / "02_two.html").read_text(encoding="utf-8")
+    scripts = re.findall(r'<script[^>]* src="([^"]+)"', page)
+    assert scripts == ["reveal.js/dist/reveal.js", "reveal.js/plugin/notes/notes.js"]
+    assert (folder / "out" / scripts[0]).is_file() and broken_links(folder / "out") == []
