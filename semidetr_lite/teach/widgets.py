@@ -29,12 +29,14 @@ from semidetr_lite.detectors import deformable
 from semidetr_lite.detectors.denoising import Denoising, group_mask
 from semidetr_lite.errors import UserError
 from semidetr_lite.matching import hungarian, matching_cost, one_to_many, pad_targets
+from semidetr_lite.teach.exercises import em_steps as fitted
 from semidetr_lite.training.ablate import STEP_RATIO
 from semidetr_lite.training.checkpoint import read_config, read_lines
 from semidetr_lite.training.measure import readable
 from semidetr_lite.training.presets import PRESETS, load_splits
 from semidetr_lite.visualize import (
     BESIDE,
+    GREY,
     LINE_COLORS,
     SHARES,
     Picture,
@@ -44,6 +46,7 @@ from semidetr_lite.visualize import (
     draw_boxes,
     image_tag,
     plot_attention_mask,
+    plot_cost_mixture,
     plot_costs,
     plot_matching,
     show_hits,
@@ -238,7 +241,7 @@ def show_dense(images, detector, truths=None, title="") -> Picture:
         draw_boxes(ax, image, None, truth)
         edges = (0, shape[1] * detector.strides[0], shape[0] * detector.strides[0], 0)
         values = best[0, 0].numpy()
-        ax.imshow(values, cmap="cividis", vmin=0, vmax=1, alpha=np.minimum(1.2 * values + 0.2, 0.85), extent=edges)
+        ax.imshow(values, cmap="cividis", vmin=0, vmax=1, alpha=0.75, extent=edges)
         ax.set(xlim=(0, image.shape[-1]), ylim=(image.shape[-2], 0))
     return figure
 
@@ -473,3 +476,29 @@ def explore_recorded(lines: Sequence[dict]) -> Explorer:
     controls["quantity"] = _control("quantity", {name: key for key, name in QUANTITIES.items()}, "AP_teacher")
     look = {"indent": False, "layout": {"width": "160px"}}
     return Explorer(draw, controls | {row: ipywidgets.Checkbox(True, description=row, **look) for row in rows})
+
+
+def explore_mixture(pools: dict[str, tuple]) -> Explorer:
+    """Costs of some boxes, two Gaussians after some steps of EM, and the cut; `pools` {name: (costs, correct) (N,)}."""
+    most = min(len(costs) for costs, _ in pools.values())
+
+    def draw(checkpoint, samples=most, em_steps=30, truth=True):
+        costs, correct = pools[checkpoint]
+        chosen = np.random.default_rng(0).permutation(len(costs))[:samples]
+        costs, correct = costs[chosen], correct[chosen]
+        weights, means, variances = fitted(costs, em_steps)
+        chance = weights * np.exp(-((costs[:, None] - means) ** 2) / (2 * variances)) / np.sqrt(variances)
+        cheap = chance[:, 0] >= chance[:, 1]
+        cut = costs[np.where(cheap, chance.sum(1), -1).argmax()]
+        if truth:
+            return plot_cost_mixture(costs, means, variances, weights, cut, correct)
+        title = f"The cut mines {(costs <= cut).sum()} of {len(costs)} boxes"
+        figure = plot_cost_mixture(costs, means, variances, weights, cut, np.ones(len(costs), dtype=bool), title)
+        (ax,) = figure.axes
+        for bar in ax.patches:
+            bar.set(facecolor=GREY)
+        rows = [row for row in zip(*ax.get_legend_handles_labels()) if row[1] not in ("right", "wrong")]
+        ax.legend(*zip(*rows), **BESIDE)
+        return figure
+
+    return explore(draw, checkpoint=list(pools), samples=(2, most), em_steps=(1, 60), truth=True)
