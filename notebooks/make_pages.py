@@ -35,6 +35,8 @@ nav a { color: var(--jp-content-link-color); text-decoration: none; }
 details { margin-bottom: 1em; }
 .jp-RenderedHTMLCommon table { margin-left: 0; }
 .jp-RenderedHTMLCommon img { max-width: 100%; }
+.jp-RenderedHTMLCommon .highlight { margin: 1em 0; }
+.jp-InputArea-editor { overflow-x: auto; }
 math { font-size: 1.1em; }
 </style>
 {%- endblock -%}
