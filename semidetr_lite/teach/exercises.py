@@ -229,7 +229,7 @@ def em_steps(costs, steps: int) -> tuple:
 
 def _mixture(costs, steps, weights, means, variances) -> tuple:
     start = {"weights_init": weights, "means_init": means[:, None], "precisions_init": 1 / variances[:, None]}
-    mixture = GaussianMixture(2, covariance_type="diag", reg_covar=1e-5, tol=0, max_iter=steps, init_params="random_from_data", **start)
+    mixture = GaussianMixture(2, covariance_type="diag", reg_covar=1e-5, tol=0, max_iter=steps, **start)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it has not converged, on purpose
         mixture.fit(costs[:, None])
