@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 from tqdm import tqdm
 
+from semidetr_lite import distributed
 from semidetr_lite.data.coco import IMAGE_SUFFIXES
 from semidetr_lite.data.doctor import doctor_data
 from semidetr_lite.detectors.detector import as_tensor
@@ -122,6 +123,7 @@ def train(
         workers: processes that load data.
     """
     config = new_config(**_settings(locals(), "out", "resume", "workers"))
+    distributed.start()
     run = Run(config, out, resume, workers=workers)
     counts = f"{len(run.splits.labelled)} labelled, {len(run.splits.unlabelled)} unlabelled images"
     print(f"{out}: {counts}, {len(run.splits.categories)} categories")
@@ -129,6 +131,7 @@ def train(
         print(f"{out}: finished already, at step {run.step}")
         return
     last = run.go()
+    distributed.stop()
     for part, found in last["test"].items():
         print(f"{part}: AP {100 * found['AP']:.1f}, AP50 {100 * found['AP50']:.1f} on the test split")
 
@@ -286,6 +289,9 @@ def ablate(
 COMMANDS = {command.__name__: command for command in (demo, train, evaluate, predict, compare, ablate, doctor)}
 
 
+AGAIN = "the same command with --resume (demo, ablate: without) goes on"
+
+
 def main() -> int:
     """Run a command; 0 if it worked, 2 with one line if the user has to do something, 130 or 143 if it was stopped."""
     try:
@@ -296,11 +302,18 @@ def main() -> int:
         if isinstance(problem, OSError) and problem.filename:
             line = f"{problem.filename}: {problem.strerror}"
         line = line.rpartition("semidetr_lite.errors.UserError: ")[2]  # from a data worker it comes in a traceback
-        line = re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], line.rstrip())  # as a file's name may have
+        line = re.sub(
+            r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], line.rstrip()
+        )  # as a file's name may have
         print(f"error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as problem:
         said, status = problem.args if isinstance(problem, Stopped) else ("stopped", 130)
-        print(f"\n{said}; the same command with --resume (demo, ablate: without) goes on", file=sys.stderr)
+        print(f"\n{said}; {AGAIN}", file=sys.stderr)
         return status
+    except RuntimeError as problem:
+        if not distributed.is_loss(problem):
+            raise
+        print(f"error: process {distributed.rank()} lost the others; {AGAIN}", file=sys.stderr)
+        return 1
     return 0

@@ -3,7 +3,9 @@
 One-to-one (DINO; released code: dino_detr_ssod_head.py:751-804): focal loss, weighted 2, over the number of pairs; L1
 (5) and GIoU (2) of the pairs over the same. One-to-many (paper section 3.2; released code:
 dino_detr_ssod_head.py:665-749): quality focal loss, weighted 2, over the sum of the soft targets; L1 and GIoU
-weighted by the soft targets, over the same sum. Every normaliser is that of the whole batch and at least 1.
+weighted by the soft targets, over the same sum. Every normaliser is that of the whole batch, also where processes or
+parts of a step share it (Count), and at least 1. For one-to-many it is a part's, in all processes: the soft targets of
+the next part are not known yet.
 
 DETR's scores by softmax over C classes and "no object" (detr.py) have cross-entropy instead, one-to-one only, in which
 "no object" weighs a tenth and the mean is over the weights; class cost and class loss count once there, not twice.
@@ -14,10 +16,12 @@ l1_weight=10). Proposals of the encoder are trained class-agnostically, on chann
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torchvision.ops import box_convert
 
+from semidetr_lite import distributed
 from semidetr_lite.boxes import overlaps
 from semidetr_lite.detectors.denoising import Answers
 from semidetr_lite.matching import PaddedTargets, assign_one_to_many, assign_one_to_one, batched_cost, pad_targets
@@ -38,13 +42,40 @@ def _focal(logits, quality, gamma: float = 2.0, weight: torch.Tensor | float = 1
 NO_OBJECT_WEIGHT = 0.1  # of the cross-entropy of queries that should answer "no object" (DETR)
 
 
-def _cross_entropy(logits, labels, assigned) -> torch.Tensor:
+class Count(NamedTuple):
+    """The images and boxes of a whole step, in all its parts and processes."""
+
+    images: int
+    pairs: int  # of one-to-one matching
+    boxes: int
+    most: int  # columns of targets that the image with most needs
+    shares: int  # parts times processes
+
+    def each(self, total: float) -> float:
+        """What a share divides by, so that the mean of all shares is their sum over `total`, at least 1."""
+        return max(total, 1.0) / self.shares
+
+
+def count_boxes(parts: list[np.ndarray], queries: int) -> Count:
+    """Counts of the valid targets, bool (B, T) on the host, of this process's parts and all others'; Q queries."""
+    rows = [
+        (len(p), np.minimum(p.sum(1), queries).sum(), p.sum(), (p.any(0) * np.arange(1, p.shape[1] + 1)).max(initial=0))
+        for p in parts
+    ]
+    found = np.array(distributed.gather(rows), dtype=np.int64).reshape(-1, 4)
+    return Count(*found[:, :3].sum(0).tolist(), int(found[:, 3].max()), len(found))
+
+
+def _cross_entropy(logits, labels, assigned, count: Count | None) -> torch.Tensor:
     """Weighted mean per layer: logits (..., B, Q, C + 1), labels (..., B, Q) of the targets, assigned (..., B, Q)."""
     nothing = assigned < 0
     labels = torch.where(nothing, logits.shape[-1] - 1, labels)
     each = -logits.float().log_softmax(-1).gather(-1, labels[..., None])[..., 0]
     weight = torch.where(nothing, NO_OBJECT_WEIGHT, 1.0)
-    return (each * weight).sum((-2, -1)) / weight.sum((-2, -1))
+    if count is None:
+        return (each * weight).sum((-2, -1)) / weight.sum((-2, -1))
+    rest = count.images * assigned.shape[-1] - count.pairs
+    return (each * weight).sum((-2, -1)) / count.each(count.pairs + NO_OBJECT_WEIGHT * rest)
 
 
 class LossWeights(NamedTuple):
@@ -91,6 +122,8 @@ def dense_loss(
     weights: LossWeights = LossWeights(),
     seen=None,
     no_object: bool = False,
+    count: Count | None = None,
+    copies: int = 0,
 ) -> dict:
     """Losses of finished assignments, without leaving the device.
 
@@ -101,6 +134,8 @@ def dense_loss(
         quality: (..., B, Q) soft class target, 0 where unassigned.
         seen: (B, Q) bool, queries that count at all; None for all.
         no_object: whether the last logit is "no object" of a softmax; one-to-one only.
+        count: what one-to-one losses are divided by; None for this batch's own pairs.
+        copies: how often each box was asked for, if these are questions of denoising.
     """
     index = assigned.clamp(min=0)
     if targets.valid.shape[1]:
@@ -109,9 +144,15 @@ def dense_loss(
         boxes = boxes.gather(-2, index[..., None].expand(*index.shape, 4))
     else:
         labels, boxes = index, torch.full_like(pred_boxes, 0.5, dtype=torch.float32)
-    norm = quality.float().sum((-2, -1)).clamp(min=1.0)  # one per layer
+    norm = quality.float().sum((-2, -1))  # one per layer
+    if count is None:
+        norm = norm.clamp(min=1.0)
+    elif stage == "one_to_many":
+        norm = (distributed.mean(norm) * distributed.world()).clamp(min=1.0) / distributed.world()
+    else:
+        norm = torch.full_like(norm, count.each(copies * count.boxes if copies else count.pairs))
     if no_object:
-        classes = weights.class_weight / 2 * _cross_entropy(logits, labels, assigned)
+        classes = weights.class_weight / 2 * _cross_entropy(logits, labels, assigned, count)
     else:
         chosen = quality[..., None].float()
         wanted = torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, labels[..., None], chosen)
@@ -163,8 +204,9 @@ def _layer_labels(layers: Layers, targets: PaddedTargets) -> torch.Tensor:
 
 
 def detection_loss(
-    layers: Layers, targets: PaddedTargets, stage: str, costs=None, valid=None, candidates=13, weights=LossWeights()
-) -> dict:
+    layers: Layers, targets: PaddedTargets, stage: str, costs=None, valid=None, candidates=13, weights=LossWeights(),
+    count: Count | None = None,
+) -> dict:  # fmt: skip
     """The sum over all layers of {"class", "l1", "giou"}.
 
     Args:
@@ -172,6 +214,7 @@ def detection_loss(
         stage: "one_to_many" or "one_to_one".
         costs, valid: for one-to-one, on the host: numpy (L, B, Q, T) from `layer_costs`, and `targets.valid`.
         candidates: for one-to-many.
+        count: see dense_loss.
     """
     targets = targets._replace(labels=_layer_labels(layers, targets))
     if stage == "one_to_many":
@@ -179,13 +222,15 @@ def detection_loss(
     else:
         assigned = torch.from_numpy(assign_one_to_one(costs, valid)).to(layers.logits.device)
         quality = (assigned >= 0).float()
-    kind = {"weights": weights, "no_object": layers.no_object}
+    kind = {"weights": weights, "no_object": layers.no_object, "count": count}
     return dense_loss(layers.logits, layers.boxes, targets, assigned, quality, stage, **kind)
 
 
-def denoising_loss(group: dict, answers: Answers, targets: PaddedTargets, weights: LossWeights = LossWeights()) -> dict:
+def denoising_loss(group: dict, answers: Answers, targets: PaddedTargets, weights=LossWeights(), count=None) -> dict:
     """One-to-one losses of a denoising group whose answers are known, over the number of its positive questions."""
+    copies = answers.valid.shape[1] // (2 * targets.valid.shape[1])
     layers = stack_layers(group)
     assigned = answers.targets.expand(len(layers.logits), -1, -1)
     quality = (assigned >= 0).float()
-    return dense_loss(layers.logits, layers.boxes, targets, assigned, quality, "one_to_one", weights, answers.valid)
+    how = {"seen": answers.valid, "count": count, "copies": copies}
+    return dense_loss(layers.logits, layers.boxes, targets, assigned, quality, "one_to_one", weights, **how)

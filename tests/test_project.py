@@ -20,6 +20,7 @@ PACKAGE = ROOT / "semidetr_lite"
 ROOMS = [
     "errors",
     "boxes",
+    "distributed",
     "data",
     "detectors",
     "matching",

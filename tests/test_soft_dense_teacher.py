@@ -182,7 +182,7 @@ def test_jittered_boxes_are_refined_by_the_teacher_one_by_one():
     with torch.no_grad():
         judge = teacher.see(batch["weak"][0])
         found = teacher.found(judge, 0.25, method.most, teacher.nms)
-        rngs = method.rngs(step, 1, 2)
+        rngs = method.rngs(step, 1, batch["weak"][1])
         spreads = []
         for image, one in enumerate(found):
             moves = rngs[image].uniform(-0.06, 0.06, (10, *one["boxes"].shape))
@@ -197,7 +197,7 @@ def test_jittered_boxes_are_refined_by_the_teacher_one_by_one():
         assert len(spreads) > 3
         for cut in np.quantile(spreads, [0.0, 0.4, 1.0]) + 1e-4:
             method.spread_cut = float(cut)
-            _, steady = method.pseudo_boxes(judge, step)
+            _, steady = method.pseudo_boxes(judge, step, batch["weak"][1])
             assert sum(len(one["labels"]) for one in steady) == sum(spread < cut for spread in spreads)
 
 

@@ -13,8 +13,9 @@ from semidetr_lite.data import digits
 from semidetr_lite.data.splits import Splits, Subset, Unlabelled
 from semidetr_lite.errors import UserError
 from semidetr_lite.training import measure as measure_module
+from semidetr_lite.training.engine import micro_batches
 from semidetr_lite.training.presets import PRESETS, make_detector
-from semidetr_lite.training.train import Run, learning_rate_factor, make_recipe, micro_batches, new_config
+from semidetr_lite.training.train import Run, learning_rate_factor, make_recipe, new_config
 
 DETECTOR = {
     "num_queries": 12, "dim": 32, "heads": 2, "levels": 3, "points": 2, "hidden": 32, "encoder_layers": 1,

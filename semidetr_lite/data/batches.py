@@ -2,7 +2,8 @@
 
 A batch is {"labelled": (images, targets), "weak": (images, targets), "strong": (images, targets)}. The same step
 always gives the same batch, whatever the number of worker processes and wherever a run was resumed. All images of a
-step come from one shape group (square, wide or tall), so that little or nothing is padded.
+step come from one shape group (square, wide or tall), so that little or nothing is padded. Of several processes each
+loads its share of the step; "position" in a target is the image's place in the whole of it.
 
 An unlabelled image that cannot be read is replaced by another one of its shape group, drawn by (seed, step, position)
 like everything else, and counted on stderr; a labelled one ends the run with its name, unless told otherwise.
@@ -14,6 +15,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from semidetr_lite import distributed
 from semidetr_lite.data.splits import Dataset, Splits
 from semidetr_lite.data.views import ViewSettings, labelled_view, strong_view, weak_view
 from semidetr_lite.errors import UserError
@@ -53,11 +55,12 @@ class Sampler:
 
 
 class Batches(torch.utils.data.Dataset):
-    """`batches[step]` is the batch of a step.
+    """`batches[step]` is the batch of a step, or this process's share of it.
 
     Args:
         splits: where the images come from.
-        labelled, unlabelled: images of each kind a step; `unlabelled` may be 0, as for supervised training.
+        labelled, unlabelled: images of each kind a step, in all processes together; `unlabelled` may be 0, as for
+            supervised training.
         views: how far the views may go; mirrored only where the data allow it too.
         seed: of everything random here.
         skip_unreadable: whether a labelled image that cannot be read is replaced too, and not a UserError.
@@ -70,6 +73,9 @@ class Batches(torch.utils.data.Dataset):
     ):
         if unlabelled and not len(splits.unlabelled):
             raise UserError("no unlabelled image: give a folder of them (--unlabelled), or label less than 100 percent")
+        if distributed.world() > min(labelled, unlabelled or labelled):
+            raise UserError(f"{distributed.world()} processes for {labelled} labelled images a step: start fewer")
+        self.shares = {LABELLED: distributed.share(labelled), WEAK: distributed.share(unlabelled)}
         self.splits, self.seed = splits, seed
         self.skip_unreadable, self.skipped = skip_unreadable, set()
         self.views = replace(views, flip=views.flip and splits.flip)
@@ -101,8 +107,9 @@ class Batches(torch.utils.data.Dataset):
 
     def _read(self, dataset: Dataset, sampler: Sampler, shape: int, turn: int, step: int, stream: int) -> list[tuple]:
         """The images and targets of a step, those that cannot be read replaced."""
-        read = []
-        for position, index in enumerate(sampler.draw(shape, turn)):
+        read, drawn = [], sampler.draw(shape, turn)
+        for position in self.shares[stream]:
+            index = drawn[position]
             for attempt in range(TRIES):
                 try:
                     read.append(dataset[index])
@@ -125,6 +132,7 @@ class Batches(torch.utils.data.Dataset):
 
     def _views(self, read: list[tuple], view, step: int, stream: int) -> tuple[list[torch.Tensor], list[dict]]:
         made = []
-        for position, (image, target) in enumerate(read):
+        for position, (image, target) in zip(self.shares[LABELLED if stream == LABELLED else WEAK], read, strict=True):
             made.append(view(image, target, np.random.default_rng([self.seed, stream, step, position]), self.views))
+            made[-1][1]["position"] = position
         return [image for image, _ in made], [target for _, target in made]

@@ -13,13 +13,24 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from semidetr_lite import distributed
 from semidetr_lite.boxes import to_model
 from semidetr_lite.data.views import map_boxes
 from semidetr_lite.detectors.detector import Detector, best_boxes
 from semidetr_lite.detectors.transformer import Memory, output_rows
-from semidetr_lite.losses import LossWeights, denoising_loss, detection_loss, layer_costs, stack_layers, to_host
+from semidetr_lite.losses import (
+    Count,
+    LossWeights,
+    count_boxes,
+    denoising_loss,
+    detection_loss,
+    layer_costs,
+    stack_layers,
+    to_host,
+)
 from semidetr_lite.matching import PaddedTargets, pad_targets
 
 LABELLED, UNLABELLED = range(2)  # separate streams of random numbers
@@ -69,7 +80,7 @@ class Averaged(nn.Module):
     def count_pseudo(self, labels: torch.Tensor, keep: torch.Tensor, images: int) -> None:
         """Running mean over about 50 steps of the pseudo-boxes of each class in an image: those of `labels` to keep."""
         counts = torch.zeros_like(self.pseudo_counts).index_add_(0, labels.flatten(), keep.flatten().float())
-        self.pseudo_counts.lerp_(counts / images, 0.02)
+        self.pseudo_counts.lerp_(distributed.mean(counts / images), 0.02)
 
     def alarm(self) -> str | None:
         """What has happened if the teacher has collapsed: hardly any pseudo-box for long, or all of one class."""
@@ -80,23 +91,32 @@ class Averaged(nn.Module):
             return f"all pseudo-boxes are of one class (number {counts.index(max(counts))}) for long"
         return None
 
-    def rngs(self, step: int, stream: int, count: int) -> list[np.random.Generator]:
-        """A generator for each image, from (seed, step, position) alone."""
-        return [np.random.default_rng([self.seed, 7, stream, step, position]) for position in range(count)]
+    def look_ahead(self, parts: list[dict], step: int) -> list[dict]:
+        """The parts of a step with "counts" of all of them, {name: Count}; where no loss needs any, as they are."""
+        return parts
+
+    def rngs(self, step: int, stream: int, targets: list[dict]) -> list[np.random.Generator]:
+        """A generator for each image, from (seed, step, position in the whole step) alone."""
+        places = [target.get("position", place) for place, target in enumerate(targets)]
+        return [np.random.default_rng([self.seed, 7, stream, step, place]) for place in places]
 
     def draw(self, step: int, stream: int) -> int:
         """A seed for what torch draws in a step."""
         return int(np.random.default_rng([self.seed, 8, stream, step]).integers(2**63))
 
-    def denoise(self, memory: Memory, outputs: dict, targets: PaddedTargets, weights, step: int, stream: int) -> dict:
-        """Denoising losses beside the kept matching queries, {} without any box or if the detector has no denoising."""
+    def denoise(self, memory: Memory, outputs: dict, targets: PaddedTargets, weights, count: Count, rngs) -> dict:
+        """Denoising losses beside the kept matching queries, {} without any box or if the detector has no denoising.
+
+        targets: filled up to count.most; rngs: a generator for each image.
+        """
         if self.student.denoising is None:
             return {}
-        made = self.student.denoising(*targets, self.rngs(step, stream, len(targets.labels)))
+        made = self.student.denoising(*targets, rngs)
         if made is None:
             return {}
         group, answers = made
-        return denoising_loss(self.student.decode_groups(memory, outputs, [group])[0], answers, targets, weights)
+        asked = self.student.decode_groups(memory, outputs, [group])[0]
+        return denoising_loss(asked, answers, targets, weights, count)
 
 
 def named(prefix: str, losses: dict) -> dict:
@@ -131,6 +151,22 @@ def pseudo_boxes(outputs: dict, sizes: torch.Tensor, most: int, nms: float) -> P
     first = valid.long().sort(dim=1, descending=True, stable=True).indices[:, :most]
     boxes = boxes.gather(1, first[..., None].expand(-1, -1, 4))
     return PseudoBoxes(boxes, scores.gather(1, first), labels.gather(1, first), valid.gather(1, first))
+
+
+class Look(NamedTuple):
+    """What the teacher sees in the weak views."""
+
+    pseudo: PseudoBoxes
+    carried: PaddedTargets  # the same in the strong views
+    minable: torch.Tensor | None  # (B, K) bool, what Semi-DETR's mining chooses from
+    teacher: tuple | None  # its memory and outputs, where the step needs them again
+
+
+def filled_up(targets: PaddedTargets, most: int) -> PaddedTargets:
+    """Targets with `most` columns: others filled up, or those behind left out."""
+    boxes, labels, valid = (entry[:, :most] for entry in targets)
+    more = most - valid.shape[1]
+    return PaddedTargets(F.pad(boxes, (0, 0, 0, more)), F.pad(labels, (0, more)), F.pad(valid, (0, more)))
 
 
 def target_sizes(targets: list[dict]) -> torch.Tensor:
@@ -168,15 +204,11 @@ class MeanTeacher(Averaged):
 
     def forward(self, batch: dict, step: int) -> dict[str, torch.Tensor]:
         """A batch with "labelled", "weak" and "strong" -> weighted losses."""
-        (images, truths), (weak_images, weak) = batch["labelled"], batch["weak"]
-        strong_images, strong = batch["strong"]
-        device = next(self.parameters()).device
-        with torch.no_grad():
-            pseudo = pseudo_boxes(self.teacher(weak_images), target_sizes(weak), self.most, self.nms)
-        carried = pseudo.carried(weak, strong)
+        (images, truths), (strong_images, strong) = batch["labelled"], batch["strong"]
+        pseudo, carried, *_ = batch.get("look") or self.look(batch, step)
         confident = carried._replace(valid=carried.valid & (pseudo.scores >= self.score_cut))
-        self.count_pseudo(pseudo.labels, pseudo.valid & (pseudo.scores >= self.score_cut), len(weak))
-        targets = pad_targets(truths, device).join(confident)
+        self.count_pseudo(pseudo.labels, pseudo.valid & (pseudo.scores >= self.score_cut), len(strong))
+        targets = pad_targets(truths, next(self.parameters()).device).join(confident)
 
         memory = self.student.encode([*images, *strong_images])
         outputs = self.student.decode(memory)
@@ -184,34 +216,52 @@ class MeanTeacher(Averaged):
         costs, valid = one_transfer(layer_costs(layers, targets), targets.valid)
         self.stats = {"pseudo_per_image": float(valid[len(images) :].sum() / len(strong))}
 
-        losses = {}
-        for name, rows in (("labelled", slice(0, len(images))), ("pseudo", slice(len(images), None))):
-            here = PaddedTargets(*(entry[rows] for entry in targets))
-            student = (memory, outputs, layers, rows)
-            losses |= self.compare(name, student, here, valid[rows], costs[:, rows], "one_to_one", step)
-        return losses
+        rows = {"labelled": slice(0, len(images)), "pseudo": slice(len(images), None)}
+        decided = {name: (valid[own], costs[:, own]) for name, own in rows.items()}
+        boxes = {name: PaddedTargets(*(entry[own] for entry in targets)) for name, own in rows.items()}
+        return self.compare(batch, (memory, outputs, layers), boxes, decided, "one_to_one", step)
 
-    def compare(self, name: str, student: tuple, targets: PaddedTargets, valid, costs, stage: str, step: int) -> dict:
-        """Losses of what the student says about some images, with denoising where boxes are matched one-to-one.
+    def look(self, batch: dict, step: int) -> Look:
+        """The teacher's boxes on the weak views of a batch."""
+        (images, weak), (_, strong) = batch["weak"], batch["strong"]
+        with torch.no_grad():
+            pseudo = pseudo_boxes(self.teacher(images), target_sizes(weak), self.most, self.nms)
+        return Look(pseudo, pseudo.carried(weak, strong), None, None)
+
+    def look_ahead(self, parts: list[dict], step: int) -> list[dict]:
+        """See Averaged; also what the teacher sees, "look"."""
+        looks = [self.look(part, step) for part in parts]
+        confident = one_transfer(*(c.valid & (pseudo.scores >= self.score_cut) for pseudo, c, *_ in looks))
+        truths = [pad_targets(part["labelled"][1]).valid.numpy() for part in parts]
+        queries = self.student.num_queries
+        counts = {"labelled": count_boxes(truths, queries), "pseudo": count_boxes(confident, queries)}
+        return [{**part, "look": look, "counts": counts} for part, look in zip(parts, looks, strict=True)]
+
+    def compare(self, batch: dict, student: tuple, boxes: dict, decided: dict, stage: str, step: int) -> dict:
+        """Losses of what the student says, with denoising where boxes are matched one-to-one.
 
         Args:
-            name: "labelled" or "pseudo", which decides weights and noise; labelled boxes are denoised in both stages.
-            student: its memory, outputs and layers, and the rows of the images in them.
-            valid: (B, T) bool on the host, which replaces `targets.valid`.
-            costs: see detection_loss.
+            batch: with "counts", or they are those of this batch.
+            student: its memory, outputs and layers: the labelled images, then the unlabelled ones.
+            boxes: PaddedTargets of the "labelled" and the "pseudo" boxes; labelled ones are denoised in both stages.
+            decided: for each, valid (B, T) bool on the host, which replaces theirs, and costs (see detection_loss).
         """
-        memory, outputs, layers, rows = student
-        labelled = name == "labelled"
-        weights, stream = (self.weights, LABELLED) if labelled else (self.pseudo_weights, UNLABELLED)
-        used = np.flatnonzero(valid.any(0))
-        columns = slice(0, int(used[-1]) + 1 if len(used) else 0)  # without those filled up behind the last valid one
-        valid, costs = valid[:, columns], None if costs is None else costs[..., columns]
-        on_device = torch.from_numpy(valid).to(targets.boxes.device)
-        targets = PaddedTargets(targets.boxes[:, columns], targets.labels[:, columns], on_device)
-        losses = named(name, detection_loss(layers.rows(rows), targets, stage, costs, valid, self.candidates, weights))
-        if labelled or stage == "one_to_one":
-            noise = self.denoise(memory.rows(rows), output_rows(outputs, rows), targets, weights, step, stream)
-            losses |= named(f"{name} denoising", noise)
+        memory, outputs, layers = student
+        edge, queries = len(batch["labelled"][0]), layers.logits.shape[2]
+        counts = batch.get("counts") or {name: count_boxes([decided[name][0]], queries) for name in boxes}
+        losses = {}
+        for name, rows, view, stream, weights in (
+            ("labelled", slice(0, edge), "labelled", LABELLED, self.weights),
+            ("pseudo", slice(edge, None), "strong", UNLABELLED, self.pseudo_weights),
+        ):
+            count, (valid, costs) = counts[name], decided[name]
+            on_device = torch.from_numpy(valid).to(boxes[name].boxes.device)
+            targets = filled_up(boxes[name]._replace(valid=on_device), count.most)
+            how = {"candidates": self.candidates, "weights": weights, "count": count}
+            losses |= named(name, detection_loss(layers.rows(rows), targets, stage, costs, valid, **how))
+            if name == "labelled" or stage == "one_to_one":
+                rngs, here = self.rngs(step, stream, batch[view][1]), (memory.rows(rows), output_rows(outputs, rows))
+                losses |= named(f"{name} denoising", self.denoise(*here, targets, weights, count, rngs))
         return losses
 
 

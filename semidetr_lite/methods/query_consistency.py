@@ -60,14 +60,15 @@ class Projector(nn.Module):
         return self.layers(cells)
 
 
-def consistency_loss(student: list[torch.Tensor], teacher: list[torch.Tensor], valid: torch.Tensor) -> torch.Tensor:
+def consistency_loss(student: list[torch.Tensor], teacher: list[torch.Tensor], valid: torch.Tensor, count=None):
     """Sum over layers of the mean squared difference of normalised embeddings.
 
     Args:
         student, teacher: per layer (B, N, D); no gradient reaches the teacher.
         valid: (B, N) bool; the mean is over valid queries and D.
+        count: of valid queries, if others than these share the mean.
     """
-    count = valid.sum().clamp(min=1)
+    count = count or valid.sum().clamp(min=1)
     total = valid.new_zeros((), dtype=torch.float32)
     for ours, theirs in zip(student, teacher, strict=True):
         difference = F.normalize(ours.float(), dim=-1) - F.normalize(theirs.detach().float(), dim=-1)

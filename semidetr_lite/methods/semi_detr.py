@@ -23,6 +23,7 @@ scores (with few boxes in an image that bar is high).
 import numpy as np
 import torch
 
+from semidetr_lite import distributed
 from semidetr_lite.boxes import to_model
 from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.detectors.transformer import QueryGroup, output_rows
@@ -30,7 +31,7 @@ from semidetr_lite.errors import UserError
 from semidetr_lite.losses import Layers, layer_costs, stack_layers
 from semidetr_lite.matching import PaddedTargets, batched_cost, pad_targets
 from semidetr_lite.methods.cost_mining import matched_costs, reliable_threshold, remember
-from semidetr_lite.methods.mean_teacher import MeanTeacher, PseudoBoxes, one_transfer, pseudo_boxes, target_sizes
+from semidetr_lite.methods.mean_teacher import Look, MeanTeacher, PseudoBoxes, one_transfer, pseudo_boxes, target_sizes
 from semidetr_lite.methods.query_consistency import Projector, consistency_loss
 
 CONSISTENCY_BOXES = ("both", "confident", "mined", "none")
@@ -95,18 +96,10 @@ class SemiDETR(MeanTeacher):
 
     def forward(self, batch: dict, step: int) -> dict[str, torch.Tensor]:
         """A batch with "labelled", "weak" and "strong" -> weighted losses."""
-        (images, truths), (weak_images, weak) = batch["labelled"], batch["weak"]
-        strong_images, strong = batch["strong"]
+        (images, truths), (_, weak), (strong_images, _) = (batch[name] for name in ("labelled", "weak", "strong"))
         stage, device = self.stage(step), next(self.parameters()).device
-        with torch.no_grad():
-            teacher_memory = self.teacher.encode(weak_images)
-            teacher_outputs = self.teacher.decode(teacher_memory)
-            pseudo = pseudo_boxes(teacher_outputs, target_sizes(weak), self.most, self.nms)
-        confident = pseudo.valid & (pseudo.scores >= self.score_cut)
-        self.count_pseudo(pseudo.labels, confident, len(weak))
-        minable = self.minable(pseudo)
-        pseudo = pseudo._replace(valid=confident | minable)
-        carried = pseudo.carried(weak, strong)
+        pseudo, carried, minable, teacher = batch.get("look") or self.look(batch, step)
+        self.count_pseudo(pseudo.labels, pseudo.valid & (pseudo.scores >= self.score_cut), len(weak))
 
         memory = self.student.encode([*images, *strong_images])
         outputs = self.student.decode(memory)
@@ -116,14 +109,29 @@ class SemiDETR(MeanTeacher):
         seen = (pseudo.scores, minable)
         found = self.decide(layers.rows(labelled), targets, layers.rows(unlabelled), carried, seen, stage)
 
-        losses = {}
-        for name, rows, boxes in (("labelled", labelled, targets), ("pseudo", unlabelled, carried)):
-            losses |= self.compare(name, (memory, outputs, layers, rows), boxes, *found[name], stage, step)
-        if self.consistency_boxes != "none" and (stage == "one_to_many" or self.consistency_throughout):
+        boxes = {"labelled": targets, "pseudo": carried}
+        losses = self.compare(batch, (memory, outputs, layers), boxes, found, stage, step)
+        if teacher:
             student = (memory.rows(unlabelled), output_rows(outputs, unlabelled))
-            loss = self.consistency(student, (teacher_memory, teacher_outputs), pseudo, carried, weak, found["asked"])
+            loss = self.consistency(student, teacher, pseudo, carried, weak, found["asked"])
             losses["consistency"] = self.unlabelled_weight * self.consistency_weight * loss
         return losses
+
+    def look(self, batch: dict, step: int) -> Look:
+        """The teacher's boxes that are confident or may be mined; the teacher where consistency is asked for."""
+        (images, weak), (_, strong) = batch["weak"], batch["strong"]
+        with torch.no_grad():
+            memory = self.teacher.encode(images)
+            outputs = self.teacher.decode(memory)
+            pseudo = pseudo_boxes(outputs, target_sizes(weak), self.most, self.nms)
+        minable = self.minable(pseudo)
+        pseudo = pseudo._replace(valid=pseudo.valid & (pseudo.scores >= self.score_cut) | minable)
+        asks = self.consistency_boxes != "none" and (self.stage(step) == "one_to_many" or self.consistency_throughout)
+        return Look(pseudo, pseudo.carried(weak, strong), minable, (memory, outputs) if asks else None)
+
+    def look_ahead(self, parts: list[dict], step: int) -> list[dict]:
+        """See MeanTeacher; where mined boxes are targets, nothing can be counted before the student has seen them."""
+        return parts if self.mined_targets else super().look_ahead(parts, step)
 
     def minable(self, pseudo: PseudoBoxes) -> torch.Tensor:
         """(B, K) bool: the boxes, best first in each image, that mining chooses from."""
@@ -148,8 +156,9 @@ class SemiDETR(MeanTeacher):
         wanted = (prices, *seen, carried.valid, targets.valid, self.past_costs, *further)
         prices, scores, minable, valid, truth_valid, past, *costs = one_transfer(*wanted)
         matched = matched_costs(prices, valid)
-        threshold = reliable_threshold(np.concatenate([past, matched.ravel()]))
-        self.past_costs = remember(self.past_costs, matched.ravel())
+        everywhere = np.concatenate(distributed.gather(matched.ravel()))
+        threshold = reliable_threshold(np.concatenate([past, everywhere]))
+        self.past_costs = remember(self.past_costs, everywhere)
         confident = valid & (scores >= self.score_cut)
         cheap = np.isfinite(matched) & (matched <= threshold)
         mined = valid & (cheap if self.mining == "mixture" else minable)
@@ -167,6 +176,7 @@ class SemiDETR(MeanTeacher):
 
     def consistency(self, student, teacher, pseudo: PseudoBoxes, carried: PaddedTargets, weak, asked) -> torch.Tensor:
         """The consistency loss over the boxes `asked` (B, K) bool, on the host; of both networks (Memory, outputs)."""
+        count = max(sum(distributed.gather(int(asked.sum()))), 1) / distributed.world()
         if not asked.any():  # every process has a gradient
             return sum(parameter.sum() * 0.0 for parameter in self.projector.parameters())
         device = carried.boxes.device
@@ -191,7 +201,7 @@ class SemiDETR(MeanTeacher):
         with torch.no_grad():
             theirs = self.teacher.decode_groups(*teacher, [group(to_model(pseudo.boxes, sizes))])[0]
         embeddings = ([layer["queries"] for layer in (*outputs["aux_outputs"], outputs)] for outputs in (ours, theirs))
-        return consistency_loss(*embeddings, valid)
+        return consistency_loss(*embeddings, valid, count)
 
 
 def above_mean_and_deviation(pseudo: PseudoBoxes) -> torch.Tensor:

@@ -97,7 +97,7 @@ class SoftTeacher(Averaged):
             judge = self.teacher.see(weak_images)
             confident, steady = (
                 [map_target(one, matrix, s["size"]) for one, matrix, s in zip(found, matrices, strong, strict=True)]
-                for found in self.pseudo_boxes(judge, step)
+                for found in self.pseudo_boxes(judge, step, weak)
             )
         labels = torch.cat([one["labels"] for one in confident])
         self.count_pseudo(labels, torch.ones_like(labels), len(weak))
@@ -108,13 +108,13 @@ class SoftTeacher(Averaged):
             losses[f"pseudo/{name}"] = loss * (self.box_weight if name in ("proposals", "boxes") else self.class_weight)
         return losses
 
-    def pseudo_boxes(self, judge: Seen, step: int) -> tuple[list[dict], list[dict]]:
+    def pseudo_boxes(self, judge: Seen, step: int, weak: list[dict]) -> tuple[list[dict], list[dict]]:
         """The teacher's boxes over the score cut, and those steady under jitter, in pixels of the weak views."""
         teacher = self.teacher
         found = teacher.found(judge, min(self.score_cut, self.box_score_cut), self.most, teacher.nms)
         candidates = [chosen(one, one["scores"] >= self.box_score_cut) for one in found]
         jittered = []
-        for one, rng in zip(candidates, self.rngs(step, UNLABELLED, len(found)), strict=True):
+        for one, rng in zip(candidates, self.rngs(step, UNLABELLED, weak), strict=True):
             boxes = one["boxes"]
             moves = boxes.new_tensor(rng.uniform(-self.jitter, self.jitter, (self.jitters, *boxes.shape)))
             jittered.append((boxes + moves * (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)).flatten(0, 1))

@@ -6,9 +6,9 @@ Its average is kept too, so that it is measured like the semi-supervised methods
 import torch
 
 from semidetr_lite.detectors.pyramid import Pyramid
-from semidetr_lite.losses import detection_loss, layer_costs, stack_layers
+from semidetr_lite.losses import count_boxes, detection_loss, layer_costs, stack_layers
 from semidetr_lite.matching import pad_targets
-from semidetr_lite.methods.mean_teacher import LABELLED, Averaged, named, one_transfer
+from semidetr_lite.methods.mean_teacher import LABELLED, Averaged, filled_up, named, one_transfer
 
 
 class Supervised(Averaged):
@@ -24,6 +24,15 @@ class Supervised(Averaged):
         outputs = self.student.decode(memory)
         layers = stack_layers(outputs)
         costs, valid = one_transfer(layer_costs(layers, targets), targets.valid)
-        losses = named("labelled", detection_loss(layers, targets, "one_to_one", costs, valid, weights=self.weights))
-        noise = self.denoise(memory, outputs, targets, self.weights, step, LABELLED)
+        count = batch.get("counts") or count_boxes([valid], layers.logits.shape[2])
+        targets, how = filled_up(targets, count.most), {"weights": self.weights, "count": count}
+        losses = named("labelled", detection_loss(layers, targets, "one_to_one", costs, valid, **how))
+        noise = self.denoise(memory, outputs, targets, **how, rngs=self.rngs(step, LABELLED, truths))
         return losses | named("labelled denoising", noise)
+
+    def look_ahead(self, parts: list[dict], step: int) -> list[dict]:
+        """See Averaged."""
+        if isinstance(self.student, Pyramid):
+            return parts
+        valid = [pad_targets(part["labelled"][1]).valid.numpy() for part in parts]
+        return [{**part, "counts": count_boxes(valid, self.student.num_queries)} for part in parts]

@@ -7,6 +7,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_iou
 
+from semidetr_lite import distributed
 from semidetr_lite.data.splits import Dataset
 from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.detectors.pyramid import Pyramid
@@ -18,12 +19,16 @@ from semidetr_lite.methods.mean_teacher import Averaged, PseudoBoxes, pseudo_box
 
 
 def measure(detector: Detector, dataset: Dataset, images: int | None = None, voc: bool = False) -> dict:
-    """The twelve COCO figures of a detector on the first `images` images of a dataset; with `voc` also VOC's two."""
-    pairs = [dataset[index] for index in range(min(len(dataset), images or len(dataset)))]
-    detections = []
-    for start in range(0, len(pairs), 200):
-        detections += detector.detect([image for image, _ in pairs[start : start + 200]])
-    targets = [target for _, target in pairs]
+    """The twelve COCO figures of a detector on the first `images` images of a dataset; with `voc` also VOC's two.
+
+    Each process looks at its share of them; the figures are those of all.
+    """
+    indices, own = distributed.share(min(len(dataset), images or len(dataset))), []
+    for start in range(0, len(indices), 200):
+        pairs = [dataset[index] for index in indices[start : start + 200]]
+        found = detector.detect([image for image, _ in pairs])
+        own += [(detection, target) for detection, (_, target) in zip(found, pairs, strict=True)]
+    detections, targets = zip(*(pair for part in distributed.gather(own) for pair in part), strict=True)
     further = evaluate_voc(detections, targets) if voc else {}
     return evaluate(detections, targets) | {key: value for key, value in further.items() if key != "per_class"}
 

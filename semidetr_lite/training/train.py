@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from semidetr_lite import distributed
 from semidetr_lite.data.batches import Batches
 from semidetr_lite.data.splits import Splits
 from semidetr_lite.errors import Stopped, UserError, reading
@@ -35,6 +36,7 @@ from semidetr_lite.training import presets
 from semidetr_lite.training.checkpoint import (
     append_lines, fill, load_state, read_config, read_lines, save_weights, write_whole,
 )  # fmt: skip
+from semidetr_lite.training.engine import Engine
 from semidetr_lite.training.measure import duplicates, measure, pseudo_quality, watched_boxes
 from semidetr_lite.training.presets import Recipe, make_recipe
 
@@ -89,7 +91,7 @@ class Run:
     """
 
     def __init__(self, config: dict, out, resume=False, splits: Splits | None = None, workers=1, quiet=False):
-        self.out, self.workers, self.quiet = Path(out), workers, quiet
+        self.out, self.workers, self.quiet = Path(out), workers, quiet or distributed.rank() > 0
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"{self.out}: is a file; --out must be a folder")
         unsaved = (self.out / "config.json").exists() and not (self.out / "last.pt").exists()
@@ -107,6 +109,8 @@ class Run:
         self.unlabelled = 0 if config["method"] == "supervised" else self.recipe.unlabelled_images  # a step
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.step, self.seconds, self.offset, self.skipped = 0, 0.0, 0, 0
+        settings = {key: value for key, value in self.config.items() if key not in ("commit", "machine", "command")}
+        distributed.agree("images, labels or settings", state and state["step"], settings, fingerprint(self.splits))
         with reading(self.out / "last.pt" if state else self.out, "cannot be built"):
             self._build(state)
         self.last_good = f"{self.out / 'last.pt'} (step {self.step})" if state else "none yet"
@@ -128,6 +132,7 @@ class Run:
         how = (self.recipe, config["steps"], self.offset, config["seed"])
         self.method: Averaged = presets.make_method(config["method"], student, *how).to(self.device).train()
         self.optimizer = make_optimizer(self.method, self.recipe)
+        self.engine = Engine(self.method, self.recipe)
         if state:
             state["method"].setdefault("pseudo_counts", self.method.pseudo_counts)  # not in checkpoints of old
             fill(self.method, state["method"], self.out / "last.pt")
@@ -144,10 +149,11 @@ class Run:
 
         Raises Stopped after Ctrl-C or SIGTERM, UserError where it cannot go on.
         """
-        for left in self.out.glob(".*.part"):  # by a run that was killed while it wrote
-            left.unlink(missing_ok=True)
-        self._drop_later_lines()
-        write_whole(self.out / "config.json", json.dumps(self.config, indent=1))
+        if distributed.rank() == 0:
+            for left in self.out.glob(".*.part"):  # by a run that was killed while it wrote
+                left.unlink(missing_ok=True)
+            self._drop_later_lines()
+            write_whole(self.out / "config.json", json.dumps(self.config, indent=1))
         look = {"desc": self.config["method"], "mininterval": 2, "dynamic_ncols": True, "disable": self.quiet}
         self.logged, self.began, line = self.step, time.perf_counter(), {}
         # the bar is closed also when something goes wrong, so that the error gets a line of its own
@@ -161,8 +167,9 @@ class Run:
                         with stop.at_once():  # measuring may take minutes; what is unsaved then is a few steps
                             line = self._line(losses)
                         self._log(line)
-                    if stop.asked and self.step < self.config["steps"]:
+                    if any(distributed.gather(stop.asked)) and self.step < self.config["steps"]:
                         self.save()
+                        distributed.gather("saved")  # the first that ends takes the others with it
                         stop.now()
             except KeyboardInterrupt:
                 raise Stopped(f"stopped; the last checkpoint is {self.last_good}", stop.status) from None
@@ -180,9 +187,7 @@ class Run:
             group["lr"] = group["initial_lr"] * learning_rate_factor(self.step, self.config["steps"], self.recipe)
         self.optimizer.zero_grad(set_to_none=True)
         values: dict[str, float] = {}
-        for part in micro_batches(batch, self.recipe.accumulate):
-            losses = {name: loss / self.recipe.accumulate for name, loss in self.method(part, step).items()}
-            found = dict(zip(losses, torch.stack([loss.detach() for loss in losses.values()]).tolist(), strict=True))
+        for losses, found in self.engine.losses(batch, step):
             bad = [name for name, value in found.items() if not math.isfinite(value)]
             if bad:
                 return self._skip(batch, step, found, f"loss {bad[0]!r} is {found[bad[0]]}")
@@ -201,7 +206,7 @@ class Run:
         """Count a step that changed no weights and keep the first of a row for `replay`; UserError after PATIENCE."""
         self.skipped += 1
         file = self.out / "bad_step.pt"
-        if self.skipped == 1:
+        if self.skipped == 1 and distributed.rank() == 0:
             dump = {"batch": batch, "step": step, "method": self.method.state_dict()}
             write_whole(file, lambda where: torch.save(dump, where))
         said = f"step {self.step}: {fault}"
@@ -235,7 +240,7 @@ class Run:
         line = {
             "step": self.step,
             "losses": {name: round(value, 5) for name, value in losses.items() if math.isfinite(value)},
-            **self.method.stats,
+            **mean_stats(self.method.stats),
             "images_per_second": round(images / max(self._clock(), 1e-9), 2),
             "seconds": round(self.seconds, 1),
         }
@@ -245,6 +250,9 @@ class Run:
 
     def _log(self, line: dict) -> None:
         """Write a line to the log, save."""
+        self.logged = self.step
+        if distributed.rank():
+            return
         if self._due(self.recipe.watch_every) and self.unlabelled:
             watched = watched_boxes(self.method, self.splits.unlabelled, self.step)
             append_lines(self.out / "pseudo_boxes.jsonl", watched)
@@ -252,7 +260,7 @@ class Run:
         if not self.quiet:
             tqdm.write(summary(self.config["method"], line))
         self.save()
-        self.logged, self.began = self.step, time.perf_counter()
+        self.began = time.perf_counter()
 
     def _measure(self) -> dict:
         """AP on the tune split, quality of the pseudo-boxes on watched images, and at the end AP on the test split."""
@@ -270,6 +278,8 @@ class Run:
 
     def save(self) -> None:
         """Weights and everything a resume needs, each file whole or not at all."""
+        if distributed.rank():
+            return
         kind = (self.config["detector"], self.arguments, self.splits.categories)
         for part in ("student", "teacher"):
             save_weights(self.out / f"{part}.safetensors", getattr(self.method, part), *kind)
@@ -354,15 +364,17 @@ def _plain(line):
     return None if isinstance(line, float) and not math.isfinite(line) else line
 
 
-def micro_batches(batch: dict, parts: int) -> list[dict]:
-    """A batch in `parts` of equal size (or one less), the mix of labelled and unlabelled images kept in each."""
-    cut = {}
-    for name, (images, targets) in batch.items():
-        if len(images) < parts:
-            raise UserError(f"{len(images)} {name} images a step cannot be run in {parts} parts; lower accumulate")
-        edges = [len(images) * part // parts for part in range(parts + 1)]
-        cut[name] = [(images[a:b], targets[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
-    return [{name: pieces[part] for name, pieces in cut.items()} for part in range(parts)]
+def mean_stats(stats: dict[str, float]) -> dict[str, float]:
+    """Each figure's mean over the processes."""
+    found = distributed.gather(stats)
+    return {name: sum(one[name] for one in found) / len(found) for name in stats}
+
+
+def fingerprint(splits: Splits) -> list:
+    """What tells one choice of images from another: their sizes and, where there are such, indices and ids."""
+    parts = (splits.labelled, splits.unlabelled, splits.tune, splits.test)
+    ids = [getattr(getattr(part, "dataset", part), "image_ids", None) for part in parts]
+    return [(part.sizes, getattr(part, "indices", None), own) for part, own in zip(parts, ids, strict=True)]
 
 
 def make_optimizer(method: Averaged, recipe: Recipe) -> torch.optim.Optimizer:
