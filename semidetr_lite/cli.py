@@ -20,6 +20,7 @@ from semidetr_lite.evaluate import to_coco_json
 from semidetr_lite.report import write_report
 from semidetr_lite.training.ablate import TABLES, Ablation, markdown, summarise
 from semidetr_lite.training.checkpoint import load_detector, read_config, read_lines, write_whole
+from semidetr_lite.training.engine import PRECISIONS
 from semidetr_lite.training.measure import measure
 from semidetr_lite.training.presets import DETECTORS, METHODS, PRESETS, load_splits
 from semidetr_lite.training.train import Run, new_config
@@ -99,6 +100,8 @@ def train(
     unlabelled: Path | None = None, validation: Path | None = None, percent: float | None = None, fold: int = 1,
     seed: int = 0, steps: int | None = None, burn_in: Path | None = None, folds: Path | None = None,
     flip: bool = True, skip_unreadable: bool = False, resume: bool = False, workers: int = 1,
+    accumulate: int | None = None, precision: Literal[PRECISIONS] | None = None, checkpointing: bool = False,
+    channels_last: bool = False, compile: bool = False,
 ) -> None:  # fmt: skip
     """Train a detector.
 
@@ -120,7 +123,12 @@ def train(
         flip: whether views may be mirrored; say --no-flip for letters and digits.
         skip_unreadable: go on when a labelled image cannot be read.
         resume: go on with the run in --out.
-        workers: processes that load data.
+        workers: processes that load data, of each process that trains.
+        accumulate: parts that a step's images are run in one after the other; the preset's if not given.
+        precision: bfloat16 where the GPU has it ("auto", the COCO presets), or one of the others everywhere.
+        checkpointing: less memory for a slower step: layers are run again in the backward pass.
+        channels_last: the memory layout of the backbone.
+        compile: torch.compile for backbone and layers.
     """
     config = new_config(**_settings(locals(), "out", "resume", "workers"))
     distributed.start()
@@ -139,6 +147,7 @@ def train(
 def _settings(arguments: dict, *without: str) -> dict:
     """Arguments of a command as new_config takes them: paths as words."""
     kept = {name: value for name, value in arguments.items() if name not in without}
+    kept = {name: value for name, value in kept.items() if value is not None or name not in ("accumulate", "precision")}
     return {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from semidetr_lite import distributed
 from semidetr_lite.data.batches import Batches, Sampler
 from semidetr_lite.data.splits import Joined, Splits, Subset, Unlabelled
 from semidetr_lite.data.views import ViewSettings
@@ -92,8 +93,27 @@ def test_a_batch_as_the_methods_get_it():
             assert target["matrix"].shape == (3, 3)
     assert all("boxes" in target and "labels" in target for target in batch["labelled"][1])
     for target in batch["weak"][1] + batch["strong"][1]:
-        assert set(target) == {"size", "image_id", "matrix", "truth"}
+        assert set(target) == {"size", "image_id", "matrix", "truth", "position"}
         assert "boxes" in target["truth"]
+    assert [target["position"] for target in batch["strong"][1]] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_the_shares_of_all_processes_are_the_batch(processes, monkeypatch):
+    whole, parts = Batches(some_splits(), 3, 5, VIEWS, seed=0)[11], []
+    monkeypatch.setattr(distributed, "world", lambda: processes)
+    for rank in range(processes):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        parts.append(Batches(some_splits(), 3, 5, VIEWS, seed=0)[11])
+    for kind, (images, targets) in whole.items():
+        assert all(len(part[kind][0]) >= 1 for part in parts)
+        together = [image for part in parts for image in part[kind][0]]
+        assert all(torch.equal(*pair) for pair in zip(together, images, strict=True))
+        places = [target["position"] for part in parts for target in part[kind][1]]
+        assert places == [target["position"] for target in targets]
+    monkeypatch.setattr(distributed, "world", lambda: 4)
+    with pytest.raises(UserError, match="4 processes for 3 labelled images a step: start fewer"):
+        Batches(some_splits(), 3, 5, VIEWS, seed=0)
 
 
 def test_weak_and_strong_are_two_views_of_one_image():

@@ -19,8 +19,11 @@ from semidetr_lite import distributed
 from semidetr_lite.data import digits
 from semidetr_lite.data.splits import Splits, Subset, Unlabelled
 from semidetr_lite.detectors.backbone import Tiny
+from semidetr_lite.detectors.denoising import Answers
 from semidetr_lite.detectors.detr import DETR
 from semidetr_lite.errors import UserError
+from semidetr_lite.losses import Count, denoising_loss
+from semidetr_lite.matching import PaddedTargets
 from semidetr_lite.methods.mean_teacher import MeanTeacher
 from semidetr_lite.training.engine import Engine
 from semidetr_lite.training.presets import Recipe
@@ -66,6 +69,7 @@ def step_of(kind: str, case: str, parts: int = 1, look: bool = True) -> tuple[di
     for losses, found in engine.losses(batch, step):
         sum(losses.values()).backward()
         values = {name: values.get(name, 0) + value for name, value in found.items()}
+    values |= {name: value for name, value in method.stats.items() if name == "cost_threshold"}
     gradients = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
     return values, gradients
 
@@ -129,6 +133,18 @@ def test_parts_are_exact_for_one_to_one_and_denoising(kind, both):
     assert_same(both[0][0]["parts"][kind], expected, EXACT[kind])  # 2 processes of 2 parts
     name = next(name for name in expected[0] if name.startswith(EXACT[kind]) and name.endswith("l1"))
     assert apart[0][name] != pytest.approx(expected[0][name], rel=1e-3)  # each divided by its own
+
+
+def test_a_part_divides_its_questions_by_those_of_the_whole_step():
+    logits, boxes = torch.randn(1, 12, 4), torch.rand(1, 12, 4)
+    layer = {"pred_logits": logits, "pred_boxes": boxes}
+    targets = PaddedTargets(torch.rand(1, 2, 4), torch.tensor([[0, 3]]), torch.ones(1, 2, dtype=torch.bool))
+    asked = torch.tensor([[0, 1, -1, -1] * 3])  # 3 copies of 2 boxes, positive and negative
+    answers = Answers(asked, torch.ones(1, 12, dtype=torch.bool))
+    own, whole = (denoising_loss({**layer, "aux_outputs": []}, answers, targets, count=count)
+                  for count in (None, Count(4, 5, 10, 2, 2)))  # fmt: skip
+    for name, loss in own.items():  # 6 of the 30 questions, which two shares ask
+        assert whole[name].item() == pytest.approx(loss.item() * 6 / (30 / 2), rel=1e-5)
 
 
 def test_a_process_with_other_images_is_named(both):

@@ -52,9 +52,10 @@ def deformable_attention(
     total = value.new_zeros(())
     for level, tokens in enumerate(value.split([height * width for height, width in shapes], dim=1)):
         maps = tokens.permute(0, 2, 3, 1).reshape(batch * heads, depth, *shapes[level])
-        read = F.grid_sample(maps, grids[:, level].to(maps.dtype), align_corners=False)  # bilinear, zeros outside
-        total = total + (read * weights[:, level, None].to(read.dtype)).sum(-1)  # (B*M, D/M, Q)
-    return total.view(batch, heads * depth, queries).transpose(1, 2)
+        # bilinear, zeros outside; values of lower precision are read at places of full precision
+        read = F.grid_sample(maps.to(grids.dtype), grids[:, level], align_corners=False)
+        total = total + (read * weights[:, level, None]).sum(-1)  # (B*M, D/M, Q)
+    return total.view(batch, heads * depth, queries).transpose(1, 2).to(value.dtype)
 
 
 def _read_as_bags(value, shapes, locations, weights) -> torch.Tensor:
@@ -112,8 +113,10 @@ class DeformableAttention(nn.Module):
         if memory.mask is not None:
             value = value.masked_fill(memory.mask[..., None], 0.0)
         layout = (batch, count, self.heads, self.levels, self.points)
-        offsets = self.offsets(queries).float().view(*layout, 2)
-        weights = self.weights(queries).float().view(*layout[:3], -1).softmax(-1).view(layout)
+        with torch.autocast(queries.device.type, enabled=False):  # where to look, in full precision
+            asked = queries.to(self.offsets.weight.dtype)
+            offsets = self.offsets(asked).float().view(*layout, 2)
+            weights = self.weights(asked).float().view(*layout[:3], -1).softmax(-1).view(layout)
         centres = references[:, :, None, :, None, :2].float()
         if references.shape[-1] == 2:  # offsets in cells of each level
             cells = torch.tensor([[width, height] for height, width in memory.shapes], device=offsets.device)

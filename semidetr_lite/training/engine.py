@@ -2,18 +2,24 @@
 
 None of this changes what is learned. With parts and processes the losses stay those of the whole step (see `Count` in
 losses.py): exactly for one-to-one matching and denoising; for one-to-many matching and consistency each part, over all
-processes, is divided by its own.
+processes, is divided by its own. In bfloat16 are the backbone and the insides of encoder and decoder layers, but not
+where attention looks; heads, boxes, matching and losses are float32.
 """
 
 import contextlib
+import functools
+import warnings
 from collections.abc import Iterator
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
-from semidetr_lite.distributed import mean, world
+from semidetr_lite.detectors.detector import Detector
+from semidetr_lite.detectors.transformer import Memory
+from semidetr_lite.distributed import mean, share, world
 from semidetr_lite.errors import UserError
-from semidetr_lite.methods.mean_teacher import Averaged
+from semidetr_lite.methods.mean_teacher import Averaged, Look
 from semidetr_lite.training.presets import Recipe
 
 
@@ -28,6 +34,50 @@ def micro_batches(batch: dict, parts: int) -> list[dict]:
     return [{name: pieces[part] for name, pieces in cut.items()} for part in range(parts)]
 
 
+PRECISIONS = ("auto", "float32", "tf32", "bfloat16")
+
+
+def prepare(detector: Detector, recipe: Recipe, precision: str, trained: bool) -> None:
+    """Make a detector run as the recipe says; its weights and their names stay as they are."""
+    backbone = detector.backbone
+    if recipe.channels_last:
+        backbone.to(memory_format=torch.channels_last)
+    stages = getattr(backbone, "stages", getattr(backbone, "layers", ()))
+    layers = (*stages, *getattr(detector, "encoder", ()), *getattr(detector, "decoder", ()))
+    for module in layers:
+        run = module.forward
+        run = torch.compile(run) if recipe.compile else run
+        run = in_bfloat16(run) if precision == "bfloat16" else run
+        module.forward = rerun(run) if recipe.checkpointing and trained else run
+    if precision == "bfloat16":
+        detector._project = in_bfloat16(detector._project)
+
+
+def in_bfloat16(function):
+    """The function under autocast; where it returns a list of maps, they come back as float32."""
+
+    @functools.wraps(function)
+    def run(x, *others):
+        device = (x.tokens if isinstance(x, Memory) else x).device.type
+        with torch.autocast(device, torch.bfloat16):
+            found = function(x, *others)
+        return [level.float() for level in found] if isinstance(found, list) else found
+
+    return run
+
+
+def rerun(function):
+    """The function, run again in the backward pass instead of keeping what it computed."""
+
+    @functools.wraps(function)
+    def run(*inputs):
+        if not torch.is_grad_enabled():
+            return function(*inputs)
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+    return run
+
+
 class Engine:
     """Runs the steps of a method that lies on its device already.
 
@@ -35,14 +85,26 @@ class Engine:
         method: what to train.
         recipe: its precision, checkpointing, channels_last, compile and accumulate; the parts are shared among the
             processes, one each if there are no fewer processes than parts.
+
+    Raises UserError for a precision that there is not.
     """
 
     def __init__(self, method: Averaged, recipe: Recipe):
-        self.method, self.recipe = method, recipe
+        self.method, self.recipe, self.device = method, recipe, next(method.parameters()).device
+        if recipe.precision not in PRECISIONS:
+            raise UserError(f"no precision called {recipe.precision!r}: choose from {', '.join(PRECISIONS)}")
+        able = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.precision = recipe.precision if recipe.precision != "auto" else "bfloat16" if able else "float32"
+        if self.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.precision != "float32"
+        prepare(method.student, recipe, self.precision, True)
+        prepare(method.teacher, recipe, self.precision, False)
         self.parts = -(-recipe.accumulate // world())
         self.wrapped = method
-        if world() > 1:  # broadcasts the weights of the first process; buffers are the same in all of them anyway
-            self.wrapped = DistributedDataParallel(method, broadcast_buffers=False, find_unused_parameters=True)
+        if world() > 1:  # all start from the weights of the first process; buffers are the same in all of them anyway
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers gets another name
+                self.wrapped = DistributedDataParallel(method, broadcast_buffers=False, find_unused_parameters=True)
 
     def losses(self, batch: dict, step: int) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, float]]]:
         """For each part of a step its losses, to be propagated back before the next, and their means over processes."""
@@ -56,3 +118,63 @@ class Engine:
                 losses = {name: loss * share for name, loss in self.wrapped(parts.pop(0), step).items()}
                 values = mean(torch.stack([loss.detach() for loss in losses.values()])).tolist()
                 yield losses, dict(zip(losses, values, strict=True))
+
+    def rehearse(self, size: tuple[int, int], labelled: int, unlabelled: int, most: int = 100) -> None:
+        """Run the dearest steps there can be, in each stage, and change nothing: no memory is wanted later than now.
+
+        Args:
+            size: (H, W) of the largest image.
+            labelled, unlabelled: images a step, in all processes.
+            most: objects in each image, labelled or not.
+
+        Raises UserError, with the option to turn, if the memory does not suffice.
+        """
+        method = self.method
+        kept = {name: value.clone() for name, value in method.named_buffers(recurse=False)}
+        places = torch.tensor([0.1, 0.1, 0.6, 0.6]) + torch.linspace(0, 0.3, most)[:, None]
+        boxes = places * torch.tensor(size).flip(0).repeat(2)
+        target = {"size": size, "matrix": torch.eye(3)}
+        full = {**target, "boxes": boxes, "labels": torch.arange(most) % method.student.num_classes}
+        image = torch.zeros(3, *size, dtype=torch.uint8)
+        batch = {"labelled": ([image] * len(share(labelled)), [full] * len(share(labelled)))}
+        if unlabelled:
+            batch |= dict.fromkeys(
+                ("weak", "strong"), ([image] * len(share(unlabelled)), [target] * len(share(unlabelled)))
+            )
+        state = [
+            torch.empty_like(p) for p in method.parameters() if p.requires_grad for _ in range(2)
+        ]  # the optimizer's
+        if hasattr(method, "look"):
+            method.look = functools.partial(_look_at_many, method.look)
+        try:
+            for step in (0, 2**31):  # the last stage is that of the last step
+                for losses, _ in self.losses(batch, step):
+                    sum(losses.values()).backward()
+                method.zero_grad(set_to_none=True)
+        finally:
+            method.__dict__.pop("look", None)
+            for name, value in kept.items():
+                setattr(method, name, value)
+            method.stats = {}
+            del state
+
+    @contextlib.contextmanager
+    def explained(self):
+        """Inside, running out of memory is a UserError that names the options to turn."""
+        try:
+            yield
+        except RuntimeError as problem:
+            if not isinstance(problem, torch.OutOfMemoryError) and "allocate memory" not in str(problem):
+                raise
+            ways = [f"raise --accumulate (now {self.recipe.accumulate})"]
+            ways += ["add --checkpointing"] * (not self.recipe.checkpointing)
+            ways += ["use --precision bfloat16"] * (self.precision != "bfloat16")
+            raise UserError(f"out of memory in the largest steps: {', or '.join(ways)}") from None
+
+
+def _look_at_many(look, batch: dict, step: int) -> Look:
+    """What a teacher sees, with a box of the highest score in every place there is for one."""
+    found = look(batch, step)
+    valid = torch.ones_like(found.pseudo.valid)
+    pseudo = found.pseudo._replace(scores=torch.ones_like(found.pseudo.scores), valid=valid)
+    return Look(pseudo, found.carried._replace(valid=valid), valid, found.teacher)

@@ -43,6 +43,13 @@ class Recipe:
     labelled_images: int = 16  # a step
     unlabelled_images: int = 16
     accumulate: int = 1  # parts that a step's images are run in, each with its share of both kinds
+    # how a step is run, see engine.py
+    precision: str = "auto"  # float32, tf32 or bfloat16; auto is bfloat16 on a GPU that has it, else float32
+    checkpointing: bool = (
+        False  # layers and backbone stages run again in the backward pass: less memory, a third slower
+    )
+    channels_last: bool = False  # the backbone's memory layout
+    compile: bool = False  # torch.compile of layers and backbone
     learning_rate: float = 1e-4
     backbone_factor: float = 0.1  # of the learning rate
     weight_decay: float = 1e-4
@@ -93,7 +100,7 @@ DIGITS = Recipe(
         zoom=(0.85, 1.18), shift=0.06, weak_zoom=(0.95, 1.0),
         strong_zoom=(0.65, 1.5), strong_rotation=10.0, strong_shear=10.0,
     ),
-    steps=1000, burn_in_steps=1000, one_to_many_share=0.4,
+    steps=1000, burn_in_steps=1000, precision="float32", one_to_many_share=0.4,
     learning_rate=2e-3, backbone_factor=1.0, clip=1.0, warm_up=50, decay=0.25,
     ema_ceiling=0.98, score_cut=0.4, unlabelled_weight=2.0, unlabelled_box_weight=0.25, candidates=4, mined_top=4,
     soft_teacher={"score_cut": 0.8, "unlabelled_weight": 2.0, "unlabelled_box_weight": 0.5},

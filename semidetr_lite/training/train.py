@@ -154,10 +154,17 @@ class Run:
                 left.unlink(missing_ok=True)
             self._drop_later_lines()
             write_whole(self.out / "config.json", json.dumps(self.config, indent=1))
+        if self.device.type == "cuda":
+            with self.engine.explained():
+                self.rehearse()
         look = {"desc": self.config["method"], "mininterval": 2, "dynamic_ncols": True, "disable": self.quiet}
         self.logged, self.began, line = self.step, time.perf_counter(), {}
         # the bar is closed also when something goes wrong, so that the error gets a line of its own
-        with Stop() as stop, tqdm(total=self.config["steps"], initial=self.step, **look) as bar:
+        with (
+            Stop() as stop,
+            tqdm(total=self.config["steps"], initial=self.step, **look) as bar,
+            self.engine.explained(),
+        ):
             try:
                 for batch in self._loader():
                     losses = self.train_step(batch)
@@ -215,6 +222,15 @@ class Run:
             raise UserError(f"{said}; the last good checkpoint is {self.last_good}")
         print(f"warning: {said}, so it is skipped; its batch is in {file}", file=sys.stderr)
         return losses
+
+    def rehearse(self) -> None:
+        """Run the largest steps once, so that a want of memory shows now; changes nothing."""
+        views = self.recipe.views
+        sizes = [size for part in (self.splits.labelled, self.splits.unlabelled) for size in part.sizes]
+        size = max(sizes, key=lambda size: size[0] * size[1])
+        if views.short_sides:
+            size = (max(views.short_sides), views.long_side)
+        self.engine.rehearse(size, self.recipe.labelled_images, self.unlabelled, self.recipe.most)
 
     def _loader(self):
         """The batches of the steps that are left."""

@@ -1,0 +1,183 @@
+"""How a step is run: every option gives the losses and gradients of the plain step, and says what it must."""
+
+import functools
+
+import pytest
+import torch
+from test_methods import KINDS, make, some_batch
+from test_train import small
+
+from semidetr_lite import cli
+from semidetr_lite.detectors import deformable
+from semidetr_lite.errors import UserError
+from semidetr_lite.methods import mean_teacher
+from semidetr_lite.training.engine import Engine
+from semidetr_lite.training.presets import Recipe, make_recipe
+from semidetr_lite.training.train import Run, new_config
+
+BATCH = {"counts": (3, 2), "sizes": ((64, 64),) * 2, "weak_sizes": ((64, 64),) * 2}
+
+
+def engine(kind: str, **options) -> tuple[Engine, int]:
+    method, step = make(kind)
+    return Engine(method, Recipe({}, None, 1, **options)), step
+
+
+def run(kind: str, **options) -> tuple[dict, dict]:
+    """Losses and gradients of a step."""
+    made, step = engine(kind, **options)
+    (losses, values), *more = made.losses(some_batch(**BATCH), step)
+    sum(losses.values()).backward()
+    assert not more
+    return values, {name: p.grad for name, p in made.method.named_parameters() if p.grad is not None}
+
+
+def assert_close(ours, theirs, rel: float) -> None:
+    assert ours[0] == pytest.approx(theirs[0], rel=rel)
+    assert ours[1].keys() == theirs[1].keys()
+    for name, gradient in theirs[1].items():
+        scale = gradient.abs().max().item()
+        assert (ours[1][name] - gradient).abs().max() <= rel * scale + 1e-7, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_gives_the_same_gradients_and_runs_layers_twice(kind, monkeypatch):
+    calls, real = [], deformable.FeedForward.forward
+    monkeypatch.setattr(deformable.FeedForward, "forward", lambda self, x: calls.append(self) or real(self, x))
+    plain, first = run(kind), len(calls)
+    assert_close(run(kind, checkpointing=True), plain, 1e-5)
+    assert first < len(calls) - first <= 2 * first
+
+
+@pytest.mark.parametrize("options", [{"channels_last": True}, {"compile": True}, {"precision": "tf32"}])
+@pytest.mark.parametrize("kind", ["supervised", "stage one"])
+def test_other_options_change_only_the_rounding(kind, options, monkeypatch):
+    compiled = []
+    real = functools.partial(torch.compile, backend="eager")  # without a compiler of C++
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or real(function))
+    assert_close(run(kind, **options), run(kind), 1e-3)
+    assert bool(compiled) == ("compile" in options)
+    if "channels_last" in options:
+        made, _ = engine(kind, **options)
+        weight = made.method.student.backbone.stages[1][0].weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_is_close_and_keeps_costs_losses_and_places_in_full_precision(kind, monkeypatch):
+    seen, places = [], []
+    real_stack, real_read = mean_teacher.stack_layers, deformable.deformable_attention
+
+    def stack(outputs):
+        seen.append(real_stack(outputs))
+        return seen[-1]
+
+    def read(value, shapes, locations, weights):
+        places.append((value.dtype, locations.dtype, weights.dtype))
+        return real_read(value, shapes, locations, weights)
+
+    for module in ("mean_teacher", "semi_detr", "supervised"):
+        monkeypatch.setattr(f"semidetr_lite.methods.{module}.stack_layers", stack)
+    monkeypatch.setattr(deformable, "deformable_attention", read)
+    asked, real_linear = set(), torch.nn.Linear.forward
+
+    def linear(self, x):  # 2 heads, 3 levels, 2 points
+        found = real_linear(self, x)
+        asked.update([found.dtype] if self.out_features in (12, 24) else [])
+        return found
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", linear)
+    plain = run(kind)
+    assert {kinds[0] for kinds in places} == {torch.float32}
+    seen.clear(), places.clear()
+    values, gradients = run(kind, precision="bfloat16")
+    assert set(places) == {(torch.bfloat16, torch.float32, torch.float32)} and asked == {torch.float32}
+    assert seen and all(layers.logits.dtype == layers.boxes.dtype == torch.float32 for layers in seen)
+    # pseudo-boxes of a random teacher lie near the cut, so that rounding decides which are kept
+    steady = [name for name in values if kind == "supervised" or name.startswith("labelled denoising")]
+    assert values != plain[0]
+    assert [values[name] for name in steady] == pytest.approx([plain[0][name] for name in steady], rel=0.1)
+    if kind == "supervised":
+        ours, theirs = (torch.cat([g[name].flatten() for name in plain[1]]) for g in (gradients, plain[1]))
+        assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0) > 0.95
+    assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+
+
+def test_on_a_cpu_bfloat16_has_to_be_asked_for():
+    assert engine("supervised")[0].precision == "float32"
+    assert engine("supervised", precision="bfloat16")[0].precision == "bfloat16"
+    with pytest.raises(UserError, match="no precision called 'half': choose from auto, float32, tf32, bfloat16"):
+        engine("supervised", precision="half")
+
+
+def test_a_state_is_the_same_with_every_option():
+    plain, _ = engine("stage one")
+    dressed, _ = engine("stage one", checkpointing=True, precision="bfloat16", channels_last=True, compile=True)
+    dressed.method.load_state_dict(plain.method.state_dict())
+    assert dressed.method.state_dict().keys() == plain.method.state_dict().keys()
+
+
+# The largest step first
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("kind", ["supervised", "mean teacher", "stage one"])
+def test_the_rehearsal_has_the_most_of_everything_and_changes_nothing(kind, parts):
+    made, _ = engine(kind, accumulate=parts)
+    before = {key: value.clone() for key, value in made.method.state_dict().items()}
+    seen, real = [], made.method.forward
+
+    def forward(batch, step):
+        losses = real(batch, step)
+        seen.append((batch, set(losses), dict(made.method.stats)))
+        return losses
+
+    made.method.forward = forward
+    made.rehearse((64, 96), 2, 0 if kind == "supervised" else 4, most=9)
+    assert len(seen) == 2 * parts
+    for batch, losses, stats in seen:
+        assert all(
+            image.shape == (3, 64, 96) for images, _ in (batch[name] for name in ("labelled",)) for image in images
+        )
+        assert all(len(target["boxes"]) == 9 for target in batch["labelled"][1]) and "labelled denoising/l1" in losses
+        assert kind == "supervised" or stats["pseudo_per_image"] == 12  # `most` of the method
+    names = set.union(*(losses for _, losses, _ in seen))
+    assert kind != "stage one" or {"consistency", "pseudo denoising/l1"} <= names  # both stages
+    after = made.method.state_dict()
+    assert all(torch.equal(after[key].nan_to_num(), value.nan_to_num()) for key, value in before.items())
+    assert made.method.stats == {} and "look" not in vars(made.method)
+    assert all(parameter.grad is None for parameter in made.method.parameters())
+
+
+def test_a_run_rehearses_with_the_largest_size_of_its_views(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Engine, "rehearse", lambda self, *how: asked.append(how))
+    Run(small("supervised"), tmp_path / "a", workers=0).rehearse()
+    views = {**new_config("coco-10pct")["recipe"]["views"], "short_sides": [48, 64], "long_side": 80}
+    Run(small("mean-teacher", views=views), tmp_path / "b", workers=0).rehearse()
+    assert [how[0] for how in asked] in ([(96, 128), (64, 80)], [(128, 96), (64, 80)])
+    assert [how[1:] for how in asked] == [(2, 0, 8), (2, 2, 8)]
+
+
+@pytest.mark.parametrize(("options", "named"), [
+    ({}, ["raise --accumulate (now 1)", "add --checkpointing", "use --precision bfloat16"]),
+    ({"checkpointing": True, "precision": "bfloat16", "accumulate": 2}, ["raise --accumulate (now 2)"]),
+])  # fmt: skip
+def test_out_of_memory_names_what_to_turn(options, named):
+    made, _ = engine("supervised", **options)
+    with pytest.raises(UserError) as caught, made.explained():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert str(caught.value) == f"out of memory in the largest steps: {', or '.join(named)}"
+    with pytest.raises(RuntimeError, match="another"), made.explained():
+        raise RuntimeError("another")
+
+
+def test_the_commands_options_reach_the_recipe(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(cli, "Run", lambda config, *_, **__: made.append(make_recipe(config)) or pytest.skip.Exception)
+    for options in ({}, {"accumulate": 4, "precision": "tf32", "checkpointing": True}):
+        with pytest.raises(AttributeError):  # there is no run
+            cli.train(tmp_path / "run", preset="coco-10pct", **options)
+    assert [recipe.accumulate for recipe in made] == [8, 4]
+    assert [recipe.precision for recipe in made] == ["auto", "tf32"]
+    assert [recipe.checkpointing for recipe in made] == [False, True]
