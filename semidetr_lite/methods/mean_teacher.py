@@ -20,7 +20,7 @@ from semidetr_lite import distributed
 from semidetr_lite.boxes import to_model
 from semidetr_lite.data.views import map_boxes
 from semidetr_lite.detectors.detector import Detector, best_boxes
-from semidetr_lite.detectors.transformer import Memory, output_rows
+from semidetr_lite.detectors.transformer import output_rows
 from semidetr_lite.losses import (
     Count,
     LossWeights,
@@ -104,19 +104,18 @@ class Averaged(nn.Module):
         """A seed for what torch draws in a step."""
         return int(np.random.default_rng([self.seed, 8, stream, step]).integers(2**63))
 
-    def denoise(self, memory: Memory, outputs: dict, targets: PaddedTargets, weights, count: Count, rngs) -> dict:
+    def denoise(self, memory, outputs: dict, boxes: PaddedTargets, weights, step, stream, views, count: Count) -> dict:
         """Denoising losses beside the kept matching queries, {} without any box or if the detector has no denoising.
 
-        targets: filled up to count.most; rngs: a generator for each image.
+        boxes: filled up to count.most; views: the target dicts of the same images.
         """
         if self.student.denoising is None:
             return {}
-        made = self.student.denoising(*targets, rngs)
+        made = self.student.denoising(*boxes, self.rngs(step, stream, views))
         if made is None:
             return {}
         group, answers = made
-        asked = self.student.decode_groups(memory, outputs, [group])[0]
-        return denoising_loss(asked, answers, targets, weights, count)
+        return denoising_loss(self.student.decode_groups(memory, outputs, [group])[0], answers, boxes, weights, count)
 
 
 def named(prefix: str, losses: dict) -> dict:
@@ -260,8 +259,9 @@ class MeanTeacher(Averaged):
             how = {"candidates": self.candidates, "weights": weights, "count": count}
             losses |= named(name, detection_loss(layers.rows(rows), targets, stage, costs, valid, **how))
             if name == "labelled" or stage == "one_to_one":
-                rngs, here = self.rngs(step, stream, batch[view][1]), (memory.rows(rows), output_rows(outputs, rows))
-                losses |= named(f"{name} denoising", self.denoise(*here, targets, weights, count, rngs))
+                here = memory.rows(rows), output_rows(outputs, rows), targets
+                noise = self.denoise(*here, weights, step, stream, batch[view][1], count)
+                losses |= named(f"{name} denoising", noise)
         return losses
 
 
