@@ -11,7 +11,7 @@ PRECISION:PARTS and any of checkpointing, channels_last, compile. A teacher of r
 
     seconds       a step, median, without the wait for data; "hours" are those of 120,000 such steps with the wait
     wait          share of the time spent waiting for data, with --workers processes that load
-    passes_alone  seconds of the forward and backward passes of the same images and nothing else; "ratio": a step's to it
+    passes_alone  seconds of the forward and backward passes of the same images and nothing else; "ratio": a step to it
     memory_gb     the highest allocation of the device; rehearsal_gb that of the largest step there can be
     parts         seconds of a step by part, each less those named inside it, measured in further steps in which the
                   device is waited for at every border; layers that checkpointing runs again count as backward
@@ -137,36 +137,35 @@ def measure(run: Run, options) -> dict:
     def peak() -> float | None:
         return round(torch.cuda.max_memory_allocated() / 1e9, 2) if cuda else None
 
-    with run.engine.explained():
-        if cuda:
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    run.rehearse()
+    found["rehearsal_gb"] = peak()
+    batches, waits, seconds, kept = iter(run._loader()), [], [], []
+    for number in range(options.warm_up + options.steps):
+        began = clock.now()
+        batch = next(batches)
+        loaded = clock.now()
+        run.train_step(batch)
+        if number == options.warm_up - 1 and cuda:
             torch.cuda.reset_peak_memory_stats()
-        run.rehearse()
-        found["rehearsal_gb"] = peak()
-        batches, waits, seconds, kept = iter(run._loader()), [], [], []
-        for number in range(options.warm_up + options.steps):
-            began = clock.now()
-            batch = next(batches)
-            loaded = clock.now()
+        if number >= options.warm_up:
+            waits.append(loaded - began)
+            seconds.append(clock.now() - loaded)
+            kept = [*kept, batch][-options.watched :]
+        run.step += 1
+    found["memory_gb"], found["seconds"] = peak(), round(statistics.median(seconds), 4)
+    found["wait"] = round(sum(waits) / (sum(waits) + sum(seconds)), 3)
+    found["hours"] = round(120_000 / 3600 * (sum(waits) + sum(seconds)) / len(seconds), 1)
+    found["pseudo_per_image"] = run.method.stats["pseudo_per_image"]
+    alone = median_of(clock, kept, functools.partial(passes_alone, run))
+    same = median_of(clock, kept, run.train_step)  # the same images
+    found |= {"passes_alone": round(alone, 4), "ratio": round(same / alone, 3)}
+    with watched(run, clock):
+        began = clock.now()
+        for batch in kept:
             run.train_step(batch)
-            if number == options.warm_up - 1 and cuda:
-                torch.cuda.reset_peak_memory_stats()
-            if number >= options.warm_up:
-                waits.append(loaded - began)
-                seconds.append(clock.now() - loaded)
-                kept = [*kept, batch][-options.watched :]
-            run.step += 1
-        found["memory_gb"], found["seconds"] = peak(), round(statistics.median(seconds), 4)
-        found["wait"] = round(sum(waits) / (sum(waits) + sum(seconds)), 3)
-        found["hours"] = round(120_000 / 3600 * (sum(waits) + sum(seconds)) / len(seconds), 1)
-        found["pseudo_per_image"] = run.method.stats["pseudo_per_image"]
-        alone = median_of(clock, kept, functools.partial(passes_alone, run))
-        same = median_of(clock, kept, run.train_step)  # the same images
-        found |= {"passes_alone": round(alone, 4), "ratio": round(same / alone, 3)}
-        with watched(run, clock):
-            began = clock.now()
-            for batch in kept:
-                run.train_step(batch)
-            whole = clock.now() - began
+        whole = clock.now() - began
     rest = whole - sum(clock.total.values())
     parts = {**dict(sorted(clock.total.items(), key=lambda item: -item[1])), "everything else": rest}
     return found | {"parts": {name: round(spent / len(kept), 4) for name, spent in parts.items()}}
@@ -234,8 +233,11 @@ def one_line(setup: str, stage: str, data: str, splits, options) -> dict:
     run = make_run(setup, stage, data, splits, options)
     try:
         line |= {"images": [run.recipe.labelled_images, run.unlabelled], **measure(run, options)}
-    except UserError as problem:
-        line["failed"] = str(problem)
+    except torch.OutOfMemoryError as problem:
+        try:
+            run.engine.explain(problem)
+        except UserError as said:
+            line["failed"] = str(said)
     del run
     if cuda:
         torch.cuda.empty_cache()

@@ -154,18 +154,13 @@ class Run:
                 left.unlink(missing_ok=True)
             self._drop_later_lines()
             write_whole(self.out / "config.json", json.dumps(self.config, indent=1))
-        if self.device.type == "cuda":
-            with self.engine.explained():
-                self.rehearse()
         look = {"desc": self.config["method"], "mininterval": 2, "dynamic_ncols": True, "disable": self.quiet}
         self.logged, self.began, line = self.step, time.perf_counter(), {}
         # the bar is closed also when something goes wrong, so that the error gets a line of its own
-        with (
-            Stop() as stop,
-            tqdm(total=self.config["steps"], initial=self.step, **look) as bar,
-            self.engine.explained(),
-        ):
+        with Stop() as stop, tqdm(total=self.config["steps"], initial=self.step, **look) as bar:
             try:
+                if self.device.type == "cuda":
+                    self.rehearse()
                 for batch in self._loader():
                     losses = self.train_step(batch)
                     self.step += 1
@@ -181,6 +176,7 @@ class Run:
             except KeyboardInterrupt:
                 raise Stopped(f"stopped; the last checkpoint is {self.last_good}", stop.status) from None
             except RuntimeError as problem:
+                self.engine.explain(problem)
                 if "DataLoader worker" not in str(problem):
                     raise
                 fault = f"a process that loads data died ({str(problem).splitlines()[0]}), perhaps for lack of memory"
