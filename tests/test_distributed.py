@@ -107,7 +107,8 @@ def stopping(rank: int, out: Path) -> tuple:
 
     def train_step(batch):
         if (run.step, rank) == (1, 1):
-            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(2):  # as torchrun passes on what the whole group has had already
+                os.kill(os.getpid(), signal.SIGTERM)
         return real(batch)
 
     run.train_step = train_step
@@ -207,7 +208,7 @@ def test_a_loss_that_is_not_finite_in_one_process_is_skipped_by_all(both):
 def test_a_signal_to_one_process_stops_all_at_the_same_step_with_a_checkpoint(both):
     assert [found["stopped"][0] for found in both[0]] == [2, 2]
     assert torch.load(both[1].parent / "stopped/last.pt", weights_only=True)["step"] == 2
-    assert "last.pt (step 2)" in both[0][0]["stopped"][1]
+    assert all("last.pt (step 2)" in found["stopped"][1] for found in both[0])
 
 
 SCRIPT = """

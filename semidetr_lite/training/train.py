@@ -264,7 +264,7 @@ class Run:
         """Write a line to the log, save."""
         self.logged = self.step
         if distributed.rank():
-            return
+            return self.save()
         if self._due(self.recipe.watch_every) and self.unlabelled:
             watched = watched_boxes(self.method, self.splits.unlabelled, self.step)
             append_lines(self.out / "pseudo_boxes.jsonl", watched)
@@ -290,7 +290,8 @@ class Run:
 
     def save(self) -> None:
         """Weights and everything a resume needs, each file whole or not at all."""
-        if distributed.rank():
+        if distributed.rank():  # the first process writes
+            self.last_good = f"{self.out / 'last.pt'} (step {self.step})"
             return
         kind = (self.config["detector"], self.arguments, self.splits.categories)
         for part in ("student", "teacher"):
@@ -318,7 +319,7 @@ class Stop:
     """While inside, Ctrl-C and SIGTERM are noted in `asked`, and a second one is obeyed; `at_once` obeys the first."""
 
     def __init__(self):
-        self.asked, self.waits, self.status = False, True, 130
+        self.asked, self.waits, self.status, self.first = False, True, 130, 0.0
         self.before: dict = {}
 
     def __enter__(self) -> "Stop":
@@ -331,7 +332,9 @@ class Stop:
             signal.signal(number, handler)
 
     def _note(self, number: int, _) -> None:
-        again, self.asked, self.status = self.asked, True, 128 + number
+        again = self.asked and time.monotonic() > self.first + 5 * (distributed.world() > 1)  # torchrun doubles it
+        self.first = self.first if self.asked else time.monotonic()
+        self.asked, self.status = True, 128 + number
         if again or not self.waits:
             self.now()
 
