@@ -298,7 +298,7 @@ def ablate(
 COMMANDS = {command.__name__: command for command in (demo, train, evaluate, predict, compare, ablate, doctor)}
 
 
-AGAIN = "the same command with --resume (demo: without) goes on from the last checkpoint"
+AGAIN = "the same command with --resume (demo, ablate: without) goes on"
 
 
 def main() -> int:
@@ -311,12 +311,14 @@ def main() -> int:
         if isinstance(problem, OSError) and problem.filename:
             line = f"{problem.filename}: {problem.strerror}"
         line = line.rpartition("semidetr_lite.errors.UserError: ")[2]  # from a data worker it comes in a traceback
-        line = re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], line.rstrip())
+        line = re.sub(
+            r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], line.rstrip()
+        )  # as a file's name may have
         print(f"error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as problem:
         said, status = problem.args if isinstance(problem, Stopped) else ("stopped", 130)
-        print(f"\n{said}; the same command with --resume (demo, ablate: without) goes on", file=sys.stderr)
+        print(f"\n{said}; {AGAIN}", file=sys.stderr)
         return status
     except RuntimeError as problem:
         if not distributed.is_loss(problem):

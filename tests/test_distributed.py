@@ -21,7 +21,7 @@ from semidetr_lite.data.splits import Splits, Subset, Unlabelled
 from semidetr_lite.detectors.backbone import Tiny
 from semidetr_lite.detectors.denoising import Answers
 from semidetr_lite.detectors.detr import DETR
-from semidetr_lite.errors import UserError
+from semidetr_lite.errors import Stopped, UserError
 from semidetr_lite.losses import Count, denoising_loss
 from semidetr_lite.matching import PaddedTargets
 from semidetr_lite.methods.mean_teacher import MeanTeacher
@@ -84,6 +84,40 @@ def run(out, **how) -> dict:
     return Run(small(steps=4, score_cut=0.0, log_every=1), out, splits=few_digits(), quiet=True, workers=0, **how).go()
 
 
+def skipping(rank: int, out: Path) -> tuple:
+    """A loss of the second process alone is not finite in the second step: a loss of each, the weights' sum."""
+    run = Run(small("supervised", steps=3, log_every=9), out, splits=few_digits(), quiet=True, workers=0)
+    forward, train_step, seen = run.method.forward, run.train_step, []
+
+    def spoiled(batch, step):
+        return {
+            name: loss * (torch.nan if (step, rank) == (1, 1) else 1) for name, loss in forward(batch, step).items()
+        }
+
+    run.method.forward, run._measure = spoiled, dict
+    run.train_step = lambda batch: seen.append(train_step(batch)) or seen[-1]
+    run.go()
+    return [losses["labelled/class"] for losses in seen], sum(p.double().sum() for p in run.method.parameters()).item()
+
+
+def stopping(rank: int, out: Path) -> tuple:
+    """The second process alone gets SIGTERM in the second step: the step at which each stops, and what it says."""
+    run = Run(small("supervised", steps=9, log_every=9), out, splits=few_digits(), quiet=True, workers=0)
+    real = run.train_step
+
+    def train_step(batch):
+        if (run.step, rank) == (1, 1):
+            for _ in range(2):  # as torchrun passes on what the whole group has had already
+                os.kill(os.getpid(), signal.SIGTERM)
+        return real(batch)
+
+    run.train_step = train_step
+    try:
+        run.go()
+    except Stopped as said:
+        return run.step, said.args[0]
+
+
 def process(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
@@ -94,6 +128,7 @@ def process(rank: int, folder: Path) -> None:
     except UserError as problem:
         found["other split"] = str(problem)
     run(folder / "two")
+    found["skipped"], found["stopped"] = skipping(rank, folder / "skipped"), stopping(rank, folder / "stopped")
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -161,6 +196,19 @@ def test_a_run_of_two_processes_is_that_of_one_and_goes_on_as_one(both, tmp_path
         assert theirs["pseudo_per_image"] == ours["pseudo_per_image"] > 0
     assert lines[1][-1]["test"]["teacher"] == pytest.approx(lines[0][-1]["test"]["teacher"], abs=1e-3, nan_ok=True)
     assert sorted(path.name for path in both[1].iterdir()) == sorted(path.name for path in (tmp_path / "one").iterdir())
+
+
+def test_a_loss_that_is_not_finite_in_one_process_is_skipped_by_all(both):
+    (losses, weights), (others, other_weights) = (found["skipped"] for found in both[0])
+    assert losses[0] == others[0] and losses[2] == others[2] and weights == other_weights
+    assert losses[1] != losses[1] and others[1] != others[1]  # both saw that it is not a number
+    assert torch.load(both[1].parent / "skipped/bad_step.pt", weights_only=True)["step"] == 1
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step_with_a_checkpoint(both):
+    assert [found["stopped"][0] for found in both[0]] == [2, 2]
+    assert torch.load(both[1].parent / "stopped/last.pt", weights_only=True)["step"] == 2
+    assert all("last.pt (step 2)" in found["stopped"][1] for found in both[0])
 
 
 SCRIPT = """

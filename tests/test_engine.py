@@ -165,11 +165,20 @@ def test_a_run_rehearses_with_the_largest_size_of_its_views(tmp_path, monkeypatc
 ])  # fmt: skip
 def test_out_of_memory_names_what_to_turn(options, named):
     made, _ = engine("supervised", **options)
-    with pytest.raises(UserError) as caught, made.explained():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    with pytest.raises(UserError) as caught:
+        made.explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
     assert str(caught.value) == f"out of memory in the largest steps: {', or '.join(named)}"
-    with pytest.raises(RuntimeError, match="another"), made.explained():
-        raise RuntimeError("another")
+    made.explain(RuntimeError("another"))
+
+
+def test_a_run_without_memory_ends_with_a_line(tmp_path, monkeypatch):
+    def full(self, *how):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+        yield
+
+    monkeypatch.setattr(Engine, "losses", full)
+    with pytest.raises(UserError, match="out of memory in the largest steps: raise --accumulate"):
+        Run(small("supervised"), tmp_path / "run", workers=0, quiet=True).go()
 
 
 def test_the_commands_options_reach_the_recipe(tmp_path, monkeypatch):

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from semidetr_lite import distributed
 from semidetr_lite.boxes import to_model
 from semidetr_lite.data.views import map_boxes
 from semidetr_lite.detectors.detector import Detector, best_boxes
-from semidetr_lite.detectors.transformer import Memory, output_rows
+from semidetr_lite.detectors.transformer import output_rows
 from semidetr_lite.losses import (
     Count,
     LossWeights,
@@ -76,14 +77,10 @@ class Averaged(nn.Module):
         """Move the teacher; call it after the optimizer's step number `step`."""
         ema_update(self.teacher, self.student, ema_momentum(step + 1, self.ema_ceiling))
 
-    def look_ahead(self, parts: list[dict], step: int) -> list[dict]:
-        """The parts of a step with "counts" of all of them, {name: Count}; where no loss needs any, as they are."""
-        return parts
-
     def count_pseudo(self, labels: torch.Tensor, keep: torch.Tensor, images: int) -> None:
         """Running mean over about 50 steps of the pseudo-boxes of each class in an image: those of `labels` to keep."""
         counts = torch.zeros_like(self.pseudo_counts).index_add_(0, labels.flatten(), keep.flatten().float())
-        self.pseudo_counts.lerp_(counts / images, 0.02)
+        self.pseudo_counts.lerp_(distributed.mean(counts / images), 0.02)
 
     def alarm(self) -> str | None:
         """What has happened if the teacher has collapsed: hardly any pseudo-box for long, or all of one class."""
@@ -94,6 +91,10 @@ class Averaged(nn.Module):
             return f"all pseudo-boxes are of one class (number {counts.index(max(counts))}) for long"
         return None
 
+    def look_ahead(self, parts: list[dict], step: int) -> list[dict]:
+        """The parts of a step with "counts" of all of them, {name: Count}; where no loss needs any, as they are."""
+        return parts
+
     def rngs(self, step: int, stream: int, targets: list[dict]) -> list[np.random.Generator]:
         """A generator for each image, from (seed, step, position in the whole step) alone."""
         places = [target.get("position", place) for place, target in enumerate(targets)]
@@ -103,19 +104,18 @@ class Averaged(nn.Module):
         """A seed for what torch draws in a step."""
         return int(np.random.default_rng([self.seed, 8, stream, step]).integers(2**63))
 
-    def denoise(self, memory: Memory, outputs: dict, targets: PaddedTargets, weights, count: Count, rngs) -> dict:
+    def denoise(self, memory, outputs: dict, boxes: PaddedTargets, weights, step, stream, views, count: Count) -> dict:
         """Denoising losses beside the kept matching queries, {} without any box or if the detector has no denoising.
 
-        targets: filled up to count.most; rngs: a generator for each image.
+        boxes: filled up to count.most; views: the target dicts of the same images.
         """
         if self.student.denoising is None:
             return {}
-        made = self.student.denoising(*targets, rngs)
+        made = self.student.denoising(*boxes, self.rngs(step, stream, views))
         if made is None:
             return {}
         group, answers = made
-        asked = self.student.decode_groups(memory, outputs, [group])[0]
-        return denoising_loss(asked, answers, targets, weights, count)
+        return denoising_loss(self.student.decode_groups(memory, outputs, [group])[0], answers, boxes, weights, count)
 
 
 def named(prefix: str, losses: dict) -> dict:
@@ -259,8 +259,9 @@ class MeanTeacher(Averaged):
             how = {"candidates": self.candidates, "weights": weights, "count": count}
             losses |= named(name, detection_loss(layers.rows(rows), targets, stage, costs, valid, **how))
             if name == "labelled" or stage == "one_to_one":
-                rngs, here = self.rngs(step, stream, batch[view][1]), (memory.rows(rows), output_rows(outputs, rows))
-                losses |= named(f"{name} denoising", self.denoise(*here, targets, weights, count, rngs))
+                here = memory.rows(rows), output_rows(outputs, rows), targets
+                noise = self.denoise(*here, weights, step, stream, batch[view][1], count)
+                losses |= named(f"{name} denoising", noise)
         return losses
 
 

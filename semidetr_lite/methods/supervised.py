@@ -25,9 +25,10 @@ class Supervised(Averaged):
         layers = stack_layers(outputs)
         costs, valid = one_transfer(layer_costs(layers, targets), targets.valid)
         count = batch.get("counts") or count_boxes([valid], layers.logits.shape[2])
-        targets, how = filled_up(targets, count.most), {"weights": self.weights, "count": count}
-        losses = named("labelled", detection_loss(layers, targets, "one_to_one", costs, valid, **how))
-        noise = self.denoise(memory, outputs, targets, **how, rngs=self.rngs(step, LABELLED, truths))
+        targets, weights = filled_up(targets, count.most), self.weights
+        found = detection_loss(layers, targets, "one_to_one", costs, valid, weights=weights, count=count)
+        losses = named("labelled", found)
+        noise = self.denoise(memory, outputs, targets, weights, step, LABELLED, truths, count)
         return losses | named("labelled denoising", noise)
 
     def look_ahead(self, parts: list[dict], step: int) -> list[dict]:

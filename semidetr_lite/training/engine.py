@@ -99,9 +99,9 @@ class Engine:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.precision != "float32"
         prepare(method.student, recipe, self.precision, True)
         prepare(method.teacher, recipe, self.precision, False)
-        self.parts = -(-recipe.accumulate // world())
-        self.wrapped = method
+        self.parts, self.wrapped = recipe.accumulate, method
         if world() > 1:  # all start from the weights of the first process; buffers are the same in all of them anyway
+            self.parts = min(-(-recipe.accumulate // world()), recipe.labelled_images // world())
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers gets another name
                 self.wrapped = DistributedDataParallel(method, broadcast_buffers=False, find_unused_parameters=True)
@@ -127,7 +127,6 @@ class Engine:
             labelled, unlabelled: images a step, in all processes.
             most: objects in each image, labelled or not.
 
-        Raises UserError, with the option to turn, if the memory does not suffice.
         """
         method = self.method
         kept = {name: value.clone() for name, value in method.named_buffers(recurse=False)}
@@ -136,14 +135,12 @@ class Engine:
         target = {"size": size, "matrix": torch.eye(3)}
         full = {**target, "boxes": boxes, "labels": torch.arange(most) % method.student.num_classes}
         image = torch.zeros(3, *size, dtype=torch.uint8)
-        batch = {"labelled": ([image] * len(share(labelled)), [full] * len(share(labelled)))}
-        if unlabelled:
-            batch |= dict.fromkeys(
-                ("weak", "strong"), ([image] * len(share(unlabelled)), [target] * len(share(unlabelled)))
-            )
-        state = [
-            torch.empty_like(p) for p in method.parameters() if p.requires_grad for _ in range(2)
-        ]  # the optimizer's
+        ours, theirs = len(share(labelled)), len(share(unlabelled))
+        batch = {"labelled": ([image] * ours, [full] * ours)}
+        if theirs:
+            batch |= dict.fromkeys(("weak", "strong"), ([image] * theirs, [target] * theirs))
+        trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
+        state = [torch.empty_like(parameter) for parameter in trained for _ in range(2)]  # as the optimizer will have
         if hasattr(method, "look"):
             method.look = functools.partial(_look_at_many, method.look)
         try:
@@ -158,14 +155,9 @@ class Engine:
             method.stats = {}
             del state
 
-    @contextlib.contextmanager
-    def explained(self):
-        """Inside, running out of memory is a UserError that names the options to turn."""
-        try:
-            yield
-        except RuntimeError as problem:
-            if not isinstance(problem, torch.OutOfMemoryError) and "allocate memory" not in str(problem):
-                raise
+    def explain(self, problem: RuntimeError) -> None:
+        """Raises UserError, which names the options to turn, if the problem is a want of memory."""
+        if isinstance(problem, torch.OutOfMemoryError) or "allocate memory" in str(problem):
             ways = [f"raise --accumulate (now {self.recipe.accumulate})"]
             ways += ["add --checkpointing"] * (not self.recipe.checkpointing)
             ways += ["use --precision bfloat16"] * (self.precision != "bfloat16")

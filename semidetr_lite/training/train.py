@@ -157,20 +157,17 @@ class Run:
         Raises Stopped after Ctrl-C or SIGTERM, UserError where it cannot go on.
         """
         if distributed.rank() == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
             for left in self.out.glob(".*.part"):  # by a run that was killed while it wrote
                 left.unlink(missing_ok=True)
             self._drop_later_lines()
             write_whole(self.out / "config.json", json.dumps(self.config, indent=1))
-        if self.device.type == "cuda":
-            with self.engine.explained():
-                self.rehearse()
         look = {"desc": self.config["method"], "mininterval": 2, "dynamic_ncols": True, "disable": self.quiet}
         self.logged, self.began, line = self.step, time.perf_counter(), {}
         # the bar is closed also when something goes wrong, so that the error gets a line of its own
-        bar = tqdm(total=self.config["steps"], initial=self.step, **look)
-        with self.engine.explained(), Stop() as stop, bar:
+        with Stop() as stop, tqdm(total=self.config["steps"], initial=self.step, **look) as bar:
             try:
+                if self.device.type == "cuda":
+                    self.rehearse()
                 for batch in self._loader():
                     losses = self.train_step(batch)
                     self.step += 1
@@ -179,12 +176,14 @@ class Run:
                         with stop.at_once():  # measuring may take minutes; what is unsaved then is a few steps
                             line = self._line(losses)
                         self._log(line)
-                    if stop.asked and self.step < self.config["steps"]:
+                    if any(distributed.gather(stop.asked)) and self.step < self.config["steps"]:
                         self.save()
+                        distributed.gather("saved")  # the first that ends takes the others with it
                         stop.now()
             except KeyboardInterrupt:
                 raise Stopped(f"stopped; the last checkpoint is {self.last_good}", stop.status) from None
             except RuntimeError as problem:
+                self.engine.explain(problem)
                 if "DataLoader worker" not in str(problem):
                     raise
                 fault = f"a process that loads data died ({str(problem).splitlines()[0]}), perhaps for lack of memory"
@@ -213,20 +212,11 @@ class Run:
         self.skipped = 0
         return values
 
-    def rehearse(self) -> None:
-        """Run the largest steps once, so that a want of memory shows now; changes nothing."""
-        views = self.recipe.views
-        sizes = [size for part in (self.splits.labelled, self.splits.unlabelled) for size in part.sizes]
-        size = max(sizes, key=lambda size: size[0] * size[1])
-        if views.short_sides:
-            size = (max(views.short_sides), views.long_side)
-        self.engine.rehearse(size, self.recipe.labelled_images, self.unlabelled, self.recipe.most)
-
     def _skip(self, batch: dict, step: int, losses: dict, fault: str) -> dict[str, float]:
         """Count a step that changed no weights and keep the first of a row for `replay`; UserError after PATIENCE."""
         self.skipped += 1
         file = self.out / "bad_step.pt"
-        if self.skipped == 1:
+        if self.skipped == 1 and distributed.rank() == 0:
             dump = {"batch": batch, "step": step, "method": self.method.state_dict()}
             write_whole(file, lambda where: torch.save(dump, where))
         said = f"step {self.step}: {fault}"
@@ -235,6 +225,15 @@ class Run:
             raise UserError(f"{said}; the last good checkpoint is {self.last_good}")
         print(f"warning: {said}, so it is skipped; its batch is in {file}", file=sys.stderr)
         return losses
+
+    def rehearse(self) -> None:
+        """Run the largest steps once, so that a want of memory shows now; changes nothing."""
+        views = self.recipe.views
+        sizes = [size for part in (self.splits.labelled, self.splits.unlabelled) for size in part.sizes]
+        size = max(sizes, key=lambda size: size[0] * size[1])
+        if views.short_sides:
+            size = (max(views.short_sides), views.long_side)
+        self.engine.rehearse(size, self.recipe.labelled_images, self.unlabelled, self.recipe.most)
 
     def _loader(self):
         """The batches of the steps that are left."""
@@ -269,19 +268,18 @@ class Run:
         return line | (self._measure() if self._due(self.recipe.evaluate_every) else {})
 
     def _log(self, line: dict) -> None:
-        """Write a line to the log, save; the first process alone writes."""
-        if distributed.rank() == 0:
-            self._write(line)
-        self.save()
-        self.logged, self.began = self.step, time.perf_counter()
-
-    def _write(self, line: dict) -> None:
+        """Write a line to the log, save."""
+        self.logged = self.step
+        if distributed.rank():
+            return self.save()
         if self._due(self.recipe.watch_every) and self.unlabelled:
             watched = watched_boxes(self.method, self.splits.unlabelled, self.step)
             append_lines(self.out / "pseudo_boxes.jsonl", watched)
         append_lines(self.out / "log.jsonl", [_plain(line)])
         if not self.quiet:
             tqdm.write(summary(self.config["method"], line))
+        self.save()
+        self.began = time.perf_counter()
 
     def _measure(self) -> dict:
         """AP on the tune split, quality of the pseudo-boxes on watched images, and at the end AP on the test split."""
@@ -299,16 +297,16 @@ class Run:
 
     def save(self) -> None:
         """Weights and everything a resume needs, each file whole or not at all."""
-        if distributed.rank():
+        if distributed.rank():  # the first process writes
+            self.last_good = f"{self.out / 'last.pt'} (step {self.step})"
             return
         kind = (self.config["detector"], self.arguments, self.splits.categories)
         for part in ("student", "teacher"):
             save_weights(self.out / f"{part}.safetensors", getattr(self.method, part), *kind)
         self._clock()
         state = {
-            "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "nms": self.method.student.nms, "step": self.step, "offset": self.offset, "seconds": self.seconds,
-            "skipped": self.skipped,
+            "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(), "nms": self.method.student.nms,
+            "step": self.step, "offset": self.offset, "seconds": self.seconds, "skipped": self.skipped,
             "config": json.dumps(self.config),
         }  # fmt: skip
         write_whole(self.out / "last.pt", lambda where: torch.save(state, where))
@@ -328,7 +326,7 @@ class Stop:
     """While inside, Ctrl-C and SIGTERM are noted in `asked`, and a second one is obeyed; `at_once` obeys the first."""
 
     def __init__(self):
-        self.asked, self.waits, self.status = False, True, 130
+        self.asked, self.waits, self.status, self.first = False, True, 130, 0.0
         self.before: dict = {}
 
     def __enter__(self) -> "Stop":
@@ -341,7 +339,9 @@ class Stop:
             signal.signal(number, handler)
 
     def _note(self, number: int, _) -> None:
-        again, self.asked, self.status = self.asked, True, 128 + number
+        again = self.asked and time.monotonic() > self.first + 5 * (distributed.world() > 1)  # torchrun doubles it
+        self.first = self.first if self.asked else time.monotonic()
+        self.asked, self.status = True, 128 + number
         if again or not self.waits:
             self.now()
 

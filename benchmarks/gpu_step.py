@@ -1,0 +1,248 @@
+"""What a step of the COCO recipe costs: seconds, memory, the wait for data, and where the time goes.
+
+    python benchmarks/gpu_step.py --data data/coco-sized --out benchmarks/results/gpu_step.jsonl
+    python benchmarks/gpu_step.py --setups bfloat16:8 bfloat16:4:checkpointing bfloat16:8:channels_last:compile
+    python benchmarks/gpu_step.py --toy                                         every line of it, on a CPU, in seconds
+
+8 labelled and 32 unlabelled images with the recipe's own resize draw, DINO with ResNet-50, 4 levels and 900 queries, 80
+classes, random weights; data are generated if none are given (data_scripts/make_coco_sized.py). A setup is
+PRECISION:PARTS and any of checkpointing, channels_last, compile. A teacher of random weights is sure of nothing, so
+`--pseudo` boxes of each image count, whatever their score. For each setup and stage one JSON line:
+
+    seconds       a step, median, without the wait for data; "hours" are those of 120,000 such steps with the wait
+    wait          share of the time spent waiting for data, with --workers processes that load
+    passes_alone  seconds of the forward and backward passes of the same images and nothing else; "ratio": a step to it
+    memory_gb     the highest allocation of the device; rehearsal_gb that of the largest step there can be
+    parts         seconds of a step by part, each less those named inside it, measured in further steps in which the
+                  device is waited for at every border; layers that checkpointing runs again count as backward
+
+A setup that does not fit into the memory says so in its line. One process; works without pycocotools.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "data_scripts"))
+
+from semidetr_lite.errors import UserError
+from semidetr_lite.methods import mean_teacher, semi_detr
+from semidetr_lite.training.engine import micro_batches
+from semidetr_lite.training.presets import load_splits
+from semidetr_lite.training.train import Run, new_config
+
+SETUPS = ["float32:8", "tf32:8", "bfloat16:8", "bfloat16:4", "bfloat16:4:checkpointing", "bfloat16:8:channels_last"]
+STAGES = {"one-to-many": 1.0, "one-to-one": 0.0}
+TOY = {
+    "arguments": {
+        "num_queries": 12, "dim": 16, "heads": 2, "hidden": 16, "encoder_layers": 1, "decoder_layers": 1,
+        "backbone": "resnet18", "backbone_weights": None, "test_size": (48, 80),
+    },
+    "labelled_images": 2, "unlabelled_images": 8,
+}  # fmt: skip
+
+
+class Clock:
+    """Adds up the seconds spent in named parts, those of inner parts not counted in the outer ones."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.total, self.inner = device, {}, [0.0]
+
+    def now(self) -> float:
+        """The time when everything asked of the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def timed(self, name: str, function):
+        """The function, its time added to `name`."""
+
+        @functools.wraps(function)
+        def run(*inputs, **named):
+            began = self.now()
+            self.inner.append(0.0)
+            try:
+                return function(*inputs, **named)
+            finally:
+                spent = self.now() - began
+                self.total[name] = self.total.get(name, 0.0) + spent - self.inner.pop()
+                self.inner[-1] += spent
+
+        return run
+
+
+@contextlib.contextmanager
+def watched(run: Run, clock: Clock):
+    """Inside, the clock sees every part of a step."""
+    method = run.method
+    places = [
+        (torch.Tensor, "backward", "backward"),
+        (run.optimizer, "step", "optimizer"),
+        (method, "after_step", "EMA"),
+    ]
+    places += [(torch.nn.utils, "clip_grad_norm_", "gradient norm"), (method, "decide", "matching")]
+    for who in ("student", "teacher"):
+        detector = getattr(method, who)
+        places += [(detector, "_project", f"{who} backbone"), (detector, "encode", f"{who} encoder")]
+        places += [(detector, "decode", f"{who} decoder"), (detector, "decode_groups", f"{who} decoder, groups")]
+    places += [(semi_detr, "pseudo_boxes", "pseudo-boxes"), (semi_detr, "consistency_loss", "losses")]
+    places += [(mean_teacher, name, "losses") for name in ("detection_loss", "denoising_loss")]
+    before = [(owner, name, vars(owner).get(name)) for owner, name, _ in places]
+    for owner, name, part in places:
+        setattr(owner, name, clock.timed(part, getattr(owner, name)))
+    try:
+        yield
+    finally:
+        for owner, name, own in before:
+            if own is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, own)
+
+
+def passes_alone(run: Run, batch: dict) -> None:
+    """The forward and backward passes of a step, for a loss that costs nothing."""
+    for part in micro_batches(batch, run.engine.parts):
+        with torch.no_grad():
+            run.method.teacher(part["weak"][0])
+        outputs = run.method.student([*part["labelled"][0], *part["strong"][0]])
+        layers = [outputs, *outputs["aux_outputs"], outputs["encoder"]]
+        sum(layer["pred_logits"].mean() + layer["pred_boxes"].mean() for layer in layers).backward()
+    run.optimizer.zero_grad(set_to_none=True)
+
+
+def median_of(clock: Clock, batches: list, work) -> float:
+    """Median seconds of `work(batch)`."""
+    spent = []
+    for batch in batches:
+        began = clock.now()
+        work(batch)
+        spent.append(clock.now() - began)
+    return statistics.median(spent)
+
+
+def measure(run: Run, options) -> dict:
+    """The figures of one setup and stage; Run is not at its end yet, and its weights move."""
+    clock, cuda, found = Clock(run.device), run.device.type == "cuda", {}
+
+    def peak() -> float | None:
+        return round(torch.cuda.max_memory_allocated() / 1e9, 2) if cuda else None
+
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    run.rehearse()
+    found["rehearsal_gb"] = peak()
+    batches, waits, seconds, kept = iter(run._loader()), [], [], []
+    for number in range(options.warm_up + options.steps):
+        began = clock.now()
+        batch = next(batches)
+        loaded = clock.now()
+        run.train_step(batch)
+        if number == options.warm_up - 1 and cuda:
+            torch.cuda.reset_peak_memory_stats()
+        if number >= options.warm_up:
+            waits.append(loaded - began)
+            seconds.append(clock.now() - loaded)
+            kept = [*kept, batch][-options.watched :]
+        run.step += 1
+    found["memory_gb"], found["seconds"] = peak(), round(statistics.median(seconds), 4)
+    found["wait"] = round(sum(waits) / (sum(waits) + sum(seconds)), 3)
+    found["hours"] = round(120_000 / 3600 * (sum(waits) + sum(seconds)) / len(seconds), 1)
+    found["pseudo_per_image"] = run.method.stats["pseudo_per_image"]
+    alone = median_of(clock, kept, functools.partial(passes_alone, run))
+    same = median_of(clock, kept, run.train_step)  # the same images
+    found |= {"passes_alone": round(alone, 4), "ratio": round(same / alone, 3)}
+    with watched(run, clock):
+        began = clock.now()
+        for batch in kept:
+            run.train_step(batch)
+        whole = clock.now() - began
+    rest = whole - sum(clock.total.values())
+    parts = {**dict(sorted(clock.total.items(), key=lambda item: -item[1])), "everything else": rest}
+    return found | {"parts": {name: round(spent / len(kept), 4) for name, spent in parts.items()}}
+
+
+def make_run(setup: str, stage: str, data: str, splits, options) -> Run:
+    """A run of the recipe in one setup and stage."""
+    precision, parts, *flags = setup.split(":")
+    changes = {"precision": precision, "accumulate": int(parts), "one_to_many_share": STAGES[stage]}
+    changes |= dict.fromkeys(flags, True) | {"score_cut": 0.0, "most": options.pseudo}
+    config = new_config("coco-10pct", data=data, steps=1000)
+    changes["arguments"] = {**config["recipe"]["arguments"], "backbone_weights": None}
+    if options.toy:
+        changes |= TOY | {"views": {**config["recipe"]["views"], "short_sides": [32, 40, 48], "long_side": 80}}
+    config = new_config("coco-10pct", data=data, steps=1000, **changes)
+    return Run(
+        config, Path(tempfile.gettempdir()) / "never-written", splits=splits, workers=options.workers, quiet=True
+    )
+
+
+def main(argv=None) -> int:
+    """Measure each setup in each stage."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="a COCO tree; one is generated if not given")
+    parser.add_argument("--images", type=int, default=600, help="how many to generate")
+    parser.add_argument("--setups", nargs="+", default=None, help=f"by default {' '.join(SETUPS)}")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--warm-up", type=int, default=4)
+    parser.add_argument("--watched", type=int, default=4, help="of these steps, in which the parts are timed")
+    parser.add_argument("--pseudo", type=int, default=10, help="pseudo-boxes an image")
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--out", type=Path, help="a JSON-lines file to append to")
+    parser.add_argument("--toy", action="store_true", help="small images and a small model, three steps")
+    options = parser.parse_args(argv)
+    if options.toy:
+        options.images, options.steps, options.warm_up, options.watched, options.workers = 100, 2, 1, 1, 0
+    with tempfile.TemporaryDirectory() as folder:
+        data = options.data or str(generate(Path(folder) / "coco", options.images))
+        splits = load_splits(new_config("coco-10pct", data=data))
+        for setup in options.setups or (["float32:2", "bfloat16:1:checkpointing"] if options.toy else SETUPS):
+            for stage in options.stages:
+                print(json.dumps(line := one_line(setup, stage, data, splits, options)), flush=True)
+                if options.out:
+                    options.out.parent.mkdir(parents=True, exist_ok=True)
+                    with open(options.out, "a") as file:
+                        file.write(json.dumps(line) + "\n")
+    return 0
+
+
+def generate(folder: Path, images: int) -> Path:
+    """Data of COCO's measures."""
+    import make_coco_sized
+
+    make_coco_sized.make(folder, {"train2017": images, "val2017": 4})
+    return folder
+
+
+def one_line(setup: str, stage: str, data: str, splits, options) -> dict:
+    """The line of one setup and stage, with the machine it is measured on."""
+    cuda = torch.cuda.is_available()
+    machine = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    line = {"setup": setup, "stage": stage, "toy": options.toy, "machine": machine, "torch": torch.__version__}
+    line |= {"workers": options.workers, "steps": options.steps}
+    run = make_run(setup, stage, data, splits, options)
+    try:
+        line |= {"images": [run.recipe.labelled_images, run.unlabelled], **measure(run, options)}
+    except torch.OutOfMemoryError as problem:
+        try:
+            run.engine.explain(problem)
+        except UserError as said:
+            line["failed"] = str(said)
+    del run
+    if cuda:
+        torch.cuda.empty_cache()
+    return line
+
+
+if __name__ == "__main__":
+    sys.exit(main())

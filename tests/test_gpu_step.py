@@ -1,0 +1,63 @@
+"""The benchmark of the COCO step, at toy size: its figures add up, and it leaves the method as it was."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import gpu_step
+
+from semidetr_lite.training.engine import Engine
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory) -> list[dict]:
+    out = tmp_path_factory.mktemp("bench") / "lines.jsonl"
+    before = torch.Tensor.backward
+    assert gpu_step.main(["--toy", "--pseudo", "3", "--out", str(out)]) == 0
+    assert torch.Tensor.backward is before
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_every_setup_and_stage_has_its_figures(lines):
+    assert [(line["setup"], line["stage"]) for line in lines] == [
+        (setup, stage) for setup in ("float32:2", "bfloat16:1:checkpointing") for stage in gpu_step.STAGES
+    ]
+    for line in lines:
+        assert line["toy"] and line["images"] == [2, 8] and "failed" not in line and line["memory_gb"] is None
+        assert 0 < line["pseudo_per_image"] <= 3 and 0 < line["wait"] < 1
+        assert 0 < line["passes_alone"] and 0.3 < line["ratio"] < 20
+        assert line["hours"] > line["seconds"] * 120_000 / 3600 / 2
+
+
+def test_the_parts_are_those_of_a_step(lines):
+    for line in lines:
+        parts = line["parts"]
+        names = {f"{who} {part}" for who in ("student", "teacher") for part in ("backbone", "encoder", "decoder")}
+        names |= {"matching", "losses", "backward", "optimizer", "EMA", "gradient norm", "pseudo-boxes"}
+        assert names <= set(parts) and ("teacher decoder, groups" in parts) == (line["stage"] == "one-to-many")
+        assert all(seconds > 0 for name, seconds in parts.items() if name in names)
+        assert parts["everything else"] >= 0 and parts["backward"] > parts["EMA"]
+
+
+def test_a_clock_counts_inner_parts_once(monkeypatch):
+    clock, now = gpu_step.Clock(torch.device("cpu")), iter([0, 10, 14, 20, 30, 31])
+    monkeypatch.setattr(clock, "now", lambda: next(now))
+    inner = clock.timed("inner", lambda: None)
+    clock.timed("outer", lambda: inner())()
+    inner()
+    assert clock.total == {"inner": 4 + 1, "outer": 20 - 4}
+
+
+def test_a_setup_that_does_not_fit_says_so_in_its_line(tmp_path, monkeypatch):
+    def full(self, *sizes):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Engine, "rehearse", full)
+    out = tmp_path / "lines.jsonl"
+    assert gpu_step.main(["--toy", "--setups", "float32:1", "--stages", "one-to-one", "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["failed"].startswith("out of memory in the largest steps: raise --accumulate")
