@@ -311,9 +311,7 @@ def main() -> int:
         if isinstance(problem, OSError) and problem.filename:
             line = f"{problem.filename}: {problem.strerror}"
         line = line.rpartition("semidetr_lite.errors.UserError: ")[2]  # from a data worker it comes in a traceback
-        line = re.sub(
-            r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], line.rstrip()
-        )  # as a file's name may have
+        line = re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], line.rstrip())
         print(f"error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as problem:

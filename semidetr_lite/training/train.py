@@ -305,8 +305,9 @@ class Run:
             save_weights(self.out / f"{part}.safetensors", getattr(self.method, part), *kind)
         self._clock()
         state = {
-            "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(), "nms": self.method.student.nms,
-            "step": self.step, "offset": self.offset, "seconds": self.seconds, "skipped": self.skipped,
+            "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "nms": self.method.student.nms, "step": self.step, "offset": self.offset, "seconds": self.seconds,
+            "skipped": self.skipped,
             "config": json.dumps(self.config),
         }  # fmt: skip
         write_whole(self.out / "last.pt", lambda where: torch.save(state, where))
