@@ -8,7 +8,6 @@ import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 IGNORE = re.compile(r"^# NBVAL_IGNORE_OUTPUT$", re.MULTILINE)
-OLDER = ("10_semi_detr",)  # written before the course's template
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
@@ -44,10 +43,9 @@ def test_every_picture_is_described(notebook):
 def test_cells_are_short_and_none_is_skipped(notebook):
     for cell in code_cells(notebook[1]):
         assert "NBVAL_SKIP" not in cell.source and "nbval-skip" not in cell.metadata.get("tags", [])
-        assert len(cell.source.splitlines()) <= 25 or notebook[0].stem in OLDER, cell.source
+        assert len(cell.source.splitlines()) <= 25, cell.source
 
 
 def test_most_outputs_are_compared(notebook):
-    path, content = notebook
-    with_output = [cell for cell in code_cells(content) if cell.outputs]
-    assert sum(bool(IGNORE.search(cell.source)) for cell in with_output) < len(with_output) / 2 or path.stem in OLDER
+    with_output = [cell for cell in code_cells(notebook[1]) if cell.outputs]
+    assert sum(bool(IGNORE.search(cell.source)) for cell in with_output) < len(with_output) / 2

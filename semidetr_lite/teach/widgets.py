@@ -358,13 +358,15 @@ def sampling_points(detector, image) -> tuple[list, dict]:
 
 def show_points(image, target, places, shares, title="") -> Picture:
     """Places (L, P, 2) in [0, 1] on an image, the larger the more they count, a colour and a mark for each level."""
-    figure, (ax,) = _page([image], 1, title=title, cell=3.4)
+    figure, (ax,) = _page([image], 1, ["levels"], title, cell=3.4)
     draw_boxes(ax, image, target, categories=[{"name": ""}] * 99)
     height, width = image.shape[-2:]
     for level, (xy, share) in enumerate(zip(places, shares)):
         look = {"marker": "os^D"[level % 4], "color": LINE_COLORS[level], "edgecolor": "white", "linewidth": 0.7}
-        ax.scatter(xy[:, 0] * width, xy[:, 1] * height, 10 + 400 * share, **look, label=f"level {level}", clip_on=False)
-    figure.legend(loc="lower left", fontsize=8, framealpha=0.7, ncols=len(places))
+        ax.scatter(xy[:, 0] * width, xy[:, 1] * height, 10 + 400 * share, **look, clip_on=False)
+        ax.scatter([], [], 30, **look, label=f"{level}")
+    beside = {"loc": "lower left", "bbox_to_anchor": (0.12, 1.005), "borderpad": 0.0, "borderaxespad": 0.0}
+    ax.legend(fontsize=8, frameon=False, ncols=len(places), handletextpad=0.1, columnspacing=1.0, **beside)
     return figure
 
 
