@@ -147,7 +147,6 @@ def train(
 def _settings(arguments: dict, *without: str) -> dict:
     """Arguments of a command as new_config takes them: paths as words."""
     kept = {name: value for name, value in arguments.items() if name not in without}
-    kept = {name: value for name, value in kept.items() if value is not None or name not in ("accumulate", "precision")}
     return {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
 
 
@@ -168,7 +167,7 @@ def evaluate(
         found = evaluate_detections(str(detections), str(truth))
     elif run is not None:
         detector = load_detector(run, weights)
-        found = measure(detector, load_splits(read_config(run)).test, voc=voc)
+        found = measure(detector, load_splits(read_config(run), run / "config.json").test, voc=voc)
     else:
         raise UserError("evaluate: give a run folder, or --truth and --detections")
     for name, value in found.items():

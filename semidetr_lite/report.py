@@ -53,7 +53,7 @@ def write_report(runs, out, images: int = 8, score: float = 0.3) -> Path:
     Raises UserError for a folder that is no run, a file that cannot be read, or runs on different data.
     """
     runs = _read_runs(runs)
-    splits = presets.load_splits(runs[0].config)
+    splits = _splits(runs[0])
     truths = [splits.test[index][1] for index in range(min(POOL, len(splits.test)))]
     for run in runs:
         _look(run, splits.test, len(truths))
@@ -79,11 +79,7 @@ def write_report(runs, out, images: int = 8, score: float = 0.3) -> Path:
         first=[cards[index] for index in first if seeing],
         different=[cards[index] for index in different],
         compared=compared,
-        timelines=[
-            _timeline(run, splits if run is runs[0] else presets.load_splits(run.config))
-            for run in runs
-            if run.pseudo_lines
-        ],
+        timelines=[_timeline(run, splits if run is runs[0] else _splits(run)) for run in runs if run.pseudo_lines],
     )
     path = Path(out) / "report.html"
     write_whole(path, page)
@@ -136,6 +132,11 @@ def _lines(path: Path, **start) -> list[dict]:
     """The lines of a log, counted from an earlier start."""
     lines = read_lines(path, unfinished=True)
     return [line | {key: line[key] + start[key] for key in start if line.get(key) is not None} for line in lines]
+
+
+def _splits(run: Record):
+    """The data a run was trained and tested on."""
+    return presets.load_splits(run.config, run.folder / "config.json")
 
 
 def _look(run: Record, test, count: int) -> None:

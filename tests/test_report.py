@@ -73,7 +73,7 @@ def fakes(monkeypatch):
     """Data and detectors of this file, and no time spent on pictures except where a test wants them."""
     monkeypatch.setattr(visualize, "png", lambda figure, dpi=None: DOT)
     splits = Splits(Scenes(2), Unlabelled(Scenes(4), range(4)), Scenes(2), TEST, CATEGORIES, flip=False)
-    monkeypatch.setattr(report.presets, "load_splits", lambda config: splits)
+    monkeypatch.setattr(report.presets, "load_splits", lambda config, file: splits)
     monkeypatch.setattr(semidetr_lite, "load_detector", lambda path, weights: Perfect(blind="supervised" in str(path)))
 
 
@@ -292,7 +292,7 @@ def test_damaged_runs_are_one_clear_line(tmp_path, spoil, message):
 
 def test_a_config_without_a_setting_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(report.presets, "load_splits", REAL_LOAD_SPLITS)
-    with pytest.raises(UserError, match="config.json: .*KeyError: '(percent|recipe)'"):
+    with pytest.raises(UserError, match=r"semi/config\.json: .*KeyError: 'recipe'"):
         write_report([make_run(tmp_path / "semi", "semi-detr", 0.5)], tmp_path / "out")
 
 
@@ -306,7 +306,7 @@ def test_a_report_that_cannot_be_written(tmp_path):
 
 def test_an_empty_test_split(tmp_path, monkeypatch):
     splits = Splits(Scenes(2), Unlabelled(Scenes(4), range(4)), Scenes(2), Scenes(0), CATEGORIES, flip=False)
-    monkeypatch.setattr(report.presets, "load_splits", lambda config: splits)
+    monkeypatch.setattr(report.presets, "load_splits", lambda config, file: splits)
     page = Page(write_report([make_run(tmp_path / "supervised", "supervised", 0.4)], tmp_path / "out"))
     assert "The test split holds no image." in page.text
 

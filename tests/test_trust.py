@@ -253,7 +253,7 @@ def test_a_loss_that_is_not_finite_skips_the_step_and_can_be_replayed(splits, tm
     said = capsys.readouterr().err
     assert "warning: step 2: loss 'labelled denoising/class' is inf, so it is skipped" in said and "bad_step.pt" in said
     assert len(lines(tmp_path / "run")) == STEPS // 2
-    monkeypatch.setattr(train.presets, "load_splits", lambda config: splits)
+    monkeypatch.setattr(train.presets, "load_splits", lambda config, file: splits)
     found = replay(tmp_path / "run/bad_step.pt")
     assert found["labelled denoising/class"].isinf() and found["labelled/class"].isfinite()
 

@@ -174,17 +174,22 @@ def explore_views(scenes: Sequence[tuple], settings: ViewSettings) -> Explorer:
     return explore(draw, scene=(0, len(scenes) - 1), strength=(0.0, 3.0, 0.25), seed=(0, 30))
 
 
+def _show_over(score_cut: float, found: list[dict], scenes, categories, truth: bool, style: str) -> Picture:
+    """The boxes found in scenes that score at least the cut, beside the truth or alone."""
+    images, truths = zip(*scenes)
+    if truth:
+        return show_hits(images, found, truths, categories, score_cut)
+    keep = [one["scores"] >= score_cut for one in found]
+    kept = [{key: one[key][chosen] for key in ("boxes", "labels", "scores")} for one, chosen in zip(found, keep)]
+    return show_targets(images, kept, categories, style=style)
+
+
 def explore_threshold(detector, scenes: Sequence[tuple], categories, nms: float = 0.6) -> Explorer:
     """Which of a teacher's boxes a score cut keeps, as the student sees them, or beside the truth it never sees."""
-    images, truths = [image for image, _ in scenes], [truth for _, truth in scenes]
-    found = detector.detect(images, nms=nms)
+    found = detector.detect([image for image, _ in scenes], nms=nms)
 
     def draw(score_cut=0.4, truth=True):
-        if truth:
-            return show_hits(images, found, truths, categories, score_cut)
-        keep = [one["scores"] >= score_cut for one in found]
-        kept = [{key: one[key][chosen] for key in ("boxes", "labels", "scores")} for one, chosen in zip(found, keep)]
-        return show_targets(images, kept, categories, style="pseudo")
+        return _show_over(score_cut, found, scenes, categories, truth, "pseudo")
 
     return explore(draw, score_cut=(0.05, 0.95, 0.05), truth=True)
 
@@ -313,7 +318,6 @@ def explore_consistency(answers: Sequence[dict]) -> Explorer:
     "pairings" {name: (boxes (T, 4) in the strong view, cosines (L, T, T) of weak and strong at each decoder layer)}.
     The white box is where the chosen object is, the thick one that of the most similar query.
     """
-
     most = max(len(one["boxes"]) for one in answers) - 1
     layers = len(next(iter(answers[0]["pairings"].values()))[1])
 
@@ -337,8 +341,6 @@ def explore_consistency(answers: Sequence[dict]) -> Explorer:
             draw_boxes(ax, strong, target, truth, style=styles)
         return figure
 
-    most = max(len(one["boxes"]) for one in answers) - 1
-    layers = len(next(iter(answers[0]["pairings"].values()))[1])
     return explore(draw, scene=(0, len(answers) - 1), object=(0, most), layer=(1, layers))
 
 
@@ -410,7 +412,8 @@ def explore_denoising(scenes: Sequence[tuple]) -> Explorer:
 
 def explore_run(folder, frames: int = 4) -> Explorer:
     """The teacher's boxes on the watched images of a run folder, `frames` looks side by side from a step on."""
-    lines, splits = read_lines(Path(folder) / "pseudo_boxes.jsonl"), load_splits(read_config(folder))
+    folder = Path(folder)
+    lines, splits = read_lines(folder / "pseudo_boxes.jsonl"), load_splits(read_config(folder), folder / "config.json")
     known = {target["image_id"]: (image, target.get("truth")) for image, target in readable(splits.unlabelled, 8)}
     steps, watched = sorted({line["step"] for line in lines}), list(dict.fromkeys(line["image_id"] for line in lines))
 
@@ -420,7 +423,7 @@ def explore_run(folder, frames: int = 4) -> Explorer:
     def draw(image=fullest, start=steps[0], truth=True):
         pixels, objects = known[watched[image]]
         looks = [line for line in lines if line["image_id"] == watched[image] and line["step"] >= start][:frames]
-        title = f"{Path(folder).name}: what the teacher says about unlabelled image {watched[image]}"
+        title = f"{folder.name}: what the teacher says about unlabelled image {watched[image]}"
         return show_pseudo_boxes(pixels, looks, objects if truth else None, splits.categories, title)
 
     starts = {f"step {step:,}": step for step in steps[: max(1, len(steps) - frames + 1)]}
@@ -429,16 +432,10 @@ def explore_run(folder, frames: int = 4) -> Explorer:
 
 def explore_detectors(detectors: dict, scenes: Sequence[tuple], categories) -> Explorer:
     """What each of several detectors {name: detector} finds, beside the truth or alone, over a score cut."""
-    images, truths = [image for image, _ in scenes], [truth for _, truth in scenes]
-    answers = {name: detector.detect(images) for name, detector in detectors.items()}
+    answers = {name: detector.detect([image for image, _ in scenes]) for name, detector in detectors.items()}
 
     def draw(detector, score_cut=0.3, truth=True):
-        found = answers[detector]
-        if truth:
-            return show_hits(images, found, truths, categories, score_cut)
-        keep = [one["scores"] >= score_cut for one in found]
-        kept = [{key: one[key][chosen] for key in ("boxes", "labels", "scores")} for one, chosen in zip(found, keep)]
-        return show_targets(images, kept, categories, style="prediction")
+        return _show_over(score_cut, answers[detector], scenes, categories, truth, "prediction")
 
     return explore(draw, detector=list(answers), score_cut=(0.05, 0.95, 0.05), truth=True)
 

@@ -126,7 +126,6 @@ class Engine:
             size: (H, W) of the largest image.
             labelled, unlabelled: images a step, in all processes.
             most: objects in each image, labelled or not.
-
         """
         method = self.method
         kept = {name: value.clone() for name, value in method.named_buffers(recurse=False)}

@@ -45,9 +45,7 @@ class Recipe:
     accumulate: int = 1  # parts that a step's images are run in, each with its share of both kinds
     # how a step is run, see engine.py
     precision: str = "auto"  # float32, tf32 or bfloat16; auto is bfloat16 on a GPU that has it, else float32
-    checkpointing: bool = (
-        False  # layers and backbone stages run again in the backward pass: less memory, a third slower
-    )
+    checkpointing: bool = False  # layers and backbone stages run again in the backward pass: less memory, slower
     channels_last: bool = False  # the backbone's memory layout
     compile: bool = False  # torch.compile of layers and backbone
     learning_rate: float = 1e-4
@@ -148,18 +146,18 @@ PRESETS = {
 }
 
 
-def load_splits(config: dict) -> Splits:
-    """The data of a run, from its config.json."""
-    with reading("config.json", "settings of data that cannot be used"):
+def load_splits(config: dict, file="config.json") -> Splits:
+    """The data of a run, from its config.json; a UserError names `file`."""
+    with reading(file, "settings of data that cannot be used"):
         if config["data"] == "digits":
             return digits.load(config["percent"], config["fold"], config["recipe"].get("further", 0))
         places = (config[key] for key in ("data", "images", "unlabelled", "percent", "fold", "validation"))
         return coco.load(*places, config.get("folds"), config.get("flip", True))
 
 
-def make_recipe(config: dict) -> Recipe:
-    """The recipe written in a config.json."""
-    with reading("config.json", "not a recipe"):
+def make_recipe(config: dict, file="config.json") -> Recipe:
+    """The recipe written in a config.json; a UserError names `file`."""
+    with reading(file, "not a recipe"):
         entries = dict(config["recipe"])
         views = {key: tuple(v) if isinstance(v, list) else v for key, v in entries["views"].items()}
         entries |= {"views": ViewSettings(**views), "weights": LossWeights(*entries["weights"])}

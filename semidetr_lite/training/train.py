@@ -55,7 +55,8 @@ def new_config(
     percent: float | None = None, fold: int = 1, seed: int = 0, steps: int | None = None, burn_in: str | None = None,
     folds: str | None = None, flip: bool = True, skip_unreadable: bool = False, **changes,
 ) -> dict:  # fmt: skip
-    """The settings of a run, complete, as they go to config.json. `changes` replace fields of the preset's Recipe."""
+    """The settings of a run, complete, as they go to config.json. `changes` replace fields of the preset's
+    Recipe, where they are not None."""
     settings = {name: value for name, value in locals().items() if name != "changes"}
     for kind, known in {"preset": presets.PRESETS, "method": presets.METHODS, "detector": presets.DETECTORS}.items():
         if settings[kind] not in known:
@@ -66,7 +67,7 @@ def new_config(
     unknown = sorted(set(changes) - set(recipe))
     if unknown:
         raise UserError(f"no field {unknown[0]!r} in a preset: choose from {', '.join(recipe)}")
-    recipe |= changes
+    recipe |= {name: value for name, value in changes.items() if value is not None}
     settings |= {name: recipe[name] for name in ("steps", "percent") if settings[name] is None}
     if settings["steps"] < 1:
         raise UserError(f"steps must be at least 1, got {settings['steps']}")
@@ -109,8 +110,9 @@ class Run:
             config = read_config(self.out)
         elif (self.out / "last.pt").exists():
             raise UserError(f"{self.out}: holds a run already; choose another --out, or go on with --resume")
-        self.recipe: Recipe = make_recipe(config)
-        self.splits = splits or presets.load_splits(config)
+        file = self.out / "config.json"
+        self.recipe: Recipe = make_recipe(config, file)
+        self.splits = splits or presets.load_splits(config, file)
         self.config = {**config, "categories": self.splits.categories}
         self.unlabelled = 0 if config["method"] == "supervised" else self.recipe.unlabelled_images  # a step
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
