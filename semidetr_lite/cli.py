@@ -14,7 +14,7 @@ from semidetr_lite.data.coco import IMAGE_SUFFIXES
 from semidetr_lite.data.doctor import doctor_data
 from semidetr_lite.detectors.detector import as_tensor
 from semidetr_lite.detectors.public_weights import describe
-from semidetr_lite.errors import Stopped, UserError
+from semidetr_lite.errors import Stopped, UserError, reading
 from semidetr_lite.evaluate import evaluate as evaluate_detections
 from semidetr_lite.evaluate import to_coco_json
 from semidetr_lite.report import write_report
@@ -286,11 +286,14 @@ def ablate(
     if not show:
         few = {"steps": 4, "burn_in_steps": 4, **OFTEN} if quick else {}
         Ablation(out, record, **settings | few).go(list(tables), list(rows), list(percents), list(seeds))
-    found = summarise(read_lines(record))
-    if not found:
+    lines = read_lines(record)
+    if not lines:
         raise UserError(f"{record}: no finished run to show; run `semidetr ablate` without --show first")
-    print("\n".join(markdown(found)))
-    write_whole(out / "ablation.png", png(plot_ablation(found)))
+    with reading(record, "not the record of an ablation"):
+        found = summarise(lines)
+        print("\n".join(markdown(found)))
+        picture = png(plot_ablation(found))
+    write_whole(out / "ablation.png", picture)
     print(f"\npicture: {out / 'ablation.png'}")
 
 

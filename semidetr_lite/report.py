@@ -16,7 +16,7 @@ from jinja2 import Template
 
 import semidetr_lite
 from semidetr_lite import visualize
-from semidetr_lite.errors import UserError
+from semidetr_lite.errors import UserError, reading
 from semidetr_lite.training import presets
 from semidetr_lite.training.checkpoint import read_config, read_lines, write_whole
 from semidetr_lite.training.measure import measure
@@ -52,7 +52,14 @@ def write_report(runs, out, images: int = 8, score: float = 0.3) -> Path:
     a record it is measured.
     Raises UserError for a folder that is no run, a file that cannot be read, or runs on different data.
     """
-    runs = _read_runs(runs)
+    path, runs = Path(out) / "report.html", _read_runs(runs)
+    with reading(", ".join(str(run.folder) for run in runs), "its config or logs cannot be shown"):
+        page = _page(runs, images, score)
+    write_whole(path, page)
+    return path
+
+
+def _page(runs: list[Record], images: int, score: float) -> str:
     splits = _splits(runs[0])
     truths = [splits.test[index][1] for index in range(min(POOL, len(splits.test)))]
     for run in runs:
@@ -64,7 +71,7 @@ def write_report(runs, out, images: int = 8, score: float = 0.3) -> Path:
     cards = {index: _card(index, splits, seeing, score) for index in {*first, *different} if seeing}
     logs = {run.name: run.log for run in runs if run.log}
     page = resources.files("semidetr_lite").joinpath("report.html").read_text(encoding="utf-8")
-    page = Template(page, autoescape=True).render(
+    return Template(page, autoescape=True).render(
         runs=runs,
         finding=_finding(runs),
         last=_last,
@@ -81,9 +88,6 @@ def write_report(runs, out, images: int = 8, score: float = 0.3) -> Path:
         compared=compared,
         timelines=[_timeline(run, splits if run is runs[0] else _splits(run)) for run in runs if run.pseudo_lines],
     )
-    path = Path(out) / "report.html"
-    write_whole(path, page)
-    return path
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

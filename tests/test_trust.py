@@ -6,10 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import kill_test
+from kill_test import differences, lines, same
 
 from semidetr_lite.errors import Stopped, UserError
 from semidetr_lite.matching import hungarian
@@ -22,37 +28,11 @@ from tests.test_train import go, small, splits  # noqa: F401  (a fixture)
 STEPS = 6
 
 
-def lines(folder, name: str = "log.jsonl") -> list[dict]:
-    """The lines of a log, times apart."""
-    rows = map(json.loads, (folder / name).read_text().splitlines())
-    return [{key: value for key, value in row.items() if key not in ("seconds", "images_per_second")} for row in rows]
-
-
 def assert_same_run(one, other):
     """All that two runs leave is the same, times apart, and neither left anything half written."""
-    states = [torch.load(folder / "last.pt", weights_only=True) for folder in (one, other)]
-    assert states[0]["step"] == states[1]["step"]
-    for part in ("method", "optimizer"):
-        ours, theirs = (flat(state[part]) for state in states)
-        assert ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
-    for name in ("student.safetensors", "teacher.safetensors"):
-        assert (one / name).read_bytes() == (other / name).read_bytes()
-    assert lines(one) == lines(other)
-    assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in other.iterdir())
+    assert differences(one, other) == []
     if (one / "pseudo_boxes.jsonl").exists():
-        assert (one / "pseudo_boxes.jsonl").read_text() == (other / "pseudo_boxes.jsonl").read_text() != ""
-
-
-def flat(value, name: str = "") -> dict:
-    """A nested dict or list as one dict."""
-    if isinstance(value, dict | list):
-        rows = value.items() if isinstance(value, dict) else enumerate(value)
-        return {key: leaf for inner, one in rows for key, leaf in flat(one, f"{name}/{inner}").items()}
-    return {name: value}
-
-
-def same(one, other) -> bool:
-    return torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0)) if torch.is_tensor(one) else one == other
+        assert (one / "pseudo_boxes.jsonl").read_text() != ""
 
 
 class Killed(BaseException):
@@ -117,6 +97,19 @@ def test_killed_and_resumed_ends_in_the_same_bits(place, whole, splits, tmp_path
     assert run.step < STEPS or place == "after the last checkpoint"
     run.go()
     assert_same_run(whole / "semi-detr", folder)
+
+
+def test_real_kills_at_random_moments(tmp_path, monkeypatch, capsys):
+    words = ["kill_test.py", "--kills", "2", "--steps", "12", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    assert kill_test.main() == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kills"] >= 1 and found["differences"] == []
+    weights = tmp_path / "killed" / "student.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    log = tmp_path / "killed" / "log.jsonl"
+    log.write_text(log.read_text().replace('"step": 2', '"step": 3'))
+    assert differences(tmp_path / "whole", tmp_path / "killed") == ["student.safetensors", "log.jsonl"]
 
 
 def test_a_torn_last_line_is_written_again(whole, splits, tmp_path, monkeypatch):  # noqa: F811
@@ -195,17 +188,23 @@ FULL = """
 import resource, sys, torch
 from pathlib import Path
 from semidetr_lite.errors import UserError
-from semidetr_lite.training.checkpoint import append_lines, write_whole
-from safetensors.torch import save_file
+from semidetr_lite.detectors.detector import Detector
+from semidetr_lite.training.checkpoint import append_lines, save_weights, write_whole
+
+class Large(Detector):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(100_000))
+
 kind, place = sys.argv[1], Path(sys.argv[2])
-tensors = {"a": torch.zeros(100_000)}
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # of a file; to write more fails as on a full disk
 try:
     if kind == "log.jsonl":
         append_lines(place, [{"step": 2, "boxes": [0.5] * 20_000}])
+    elif kind == "last.pt":
+        write_whole(place, lambda where: torch.save(torch.zeros(100_000), where))
     else:
-        save = torch.save if kind == "last.pt" else save_file
-        write_whole(place, lambda where: save(tensors, where))
+        save_weights(place, Large(), "dino", {}, [])
 except UserError as problem:
     print(problem)
     sys.exit(2)
@@ -252,7 +251,7 @@ def test_a_loss_that_is_not_finite_skips_the_step_and_can_be_replayed(splits, tm
     assert not same(states[2]["student.class_head.weight"], states[3]["student.class_head.weight"])
     said = capsys.readouterr().err
     assert "warning: step 2: loss 'labelled denoising/class' is inf, so it is skipped" in said and "bad_step.pt" in said
-    assert len(lines(tmp_path / "run")) == STEPS // 2
+    assert len(lines(tmp_path / "run" / "log.jsonl")) == STEPS // 2
     monkeypatch.setattr(train.presets, "load_splits", lambda config, file: splits)
     found = replay(tmp_path / "run/bad_step.pt")
     assert found["labelled denoising/class"].isinf() and found["labelled/class"].isfinite()
@@ -336,7 +335,7 @@ def test_the_alarm_is_a_line_in_the_log_and_on_the_screen(splits, tmp_path, monk
     run = Run(settings(score_cut=2.0), tmp_path / "run", splits=splits, workers=0)
     run.method.pseudo_counts.fill_(1e-4)
     run.go()
-    assert all("no pseudo-boxes for long" in line["alarm"] for line in lines(tmp_path / "run"))
+    assert all("no pseudo-boxes for long" in line["alarm"] for line in lines(tmp_path / "run" / "log.jsonl"))
     assert "ALARM: no pseudo-boxes for long" in capsys.readouterr().out
 
 

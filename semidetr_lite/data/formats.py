@@ -175,12 +175,13 @@ def _yolo_names(folder: Path) -> list[str]:
     """The names of the classes in the order of their numbers."""
     for path in (folder / "classes.txt", folder / "labels" / "classes.txt"):
         if path.is_file():
-            return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+            return [line.strip() for line in lines if line.strip()]
     yamls = sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
     yamls = [path for path in yamls if path.stem == "data"] or yamls
     if len(yamls) != 1:
         raise UserError(f"{folder}: a YOLO folder needs data.yaml with `names:`, or classes.txt with a name a line")
-    names = _names_in_yaml(yamls[0].read_text(encoding="utf-8-sig"))
+    names = _names_in_yaml(yamls[0].read_text(encoding="utf-8-sig", errors="replace"))
     if not names or sorted(names) != list(range(len(names))):
         raise UserError(
             f"{yamls[0]}: no `names:` of classes 0, 1, ... found; write classes.txt, a name a line, instead"

@@ -21,6 +21,8 @@ from tqdm import tqdm
 from semidetr_lite.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+# whatever the name says; others, such as EPS, would have Pillow start another program
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM", "JPEG2000")
 ORIENTATION = 0x0112  # of EXIF: 1 is upright, 5 to 8 are turned by a quarter
 
 
@@ -53,7 +55,7 @@ def _opened(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
+            with Image.open(path, formats=FORMATS) as file:
                 yield file
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as problem:
         most = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"

@@ -26,7 +26,7 @@ from semidetr_lite.detectors.deformable_detr import DeformableDETR
 from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.detectors.detr import DETR
 from semidetr_lite.detectors.dino import DINO
-from semidetr_lite.errors import UserError
+from semidetr_lite.errors import UserError, reading
 
 # The 80 ids that COCO uses of 1..90; published detectors have a row for each of 0..90, ours for 80 classes have these.
 COCO_IDS = [number for number in range(1, 91) if number not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
@@ -131,11 +131,12 @@ def describe(path, part: str = "teacher") -> list[str]:
     """Lines about a published file: what it is, its sizes, and the detector to build for it."""
     tensors, _ = _open(Path(path), part)
     family = recognise(tensors, path)
-    with torch.device("meta"):
+    with reading(path, f"entries of {family.title} are missing"), torch.device("meta"):
         mapped, values = _translate(tensors, family, family.detector(num_classes=1, **family.form).state_dict())
+        call = _call(family, sizes(values, family))
     return [
         f"{path}: {family.title}, {len(tensors)} entries, {len(tensors) - len(mapped)} without a place here",
-        f"build: {_call(family, sizes(values, family))}",
+        f"build: {call}",
         "then:  load_public_weights(detector, path)",
     ]
 

@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import save
 
 from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.errors import UserError, reading
@@ -34,7 +34,7 @@ def write_whole(path: Path, content) -> None:
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as problem:
+    except (OSError, RuntimeError) as problem:
         raise UserError(f"{path}: cannot be written ({str(problem).splitlines()[0]}); {ADVICE}") from None
     finally:
         with suppress(OSError):
@@ -51,7 +51,7 @@ def save_weights(
     header = {"detector": name, "arguments": arguments, "categories": categories}
     header |= {"nms": detector.nms, "test_size": detector.test_size}
     tensors = {key: value.detach().to("cpu", dtype).contiguous() for key, value in detector.state_dict().items()}
-    write_whole(path, lambda where: save_file(tensors, where, {"semidetr_lite": json.dumps(header)}))
+    write_whole(path, save(tensors, {"semidetr_lite": json.dumps(header)}))
 
 
 def load_detector(path, weights: str = "teacher") -> Detector:

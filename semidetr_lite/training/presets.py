@@ -5,7 +5,9 @@ presets.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
+from typing import get_args, get_origin, get_type_hints
 
 from semidetr_lite.data import coco, digits
 from semidetr_lite.data.splits import Splits
@@ -28,6 +30,7 @@ METHODS |= {"soft-teacher": SoftTeacher, "dense-teacher": DenseTeacher}
 DETECTORS = {"dino": DINO, "deformable-detr": DeformableDETR, "detr": DETR, "faster-rcnn": FasterRCNN, "fcos": FCOS}
 QUERIES = ("dino", "deformable-detr", "detr")
 TRAINS = {"mean-teacher": QUERIES, "semi-detr": QUERIES, "soft-teacher": ("faster-rcnn",), "dense-teacher": ("fcos",)}
+MOST = 10_000  # queries, channels, layers: files of strangers ask for detectors
 
 
 @dataclass(frozen=True)
@@ -161,13 +164,41 @@ def make_recipe(config: dict, file="config.json") -> Recipe:
         entries = dict(config["recipe"])
         views = {key: tuple(v) if isinstance(v, list) else v for key, v in entries["views"].items()}
         entries |= {"views": ViewSettings(**views), "weights": LossWeights(*entries["weights"])}
-        return Recipe(**{**entries, "drops": tuple(entries.get("drops", ()))})
+        recipe = Recipe(**{**entries, "drops": tuple(entries.get("drops", ()))})
+        wanted = [(name, config[name], kind) for name, kind in SETTINGS.items()]
+        for part in (recipe, recipe.views, recipe.weights):
+            wanted += [(name, getattr(part, name), kind) for name, kind in get_type_hints(type(part)).items()]
+        for name, value, kind in wanted:
+            if not _fits(value, kind) or name in COUNTS and value < 1:
+                raise ValueError(f"{name} cannot be {value!r}")
+        return recipe
+
+
+SETTINGS = {"method": str, "detector": str, "data": str, "steps": int, "seed": int, "fold": int, "percent": float}
+SETTINGS |= {"burn_in": str | None}
+COUNTS = ("steps", "labelled_images", "accumulate", "candidates", "most", "log_every", "watch_every", "evaluate_every")
+
+
+def _fits(value, kind) -> bool:
+    """Whether a value from JSON is of an annotated type; numbers are finite and not negative."""
+    parts = get_args(kind)
+    if get_origin(kind) is tuple:
+        sized = ... in parts or isinstance(value, tuple) and len(value) == len(parts)
+        return isinstance(value, tuple) and sized and all(_fits(one, parts[0]) for one in value)
+    if parts:  # a union
+        return any(_fits(value, part) for part in parts)
+    if kind in (int, float):
+        return type(value) in (int, kind) and 0 <= value < math.inf
+    return isinstance(value, kind)
 
 
 def make_detector(name: str, num_classes: int, arguments: dict) -> Detector:
     """A detector by its name in the commands."""
     if name not in DETECTORS:
         raise UserError(f"no detector called {name!r}: choose from {', '.join(DETECTORS)}")
+    for key, value in arguments.items():
+        if isinstance(value, int) and value > MOST:
+            raise UserError(f"a detector with {key} {value} cannot be built: {MOST} at most")
     return DETECTORS[name](num_classes=num_classes, **arguments)
 
 

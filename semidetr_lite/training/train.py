@@ -184,11 +184,13 @@ class Run:
                         stop.now()
             except KeyboardInterrupt:
                 raise Stopped(f"stopped; the last checkpoint is {self.last_good}", stop.status) from None
-            except RuntimeError as problem:
+            except (RuntimeError, ConnectionError, EOFError) as problem:
                 self.engine.explain(problem)
-                if "DataLoader worker" not in str(problem):
+                lost = isinstance(problem, ConnectionError | EOFError) and self.workers  # it died in mid-sentence
+                if not lost and "DataLoader worker" not in str(problem):
                     raise
-                fault = f"a process that loads data died ({str(problem).splitlines()[0]}), perhaps for lack of memory"
+                said = (str(problem) or type(problem).__name__).splitlines()[0]
+                fault = f"a process that loads data died ({said}), perhaps for lack of memory"
                 raise UserError(f"{fault}: use fewer --workers and --resume from {self.last_good}") from None
         return line
 
