@@ -6,6 +6,7 @@ ten times as many.
 """
 
 import contextlib
+import copy
 import dataclasses
 import io
 import json
@@ -67,7 +68,7 @@ def mutated_json(draw, text: str) -> bytes:
             parent = parent[step]
         change = draw(st.sampled_from(["set", "set", "set", "delete", "double", "swap", "nest"]))
         if change == "set":
-            parent[key] = draw(st.sampled_from(ODD))
+            parent[key] = copy.deepcopy(draw(st.sampled_from(ODD)))
         elif change == "delete":
             del parent[key]
         elif change == "double" and isinstance(parent, list):

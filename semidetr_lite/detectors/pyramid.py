@@ -83,7 +83,14 @@ class Pyramid(Detector):
     first_label = 0  # torchvision's name for label 0
 
     def __init__(
-        self, num_classes, dim, anchor_sizes, fine=False, backbone="resnet50", backbone_weights=None, **options
+        self,
+        num_classes: int,
+        dim: int,
+        anchor_sizes: tuple[float, ...],
+        fine: bool = False,
+        backbone: str | nn.Module = "resnet50",
+        backbone_weights: str | None = None,
+        **options,
     ):
         super().__init__(**options)
         self.num_classes = num_classes
@@ -148,7 +155,15 @@ class FCOS(Pyramid):
         radius: of what is near, in anchor sizes.
     """
 
-    def __init__(self, num_classes, dim=256, anchor_sizes=(8, 16, 32, 64, 128), convs=4, radius=1.5, **options):
+    def __init__(
+        self,
+        num_classes: int,
+        dim: int = 256,
+        anchor_sizes: tuple[float, ...] = (8, 16, 32, 64, 128),
+        convs: int = 4,
+        radius: float = 1.5,
+        **options,
+    ):
         super().__init__(num_classes, dim, anchor_sizes, **options)
         self.net = detection.FCOS(
             _carrier(dim),

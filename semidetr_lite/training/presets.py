@@ -196,9 +196,11 @@ def make_detector(name: str, num_classes: int, arguments: dict) -> Detector:
     """A detector by its name in the commands."""
     if name not in DETECTORS:
         raise UserError(f"no detector called {name!r}: choose from {', '.join(DETECTORS)}")
+    kinds = {key: kind for one in DETECTORS[name].__mro__ for key, kind in get_type_hints(one.__init__).items()}
     for key, value in arguments.items():
-        if isinstance(value, int) and value > MOST:
-            raise UserError(f"a detector with {key} {value} cannot be built: {MOST} at most")
+        value = tuple(value) if isinstance(value, list) else value
+        if not _fits(value, kinds.get(key, object)) or isinstance(value, int) and value > MOST:
+            raise UserError(f"a detector with {key} {value!r} cannot be built (numbers: {MOST} at most)")
     return DETECTORS[name](num_classes=num_classes, **arguments)
 
 
