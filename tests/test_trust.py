@@ -2,6 +2,7 @@
 
 import gc
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -166,6 +167,22 @@ def test_data_workers_leave_signals_to_the_run(splits, tmp_path, monkeypatch):  
     for number in (signal.SIGINT, signal.SIGTERM):  # as Ctrl-C and a batch system send them, to all processes
         interrupt(monkeypatch, train.Batches, "__getitem__", 2, act=lambda number=number: os.kill(os.getpid(), number))
     Run(settings("supervised"), tmp_path / "run", splits=splits, quiet=True, workers=1).go()
+
+
+def test_a_run_that_fails_leaves_no_process_that_loads_data(splits, tmp_path, monkeypatch):  # noqa: F811
+    """They ignore SIGTERM, so a program that keeps the error, as pytest and notebooks do, would wait for them forever."""
+
+    def unreadable():
+        raise UserError("picture.jpg: cannot be read")
+
+    interrupt(monkeypatch, train.Batches, "__getitem__", 2, act=unreadable)
+    gc.disable()
+    try:
+        with pytest.raises(UserError, match=r"picture\.jpg") as kept:
+            Run(settings("supervised"), tmp_path / "run", splits=splits, quiet=True, workers=1).go()
+        assert kept.value.__traceback__ and not multiprocessing.active_children()
+    finally:
+        gc.enable()
 
 
 # ---- full disks ------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -170,7 +171,7 @@ class Run:
             try:
                 if self.device.type == "cuda":
                     self.rehearse()
-                for batch in self._loader():
+                for batch in self._batches():
                     losses = self.train_step(batch)
                     self.step += 1
                     bar.update()
@@ -247,6 +248,14 @@ class Run:
         workers = {"num_workers": self.workers, "prefetch_factor": 4 if self.workers else None}
         workers["worker_init_fn"] = ignore_signals
         return torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, **workers)
+
+    def _batches(self):
+        """What the loader gives. Where that fails, nothing keeps the loader: its processes would outlive the program."""
+        try:
+            yield from self._loader()
+        except BaseException as problem:
+            traceback.clear_frames(problem.__traceback__)
+            raise
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config["steps"]
