@@ -170,7 +170,7 @@ def test_data_workers_leave_signals_to_the_run(splits, tmp_path, monkeypatch):  
 
 
 def test_a_run_that_fails_leaves_no_process_that_loads_data(splits, tmp_path, monkeypatch):  # noqa: F811
-    """They ignore SIGTERM, so a program that keeps the error, as pytest and notebooks do, would wait for them forever."""
+    """They ignore SIGTERM, so a program that keeps the error, as pytest and notebooks do, would wait for ever."""
 
     def unreadable():
         raise UserError("picture.jpg: cannot be read")

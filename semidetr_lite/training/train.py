@@ -250,7 +250,7 @@ class Run:
         return torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, **workers)
 
     def _batches(self):
-        """What the loader gives. Where that fails, nothing keeps the loader: its processes would outlive the program."""
+        """What the loader gives. If it fails nothing keeps the loader: its processes would outlive the program."""
         try:
             yield from self._loader()
         except BaseException as problem:
