@@ -290,14 +290,20 @@ def test_cost_mixture_counts_what_the_cut_mines():
     figure = visualize.plot_cost_mixture(costs, threshold=costs[2], correct=correct, **settings)
     ax, title = figure.axes[0], figure.get_suptitle().replace("\n", " ")
     assert title == "The cut mines 3 of 8 boxes; 67 % of these are right, against 38 % of all"
-    bars = [bar for bar in ax.patches if isinstance(bar, Rectangle)]
-    assert sum(bar.get_height() for bar in bars if bar.get_hatch()) == 5
-    assert sum(bar.get_height() for bar in bars) == 8
+    wide = (2.5 - -2.0) / 10  # a bar
+
+    def boxes(outline):
+        """The area of a polygon by its corners, in bars."""
+        x, y = outline.get_xy().T
+        return abs((x * np.roll(y, 1) - y * np.roll(x, 1)).sum()) / 2 / wide
+
+    assert [boxes(outline) for outline in ax.patches if outline.get_hatch()] == [pytest.approx(5)]
+    assert sum(map(boxes, ax.patches)) == pytest.approx(8)
     reliable, unreliable, cut = ax.lines
     assert abs(reliable.get_xdata()[reliable.get_ydata().argmax()] + 1.9) < 0.05
     assert unreliable.get_linestyle() == "--" and cut.get_xdata()[0] == pytest.approx(-1.8)
     heights, places = reliable.get_ydata(), reliable.get_xdata()
-    area = heights.sum() * (places[1] - places[0]) / bars[0].get_width()  # in bars, so in boxes
+    area = heights.sum() * (places[1] - places[0]) / wide  # in bars, so in boxes
     assert area == pytest.approx(0.4 * 8, rel=0.2)
     png(visualize.plot_cost_mixture([], [0, 1], [1, 1], [0.5, 0.5], 0.0, correct=[]))
 
