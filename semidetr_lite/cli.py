@@ -314,7 +314,7 @@ def main() -> int:
             line = f"{problem.filename}: {problem.strerror}"
         line = line.rpartition("semidetr_lite.errors.UserError: ")[2]  # from a data worker it comes in a traceback
         line = re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], line.rstrip())
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {line if len(line) < 1500 else line[:1000] + ' ... ' + line[-400:]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as problem:
         said, status = problem.args if isinstance(problem, Stopped) else ("stopped", 130)

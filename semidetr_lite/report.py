@@ -97,7 +97,8 @@ def read_run(folder) -> Record:
     """The run in a folder. Raises UserError where there is none, or where one of its files is damaged."""
     folder = Path(folder)
     config = read_config(folder)
-    start = _burn_in(folder, config)
+    with reading(folder / "config.json", "its burn-in cannot be followed"):
+        start = _burn_in(folder, config)
     log, pseudo_lines = (_lines(folder / name, **start) for name in ("log.jsonl", "pseudo_boxes.jsonl"))
     weights = [which for which in ("teacher", "student") if (folder / f"{which}.safetensors").is_file()]
     return Record(folder, config, log, pseudo_lines, weights, start["step"])
@@ -135,7 +136,8 @@ def _burn_in(folder: Path, config: dict) -> dict:
 def _lines(path: Path, **start) -> list[dict]:
     """The lines of a log, counted from an earlier start."""
     lines = read_lines(path, unfinished=True)
-    return [line | {key: line[key] + start[key] for key in start if line.get(key) is not None} for line in lines]
+    with reading(path, "not the log of a run"):
+        return [line | {key: line[key] + start[key] for key in start if line.get(key) is not None} for line in lines]
 
 
 def _splits(run: Record):

@@ -76,8 +76,9 @@ def load_detector(path, weights: str = "teacher") -> Detector:
         detector = make_detector(header["detector"], len(header["categories"]), arguments)
         fill(detector, tensors, file)
         detector.categories = [{"id": int(row["id"]), "name": str(row["name"])} for row in header["categories"]]
-        detector.nms = header["nms"] and float(header["nms"])
-        detector.test_size = header["test_size"] and tuple(int(side) for side in header["test_size"])
+        nms, size = header["nms"], header["test_size"]
+        detector.nms = None if nms is None else float(nms)
+        detector.test_size = None if size is None else (int(size[0]), int(size[1]))
     return detector.eval()
 
 
