@@ -140,6 +140,20 @@ def test_mean_error_and_gap_are_the_closed_forms():
     assert lonely[0].gap != lonely[0].gap and "nan" not in "\n".join(markdown(lonely))
 
 
+def test_runs_of_several_lengths_are_rows_of_their_own():
+    lines = [
+        *({**line, "steps": 4750} for line in made("supervised", 10, [40]) + made("supervised", 100, [70])),
+        *({**line, "steps": 8500} for line in made("supervised", 10, [45])),
+        *({**line, "steps": 1500} for line in made("semi-detr", 10, [55, 57])),
+        *({**line, "steps": 3000} for line in made("semi-detr", 10, [60])),
+    ]
+    rows = {(row.row, row.percent): row for row in summarise(lines)}
+    assert rows["semi-detr", 10].mean == pytest.approx(56)
+    assert rows["semi-detr", 10].gap == pytest.approx(100 * 16 / 30)  # 3,750 supervised steps: the run of 4,750
+    assert rows["semi-detr, 3,000 steps", 10].gap == pytest.approx(100 * 15 / 25)  # 7,500: that of 8,500
+    assert rows["supervised, 8,500 steps", 10].gap == 0
+
+
 def test_the_picture_says_the_finding():
     lines = made("supervised", 10, [40, 42]) + made("supervised", 100, [71]) + made("semi-detr", 10, [55, 57, 62])
     figure = plot_ablation(summarise(lines + made("mined", 10, [50], "boxes")))

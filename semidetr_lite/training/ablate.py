@@ -170,23 +170,44 @@ class Summary(NamedTuple):
 
 
 def summarise(lines: list[dict]) -> list[Summary]:
-    """Mean, standard error over seeds and gap closed (design: supervised with equal time to supervised with all)."""
+    """Mean, standard error over seeds and gap closed (design: supervised with equal time to supervised with all).
+
+    Runs of several lengths are rows of their own. An end of the gap is the shortest supervised run of at least the
+    time of the row, or else the longest there is.
+    """
     groups: dict[tuple, list[dict]] = {}
     for line in lines:
         key = tuple(line[name] for name in ("table", "preset", "detector", "percent", "row"))
-        groups.setdefault(key, []).append(line)
+        groups.setdefault((*key, line.get("steps", 0)), []).append(line)
     means, found = {key: statistics.mean(100 * line["AP"] for line in groups[key]) for key in groups}, []
-    for key, members in groups.items():
-        table, preset, detector, percent, row = key
+    lengths: dict[tuple, list[int]] = {}
+    for *key, steps in sorted(groups, key=lambda one: one[-1]):
+        lengths.setdefault(tuple(key), []).append(steps)
+
+    def end(time: float, *key) -> float:
+        known = lengths.get(key, [])
+        return means.get((*key, next((steps for steps in known if steps >= time), known[-1] if known else 0)), math.nan)
+
+    for key in sorted(groups, key=_place):
+        table, preset, detector, percent, row, steps = key
+        members = groups[key]
         values = [100 * line["AP"] for line in members]
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-        ends = [("main", preset, detector, share, "supervised") for share in (percent, 100)]
-        low, high, mean = (means.get(one, math.nan) for one in (*ends, key))
-        gap = 100 * (mean - low) / (high - low) if high != low else math.nan
+        time = steps if row == "supervised" else STEP_RATIO * steps
+        low, high = (end(time, "main", preset, detector, share, "supervised") for share in (percent, 100))
+        gap = 100 * (means[key] - low) / (high - low) if high != low else math.nan
         ap50 = statistics.mean(100 * line["AP50"] for line in members)
         minutes = statistics.mean(line["seconds"] for line in members) / 60
-        found.append(Summary(table, preset, detector, percent, row, values, mean, error, ap50, minutes, gap))
+        name = row if steps == lengths[key[:-1]][0] else f"{row}, {steps:,} steps"
+        found.append(Summary(table, preset, detector, percent, name, values, means[key], error, ap50, minutes, gap))
     return found
+
+
+def _place(key: tuple) -> tuple:
+    """By which groups are sorted: as in TABLES, by percent, shorter runs first."""
+    table, *between, row, steps = key
+    tables, rows = list(TABLES), list(TABLES.get(table, ()))
+    return tables.index(table) if rows else len(tables), *between, rows.index(row) if row in rows else len(rows), steps
 
 
 def markdown(rows: list[Summary]) -> Iterator[str]:
