@@ -17,7 +17,8 @@ from traitlets.config import Config
 
 HERE = Path(__file__).parent
 REVEAL = "https://unpkg.com/reveal.js@4.6.1"
-SAVED = Config({"NbConvertBase": {"display_data_priority": ["text/html", "image/png", "text/plain"]}})  # no widgets
+PRIORITY = ["text/html", "text/markdown", "image/png", "text/plain"]
+SAVED = Config({"NbConvertBase": {"display_data_priority": PRIORITY}})  # no widgets
 MATHS = re.compile(r"(?P<code>(`+).*?\2)|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+?)\$", re.DOTALL)
 COLAB = "from importlib.util import find_spec"  # how the cell begins that installs the package there
 LINES = 28  # that fit on a slide
