@@ -19,7 +19,6 @@ from unittest.mock import patch
 import ipywidgets
 import numpy as np
 import torch
-import torch.nn.functional as nnf
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
@@ -234,19 +233,23 @@ def explore_momentum(steps: int = 120) -> Explorer:
 
 @torch.no_grad()
 def show_dense(images, detector, truths=None, title="") -> Picture:
-    """What FCOS says about images: over each cell its highest class score on any level, the brighter the higher."""
+    """What FCOS says about images: around each cell its highest class score on any level, the brighter the higher.
+
+    A cell answers for the place `index * stride`, torchvision's point, not for the middle of a tile.
+    """
     figure, axes = _page(images, 4, title=title)
+    fine = detector.strides[0]
     for ax, image, truth in zip(axes, images, truths or [None] * len(images)):
         cells = detector.cells(detector.see([image]))
-        scores, best = cells.outputs["cls_logits"][0].sigmoid().amax(-1).split(cells.counts), torch.zeros(1, 1, 1, 1)
-        shape = [-(-side // detector.strides[0]) for side in image.shape[-2:]]
+        scores, best = cells.outputs["cls_logits"][0].sigmoid().amax(-1).split(cells.counts), torch.zeros(1)
         for level, stride in zip(scores, detector.strides):
-            wide = -(-image.shape[-1] // stride)
-            best = torch.maximum(best, nnf.interpolate(level.view(1, 1, -1, wide), shape))
+            height, width = (-(-side // stride) for side in image.shape[-2:])
+            near = [(torch.arange(-(-side // fine) + 1) * fine / stride).round().long() for side in image.shape[-2:]]
+            rows, columns = near[0].clamp(max=height - 1), near[1].clamp(max=width - 1)
+            best = torch.maximum(best, level.view(height, width)[rows][:, columns])
         draw_boxes(ax, image, None, truth)
-        edges = (0, shape[1] * detector.strides[0], shape[0] * detector.strides[0], 0)
-        values = best[0, 0].numpy()
-        ax.imshow(values, cmap="cividis", vmin=0, vmax=1, alpha=0.75, extent=edges)
+        edges = (-fine / 2, best.shape[1] * fine - fine / 2, best.shape[0] * fine - fine / 2, -fine / 2)
+        ax.imshow(best.numpy(), cmap="cividis", vmin=0, vmax=1, alpha=0.75, extent=edges)
         ax.set(xlim=(0, image.shape[-1]), ylim=(image.shape[-2], 0))
     return figure
 
