@@ -310,7 +310,7 @@ def plot_histograms(values: dict[str, torch.Tensor], x: str, y: str, title: str 
         ax.hist(one.flatten().numpy(), edges, histtype="stepfilled", linewidth=1.5, **look)
         ax.axvline(float(one.mean()), color=color, linewidth=2)
     ax.set(xlabel=x, ylabel=y)
-    ax.legend(title="and its mean", title_fontsize=8, **BESIDE)
+    ax.legend(title="mean (the line)", title_fontsize=8, **BESIDE)
     return _headline(figure, title)
 
 
