@@ -211,8 +211,16 @@ def test_a_dense_map_lies_over_each_image(scenes):
     images, truths = zip(*scenes)
     figure = show_dense(images, fcos, truths, "maps")
     assert len(figure.axes) == 2 and all(len(ax.images) == 2 for ax in figure.axes)
-    rows, columns = (-(-side // 8) for side in images[0].shape[-2:])
-    assert figure.axes[0].images[1].get_array().shape == (rows, columns)
+    drawn = figure.axes[0].images[1]
+    assert drawn.get_array().shape == tuple(-(-side // 8) + 1 for side in images[0].shape[-2:])
+    with torch.no_grad():
+        cells = fcos.cells(fcos.see(images[:1]))
+    scores = cells.outputs["cls_logits"][0].sigmoid().amax(-1)
+    best = int(scores.argmax())
+    x, y = (cells.anchors[0] if isinstance(cells.anchors, list) else cells.anchors)[best].view(2, 2).mean(0).tolist()
+    left, right, bottom, top = drawn.get_extent()
+    there = drawn.get_array()[int((y - top) / 8), int((x - left) / 8)]  # the tile around torchvision's own point
+    assert there == pytest.approx(float(scores[best]))
 
 
 def test_curves_are_told_apart_without_colour():

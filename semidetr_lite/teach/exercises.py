@@ -324,6 +324,14 @@ def _scenes(rng, *more) -> dict[str, tuple]:
     return cases
 
 
+def _lonely(rng, *more) -> tuple:
+    """(logits, pred_boxes, target, *more): two objects far apart, of which the second is touched by one query alone."""
+    truth = torch.tensor([[4.0, 4, 44, 44], [80.0, 50, 120, 90]])
+    near = truth[[0, 0, 0, 1]] + torch.tensor(rng.uniform(-4, 4, (4, 4)), dtype=torch.float32)
+    logits = torch.tensor(rng.normal(-1, 1.5, (4, 4)), dtype=torch.float32)
+    return logits, boxes.to_model(near, WIDE), {"boxes": truth, "labels": torch.arange(2), "size": WIDE}, *more
+
+
 HITS, WIDE = torch.tensor([True, True, False, True, False, False, True]), (96, 128)
 AWAY = torch.tensor([[1.0, 0.0, 60.0], [0.0, 1.0, 60.0], [0.0, 0.0, 1.0]])
 TURN = torch.tensor([[1.1, 0.3, -30.0], [-0.3, 1.1, 9.0], [0.0, 0.0, 1.0]])
@@ -460,7 +468,9 @@ EXERCISES = {
             )
         },
     ),
-    "matching.one_to_many": Exercise(matching.one_to_many, lambda rng: _scenes(rng, 1.0, 2.0, 3)),
+    "matching.one_to_many": Exercise(
+        matching.one_to_many, lambda rng: _scenes(rng, 1.0, 2.0, 3) | {"fewer overlap than k": _lonely(rng, 1.0, 6.0, 4)}
+    ),
     "semi_detr.stage": Exercise(
         stage,
         lambda rng: {
