@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_step.py --data data/coco-sized --out benchmarks/results/gpu_step.jsonl
     python benchmarks/gpu_step.py --setups bfloat16:8 bfloat16:4:checkpointing bfloat16:8:channels_last:compile
+    python benchmarks/gpu_step.py --setups float32:1 --mix 1 4 --short-side 320 --steps 3      what a CPU can hold
     python benchmarks/gpu_step.py --toy                                         every line of it, on a CPU, in seconds
 
 8 labelled and 32 unlabelled images with the recipe's own resize draw, DINO with ResNet-50, 4 levels and 900 queries, 80
@@ -176,7 +177,10 @@ def make_run(setup: str, stage: str, data: str, splits, options) -> Run:
     precision, parts, *flags = setup.split(":")
     changes = {"precision": precision, "accumulate": int(parts), "one_to_many_share": STAGES[stage]}
     changes |= dict.fromkeys(flags, True) | {"score_cut": 0.0, "most": options.pseudo}
+    changes |= {"labelled_images": options.mix[0], "unlabelled_images": options.mix[1]} if options.mix else {}
     config = new_config("coco-10pct", data=data, steps=1000)
+    if options.short_side:
+        changes["views"] = config["recipe"]["views"] | {"short_sides": [options.short_side]}
     changes["arguments"] = {**config["recipe"]["arguments"], "backbone_weights": None}
     if options.toy:
         changes |= TOY | {"views": {**config["recipe"]["views"], "short_sides": [32, 40, 48], "long_side": 80}}
@@ -198,6 +202,8 @@ def main(argv=None) -> int:
     parser.add_argument("--watched", type=int, default=4, help="of these steps, in which the parts are timed")
     parser.add_argument("--pseudo", type=int, default=10, help="pseudo-boxes an image")
     parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--mix", type=int, nargs=2, help="labelled and unlabelled images a step, if not 8 and 32")
+    parser.add_argument("--short-side", type=int, help="of all images, instead of the recipe's draw")
     parser.add_argument("--out", type=Path, help="a JSON-lines file to append to")
     parser.add_argument("--toy", action="store_true", help="small images and a small model, three steps")
     options = parser.parse_args(argv)
@@ -229,7 +235,7 @@ def one_line(setup: str, stage: str, data: str, splits, options) -> dict:
     cuda = torch.cuda.is_available()
     machine = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
     line = {"setup": setup, "stage": stage, "toy": options.toy, "machine": machine, "torch": torch.__version__}
-    line |= {"workers": options.workers, "steps": options.steps}
+    line |= {"workers": options.workers, "steps": options.steps, "short_side": options.short_side}
     run = make_run(setup, stage, data, splits, options)
     try:
         line |= {"images": [run.recipe.labelled_images, run.unlabelled], **measure(run, options)}

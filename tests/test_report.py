@@ -315,5 +315,8 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
     runs = [make_run(tmp_path / seed / "semi-detr", "semi-detr", ap) for seed, ap in (("seed-0", 0.4), ("seed-1", 0.5))]
     page = Page(write_report(runs, tmp_path / "out", images=1))
     assert "seed-1/semi-detr reaches 51.0 AP on the test split, 10.0 more than seed-0/semi-detr" in page.text
+    runs.append(make_run(tmp_path / "seed-0" / "mean-teacher", "mean-teacher", 0.3))
+    page = Page(write_report(runs[1:], tmp_path / "out", images=1))
+    assert " semi-detr reaches 51.0 AP" in page.text
     with pytest.raises(UserError, match="given twice"):
         write_report([runs[0], runs[1], runs[0] / "." / ""], tmp_path / "out")
