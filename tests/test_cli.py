@@ -89,6 +89,8 @@ def test_demo_trains_both_prints_the_table_and_writes_the_page(monkeypatch, tmp_
     before = (tmp_path / "semi-detr/student.safetensors").stat().st_mtime_ns
     assert run(monkeypatch, "demo", "--out", tmp_path) == 0  # finished runs are not run again
     assert (tmp_path / "semi-detr/student.safetensors").stat().st_mtime_ns == before
+    assert run(monkeypatch, "demo", "--out", tmp_path, "--seed", "1") == 2
+    assert "supervised: holds a run with another seed; choose another --out" in capsys.readouterr().err
 
 
 def test_training_on_coco_data_keeps_its_categories(trained):

@@ -469,7 +469,7 @@ EXERCISES = {
         },
     ),
     "matching.one_to_many": Exercise(
-        matching.one_to_many, lambda rng: _scenes(rng, 1.0, 2.0, 3) | {"fewer overlap than k": _lonely(rng, 1.0, 6.0, 4)}
+        matching.one_to_many, lambda rng: _scenes(rng, 1.0, 2.0, 3) | {"few overlap": _lonely(rng, 1.0, 6.0, 4)}
     ),
     "semi_detr.stage": Exercise(
         stage,

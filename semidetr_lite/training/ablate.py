@@ -16,7 +16,7 @@ from typing import NamedTuple
 from semidetr_lite.errors import UserError
 from semidetr_lite.training.checkpoint import append_lines, read_config, read_lines
 from semidetr_lite.training.presets import PRESETS
-from semidetr_lite.training.train import Run, new_config
+from semidetr_lite.training.train import KEYS, Run, new_config, refuse_another
 
 STEP_RATIO = 2.5  # supervised steps that take as long as one of Semi-DETR (benchmarks/README.md, step cost)
 
@@ -134,11 +134,7 @@ class Ablation:
 
     def finish(self, config: dict, folder: Path) -> dict:
         """The last log line of a run, which is trained to its end from wherever it stands."""
-        if (folder / "config.json").exists():
-            made = read_config(folder)
-            for key in ("method", "recipe", *KEYS):
-                if made[key] != config[key]:
-                    raise UserError(f"{folder}: holds a run with another {key}; choose another --out")
+        refuse_another(config, folder)
         run = Run(config, folder, resume=(folder / "last.pt").exists(), quiet=self.quiet)
         if run.step < run.config["steps"]:
             print(f"{folder}: {config['method']}, {config['steps']} steps", flush=True)
@@ -146,7 +142,6 @@ class Ablation:
         return read_lines(folder / "log.jsonl")[-1]
 
 
-KEYS = ("method", "detector", "preset", "data", "percent", "fold", "seed", "steps")
 CURVE = (
     *("step", "seconds", "AP_student", "AP_teacher", "pseudo_precision", "pseudo_recall"),
     *("pseudo_per_image", "mined_per_image", "duplicates", "duplicates_nms"),

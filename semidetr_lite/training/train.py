@@ -47,6 +47,7 @@ from semidetr_lite.training.engine import Engine
 from semidetr_lite.training.measure import duplicates, measure, pseudo_quality, watched_boxes
 from semidetr_lite.training.presets import Recipe, make_recipe
 
+KEYS = ("method", "detector", "preset", "data", "percent", "fold", "seed", "steps")  # of a run among others
 PATIENCE = 3  # steps in a row without a finite loss and gradient after which a run gives up
 
 
@@ -73,6 +74,14 @@ def new_config(
     if settings["steps"] < 1:
         raise UserError(f"steps must be at least 1, got {settings['steps']}")
     return {**settings, "recipe": json.loads(json.dumps(recipe)), **_origin()}
+
+
+def refuse_another(config: dict, folder: Path) -> None:
+    """Raises UserError where the folder holds a run with other settings than these."""
+    made = read_config(folder) if (folder / "config.json").exists() else config
+    for key in (*KEYS, "recipe"):
+        if made.get(key) != config[key]:
+            raise UserError(f"{folder}: holds a run with another {key}; choose another --out")
 
 
 def _origin() -> dict:
