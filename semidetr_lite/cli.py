@@ -23,7 +23,7 @@ from semidetr_lite.training.checkpoint import load_detector, read_config, read_l
 from semidetr_lite.training.engine import PRECISIONS
 from semidetr_lite.training.measure import measure
 from semidetr_lite.training.presets import DETECTORS, METHODS, PRESETS, load_splits
-from semidetr_lite.training.train import Run, new_config, refuse_another
+from semidetr_lite.training.train import Run, finish, new_config
 from semidetr_lite.visualize import plot_ablation, png, show_data_summary, show_targets
 
 Folder = Annotated[Path, tyro.conf.Positional]
@@ -75,13 +75,7 @@ def train_arm(arm: str, out: Path, seed: int, name: str | None = None, **changes
     method, start, steps = ARMS[arm]
     folder = out / (name or arm)
     changes = {"steps": steps, "burn_in": start and str(out / start), **changes}
-    config = new_config("digits", method, seed=seed, **changes)
-    refuse_another(config, folder)
-    run = Run(config, folder, resume=(folder / "last.pt").exists(), workers=0)
-    if run.step < run.config["steps"]:
-        print(f"{folder}: {method}, {run.config['steps']} steps, {len(run.splits.labelled)} labelled images")
-        run.go()
-    return folder
+    return finish(new_config("digits", method, seed=seed, **changes), folder, workers=0)
 
 
 def _table(runs: list[Path]) -> str:

@@ -105,15 +105,13 @@ def read_run(folder) -> Record:
 
 
 def _read_runs(folders) -> list[Record]:
-    """The runs, under names that differ: of their folders or, where two are alike, what the paths do not share; and the
-    method where it is not said.
-    """
+    """The runs, named by folder or, where two are alike, by what the paths do not share; and method, if not said."""
     runs = [read_run(folder) for folder in folders]
     if not runs:
         raise UserError("no run to report on: give at least one run folder")
     paths = [run.folder.resolve().parts for run in runs]
-    shared = len(os.path.commonprefix([path[:-1] for path in paths]))
-    shared = -1 if len({path[-1] for path in paths}) == len(paths) else shared
+    differ = len({path[-1] for path in paths}) == len(paths)
+    shared = -1 if differ else len(os.path.commonprefix([path[:-1] for path in paths]))
     for place, (run, path) in enumerate(zip(runs, paths)):
         if path in paths[:place]:
             raise UserError(f"{run.folder}: given twice; give every run folder once")

@@ -10,8 +10,9 @@ import pytest
 from semidetr_lite import cli
 from semidetr_lite.data import digits
 from semidetr_lite.errors import UserError
-from semidetr_lite.training import ablate, presets
+from semidetr_lite.training import presets
 from semidetr_lite.training.ablate import ROWS, TABLES, Ablation, markdown, read_lines, summarise
+from semidetr_lite.training.train import Run
 from semidetr_lite.visualize import plot_ablation, png
 from tests.test_cli import FEW, SMALL, coco_folder
 
@@ -43,7 +44,7 @@ def test_rows_percents_and_seeds_are_run_once_and_only_what_is_missing_later(mon
     assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "dino/50pct/seed3/+SHM/config.json").read_text())["burn_in"].endswith("burn-in")
     runs = []
-    monkeypatch.setattr(ablate.Run, "go", lambda run: runs.append(run.out.name))
+    monkeypatch.setattr(Run, "go", lambda run: runs.append(run.out.name))
     assert command(monkeypatch, *words, "--seeds", 3) == 0 and not runs
     capsys.readouterr()
     assert command(monkeypatch, "--out", tmp_path, "--show") == 0
@@ -61,7 +62,7 @@ def test_a_run_counts_in_every_table_that_names_it(tmp_path):
 
 def test_an_unfinished_run_goes_on(monkeypatch, tmp_path):
     ablation = Ablation(tmp_path, tmp_path / "record.jsonl", steps=2, quiet=True, log_every=1)
-    step = ablate.Run.train_step
+    step = Run.train_step
 
     def stopped(run, batch):
         if run.config["method"] == "mean-teacher" and run.step == 1:
@@ -69,10 +70,10 @@ def test_an_unfinished_run_goes_on(monkeypatch, tmp_path):
         return step(run, batch)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ablate.Run, "train_step", stopped)
+        patch.setattr(Run, "train_step", stopped)
         ablation.go(["main"], ["mean-teacher"], [50], [0])
     steps = []
-    monkeypatch.setattr(ablate.Run, "train_step", lambda run, batch: steps.append(run.step) or step(run, batch))
+    monkeypatch.setattr(Run, "train_step", lambda run, batch: steps.append(run.step) or step(run, batch))
     ablation.go(["main"], ["mean-teacher"], [50], [0])
     assert steps == [1] and len(read_lines(tmp_path / "record.jsonl")) == 1
 

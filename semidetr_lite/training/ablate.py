@@ -16,7 +16,7 @@ from typing import NamedTuple
 from semidetr_lite.errors import UserError
 from semidetr_lite.training.checkpoint import append_lines, read_config, read_lines
 from semidetr_lite.training.presets import PRESETS
-from semidetr_lite.training.train import KEYS, Run, new_config, refuse_another
+from semidetr_lite.training.train import KEYS, finish, new_config
 
 STEP_RATIO = 2.5  # supervised steps that take as long as one of Semi-DETR (benchmarks/README.md, step cost)
 
@@ -98,8 +98,9 @@ class Ablation:
             if all(line.get(key) == value for key, value in identity.items()):
                 return line
         if not (folder / "config.json").exists() and config["burn_in"]:
-            self.finish(*self.config(name, percent, seed, burn_in=True))
-        last, made = self.finish(config, folder), read_config(folder)
+            finish(*self.config(name, percent, seed, burn_in=True), quiet=self.quiet)
+        finish(config, folder, quiet=self.quiet)
+        last, made = read_lines(folder / "log.jsonl")[-1], read_config(folder)
         teacher, student = last["test"]["teacher"], last["test"]["student"]
         found = {"AP": teacher["AP"], "AP50": teacher["AP50"], "AP_student": student["AP"]}
         line = identity | {key: round(value, 4) for key, value in found.items()} | {"seconds": last["seconds"]}
@@ -131,15 +132,6 @@ class Ablation:
             start = str(place / "burn-in")
         settings |= {**row.changes, "method": row.method, "steps": steps, "burn_in": start}
         return new_config(**settings), place / name.replace(" ", "_")
-
-    def finish(self, config: dict, folder: Path) -> dict:
-        """The last log line of a run, which is trained to its end from wherever it stands."""
-        refuse_another(config, folder)
-        run = Run(config, folder, resume=(folder / "last.pt").exists(), quiet=self.quiet)
-        if run.step < run.config["steps"]:
-            print(f"{folder}: {config['method']}, {config['steps']} steps", flush=True)
-            return run.go()
-        return read_lines(folder / "log.jsonl")[-1]
 
 
 CURVE = (

@@ -76,12 +76,21 @@ def new_config(
     return {**settings, "recipe": json.loads(json.dumps(recipe)), **_origin()}
 
 
-def refuse_another(config: dict, folder: Path) -> None:
-    """Raises UserError where the folder holds a run with other settings than these."""
+def finish(config: dict, folder: Path, **how) -> Path:
+    """Train a run to its end from wherever it stands; returns its folder. `how` goes to Run.
+
+    Raises UserError where the folder holds a run with other settings than these.
+    """
     made = read_config(folder) if (folder / "config.json").exists() else config
     for key in (*KEYS, "recipe"):
         if made.get(key) != config[key]:
             raise UserError(f"{folder}: holds a run with another {key}; choose another --out")
+    run = Run(config, folder, resume=(folder / "last.pt").exists(), **how)
+    if run.step < config["steps"]:
+        labelled = len(run.splits.labelled)
+        print(f"{folder}: {config['method']}, {config['steps']} steps, {labelled} labelled images", flush=True)
+        run.go()
+    return folder
 
 
 def _origin() -> dict:
