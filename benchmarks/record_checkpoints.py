@@ -22,7 +22,7 @@ from semidetr_lite.losses import detection_loss, layer_costs, stack_layers
 from semidetr_lite.matching import pad_targets
 from semidetr_lite.training.checkpoint import save_weights
 from semidetr_lite.training.presets import PRESETS, make_detector
-from semidetr_lite.training.train import Run, new_config
+from semidetr_lite.training.train import finish, new_config
 
 CHECKPOINTS = Path(__file__).parents[1] / "notebooks" / "checkpoints"
 SCENES = 100  # of the tune split
@@ -58,9 +58,7 @@ def train(name: str, out: Path) -> Path:
     config = new_config(**{"seed": 0, "percent": 10, **made.settings}, burn_in=start if whole else None)
     config["recipe"]["arguments"] |= made.arguments
     if whole:
-        run = Run(config, folder, resume=(folder / "last.pt").exists())
-        if run.step < run.config["steps"]:
-            run.go()
+        finish(config, folder)
     elif not (folder / "teacher.safetensors").exists():
         train_detr(config, Path(start), folder)
     return folder

@@ -1,4 +1,4 @@
-"""What a step costs: Semi-DETR against supervised in turn, and the share of matching and losses.
+"""What a step costs: the methods in turn, and the share of matching and losses.
 
     python benchmarks/step_cost.py [--steps 20] [--threads 2]
 
@@ -70,6 +70,9 @@ def main() -> None:
         "supervised": ("supervised", {}),
         "one-to-many": ("semi-detr", {"one_to_many_share": 1.0}),
         "one-to-one": ("semi-detr", {"one_to_many_share": 0.0}),
+        "mean-teacher": ("mean-teacher", {}),
+        "soft-teacher": ("soft-teacher", {"detector": "faster-rcnn"}),
+        "dense-teacher": ("dense-teacher", {"detector": "fcos"}),
     }
     runs, loaders, times, shares = {}, {}, {}, {}
     for name, (method, changes) in stages.items():

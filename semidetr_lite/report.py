@@ -110,8 +110,8 @@ def _read_runs(folders) -> list[Record]:
     if not runs:
         raise UserError("no run to report on: give at least one run folder")
     paths = [run.folder.resolve().parts for run in runs]
-    differ = len({path[-1] for path in paths}) == len(paths)
-    shared = -1 if differ else len(os.path.commonprefix([path[:-1] for path in paths]))
+    alike = len({path[-1] for path in paths}) < len(paths)
+    shared = len(os.path.commonprefix([path[:-1] for path in paths])) if alike else -1  # -1: all but the folder's name
     for place, (run, path) in enumerate(zip(runs, paths)):
         if path in paths[:place]:
             raise UserError(f"{run.folder}: given twice; give every run folder once")
