@@ -1,5 +1,6 @@
 """The commands: demo, train, evaluate, predict, compare, ablate, doctor. Each is a plain function."""
 
+import inspect
 import json
 import re
 import sys
@@ -20,7 +21,7 @@ from semidetr_lite.evaluate import to_coco_json
 from semidetr_lite.report import write_report
 from semidetr_lite.training.ablate import TABLES, Ablation, markdown, summarise
 from semidetr_lite.training.checkpoint import load_detector, read_config, read_lines, write_whole
-from semidetr_lite.training.engine import PRECISIONS
+from semidetr_lite.training.engine import HOW, PRECISIONS
 from semidetr_lite.training.measure import measure
 from semidetr_lite.training.presets import DETECTORS, METHODS, PRESETS, load_splits
 from semidetr_lite.training.train import Run, finish, new_config
@@ -41,13 +42,9 @@ ARMS = {
 
 
 def demo(
-    out: Path = Path("runs/demo"),
-    detector: Literal["dino", "deformable-detr"] = "dino",
-    seed: int = 0,
-    control: bool = False,
-    mean_teacher: bool = False,
-    quick: bool = False,
-) -> None:
+    out: Path = Path("runs/demo"), detector: Literal["dino", "deformable-detr"] = "dino", seed: int = 0,
+    control: bool = False, mean_teacher: bool = False, quick: bool = False,
+) -> None:  # fmt: skip
     """Semi-DETR with 10 % of the labels, on handwritten digits in photographs; nothing to download.
 
     Trains a supervised detector on the 200 labelled scenes, goes on from it with Semi-DETR and 1,800 unlabelled ones,
@@ -117,7 +114,7 @@ def train(
         folds: a folder of folds with its manifest (data_scripts/make_splits.py) to read percent and fold from.
         flip: whether views may be mirrored; say --no-flip for letters and digits.
         skip_unreadable: go on when a labelled image cannot be read.
-        resume: go on with the run in --out.
+        resume: go on with the run in --out, with its settings; the options from --accumulate on may change.
         workers: processes that load data, of each process that trains.
         accumulate: parts that a step's images are run in one after the other; the preset's if not given.
         precision: bfloat16 where the GPU has it ("auto", the COCO presets), or one of the others everywhere.
@@ -125,9 +122,12 @@ def train(
         channels_last: the memory layout of the backbone.
         compile: torch.compile for backbone and layers.
     """
-    config = new_config(**_settings(locals(), "out", "resume", "workers"))
+    settings = _settings(locals(), "out", "resume", "workers")
+    config = new_config(**settings)
     distributed.start()
-    run = Run(config, out, resume, workers=workers)
+    run = Run(config, out, resume, workers=workers, how={name: settings[name] for name in HOW if settings[name]})
+    if resume:
+        _check_resumed(out, settings, run.config)
     counts = f"{len(run.splits.labelled)} labelled, {len(run.splits.unlabelled)} unlabelled images"
     print(f"{out}: {counts}, {len(run.splits.categories)} categories")
     if run.step >= run.config["steps"]:
@@ -137,6 +137,15 @@ def train(
     distributed.stop()
     for part, found in last["test"].items():
         print(f"{part}: AP {100 * found['AP']:.1f}, AP50 {100 * found['AP50']:.1f} on the test split")
+
+
+def _check_resumed(out: Path, given: dict, made: dict) -> None:
+    """Raises UserError for an option of `train` that a resumed run was asked for and does not have."""
+    for name, option in inspect.signature(train).parameters.items():
+        value = given.get(name, option.default)
+        if name not in HOW and value != option.default and value != made.get(name):
+            fault = f"--{name.replace('_', '-')} {value} does not go with --resume"
+            raise UserError(f"{out}: {fault}: the run there has {made.get(name)}; leave it out, or take another --out")
 
 
 def _settings(arguments: dict, *without: str) -> dict:
@@ -293,8 +302,6 @@ def ablate(
 
 
 COMMANDS = {command.__name__: command for command in (demo, train, evaluate, predict, compare, ablate, doctor)}
-
-
 AGAIN = "the same command with --resume (demo, ablate: without) goes on"
 
 

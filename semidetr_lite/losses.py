@@ -113,18 +113,9 @@ def to_host(values: torch.Tensor):
 
 
 def dense_loss(
-    logits,
-    pred_boxes,
-    targets: PaddedTargets,
-    assigned,
-    quality,
-    stage: str,
-    weights: LossWeights = LossWeights(),
-    seen=None,
-    no_object: bool = False,
-    count: Count | None = None,
-    copies: int = 0,
-) -> dict:
+    logits, pred_boxes, targets: PaddedTargets, assigned, quality, stage: str, weights: LossWeights = LossWeights(),
+    seen=None, no_object: bool = False, count: Count | None = None, copies: int = 0,
+) -> dict:  # fmt: skip
     """Losses of finished assignments, without leaving the device.
 
     Args:

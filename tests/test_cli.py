@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 import sys
 
 import numpy as np
@@ -12,7 +14,10 @@ from PIL import Image
 from semidetr_lite import cli
 from semidetr_lite.data import digits
 from semidetr_lite.training import presets
+from semidetr_lite.training.checkpoint import load_state
+from semidetr_lite.training.train import Run
 from tests.test_train import SMALL
+from tests.test_trust import interrupt
 
 SMALL = {**SMALL, "arguments": {"dino": SMALL["arguments"]}}
 FEW = {"train": 8, "tune": 3, "test": 3}
@@ -182,6 +187,23 @@ def test_bad_input_gets_one_line_and_status_2(monkeypatch, tmp_path, capsys, kin
     assert run(monkeypatch, "train", *words) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and named in error[0]
+
+
+def test_a_resumed_run_takes_memory_options_and_no_other(monkeypatch, tmp_path, capsys):
+    words = ["train", "--out", tmp_path / "run", "--workers", 0]
+    with monkeypatch.context() as patch:
+        interrupt(patch, Run, "train_step", 1, act=lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run(patch, *words, "--steps", 3) == 143
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    for option, there in {"--steps 9": 3, "--seed 1": 0, "--method supervised": "semi-detr"}.items():
+        assert run(monkeypatch, *words, "--resume", *option.split()) == 2
+        fault = f"{option} does not go with --resume: the run there has {there}; leave it out"
+        assert fault in capsys.readouterr().err
+    assert json.loads((tmp_path / "run/config.json").read_text()) == config
+    assert run(monkeypatch, *words, "--steps", 3, "--resume", "--accumulate", 2, "--checkpointing") == 0
+    changed = {**config["recipe"], "accumulate": 2, "checkpointing": True}
+    assert json.loads((tmp_path / "run/config.json").read_text()) == {**config, "recipe": changed}
+    assert load_state(tmp_path / "run/last.pt")["step"] == 3
 
 
 def test_a_detector_is_not_loaded_from_another_programs_file(monkeypatch, tmp_path, capsys):

@@ -35,6 +35,7 @@ def micro_batches(batch: dict, parts: int) -> list[dict]:
 
 
 PRECISIONS = ("auto", "float32", "tf32", "bfloat16")
+HOW = ("accumulate", "precision", "checkpointing", "channels_last", "compile")  # of a recipe; a resumed run may change
 
 
 def prepare(detector: Detector, recipe: Recipe, precision: str, trained: bool) -> None:

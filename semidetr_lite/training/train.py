@@ -114,9 +114,10 @@ class Run:
         splits: the data, if already loaded.
         workers: processes that load data; 0 loads in this one.
         quiet: no progress bar, no lines.
+        how: fields of the recipe (engine.HOW) that a resumed run goes on with, whatever it had before.
     """
 
-    def __init__(self, config: dict, out, resume=False, splits: Splits | None = None, workers=1, quiet=False):
+    def __init__(self, config: dict, out, resume=False, splits: Splits | None = None, workers=1, quiet=False, how=None):
         self.out, self.workers, self.quiet = Path(out), workers, quiet or distributed.rank() > 0
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"{self.out}: is a file; --out must be a folder")
@@ -130,6 +131,8 @@ class Run:
         elif (self.out / "last.pt").exists():
             raise UserError(f"{self.out}: holds a run already; choose another --out, or go on with --resume")
         file = self.out / "config.json"
+        with reading(file, "not a recipe"):
+            config = {**config, "recipe": {**config["recipe"], **(how or {})}}
         self.recipe: Recipe = make_recipe(config, file)
         self.splits = splits or presets.load_splits(config, file)
         self.config = {**config, "categories": self.splits.categories}
