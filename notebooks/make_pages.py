@@ -29,7 +29,7 @@ SITE = """
 {%- block html_head_js_mermaidjs -%}{%- endblock -%}
 {%- block html_head_css -%}
 <style>
-main { max-width: 1000px; margin: auto; padding: 0 16px 64px; }
+main { max-width: 1100px; margin: auto; padding: 0 16px 64px; }
 nav { display: flex; justify-content: space-between; gap: 16px; padding: 12px 24px; }
 main, nav { font-family: var(--jp-content-font-family); }
 nav a { color: var(--jp-content-link-color); text-decoration: none; }
