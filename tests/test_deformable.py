@@ -1,10 +1,15 @@
 """Deformable attention against four nested loops with bilinear sampling by hand."""
 
+import importlib.util
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from semidetr_lite.detectors import deformable
 from semidetr_lite.detectors.deformable import (
     DecoderLayer,
     DeformableAttention,
@@ -75,6 +80,46 @@ def test_reading_as_bags_equals_the_readable_way(dtype):
     assert torch.allclose(fast, readable, atol=1e-5 if dtype == torch.float32 else 1e-12)
     with torch.no_grad():
         assert torch.allclose(fast, attention_by_loops(value, shapes, locations, weights), atol=1e-5)
+
+
+INTERPRETED = "TRITON_INTERPRET" in os.environ  # Triton then runs its kernels in NumPy
+
+
+@pytest.mark.skipif(not (torch.cuda.is_available() or INTERPRETED), reason="Triton's kernels need a GPU")
+@pytest.mark.parametrize("points", [1, 3])
+def test_the_gpu_kernel_equals_the_readable_way(points, monkeypatch):
+    from semidetr_lite.detectors.fused_attention import FusedAttention
+
+    device = "cpu" if INTERPRETED else "cuda"
+    monkeypatch.setattr(deformable, "_fused_attention", lambda: None)
+    sizes = [(4, 6), (3, 2), (1, 1)]  # not square, and 37 queries are no multiple of a program's
+    value, shapes, locations, weights = some_inputs(torch.float32, 2, 37, 3, points, 8, sizes)
+    inputs = [each.to(device).requires_grad_() for each in (value, locations * 1.4 - 0.2, weights)]
+    upstream = torch.randn(2, 37, 24, device=device)
+    found = []
+    for read in (deformable_attention, FusedAttention.apply):
+        sums = read(inputs[0], shapes, *inputs[1:])
+        found.append([sums, *torch.autograd.grad(sums, inputs, upstream)])
+    for readable, fused in zip(*found, strict=True):
+        assert readable.abs().max() > 0.1
+        assert torch.allclose(fused, readable, atol=1e-4), (fused - readable).abs().max()
+    rough = FusedAttention.apply(inputs[0].bfloat16(), shapes, *inputs[1:])
+    assert rough.dtype == torch.bfloat16 and torch.allclose(rough.float(), found[0][0], atol=0.1)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is what starts the interpreter")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="torch came without Triton")
+def test_the_gpu_kernel_without_a_gpu():
+    """The test above in Triton's interpreter, which has to be asked for before the kernels are read."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "gpu_kernel_equals"]
+    ended = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert ended.returncode == 0 and "2 passed" in ended.stdout, ended.stdout + ended.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a kernel can be built here")
+def test_where_no_kernel_can_be_built_the_readable_way_is_taken_with_a_warning():
+    with pytest.warns(UserWarning, match="Triton cannot build it"):
+        assert deformable._fused_attention.__wrapped__() is None
 
 
 def test_gradients_in_double_precision():

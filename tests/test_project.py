@@ -206,12 +206,12 @@ def test_a_function_fits_a_screen():
 
 
 def test_the_package_stays_small():
-    """The library and the course's own room, teach/, each have their cap; 700 lines are for processes and resuming."""
+    """The library and the course's room, teach/, have a cap each: 700 lines for processes, 150 for a GPU kernel."""
     rooms = {path.relative_to(PACKAGE).parts[0]: 0 for path, _ in modules()}
     for path, _ in modules():
         rooms[path.relative_to(PACKAGE).parts[0]] += len(path.read_text(encoding="utf-8").splitlines())
     course = rooms.pop("teach", 0)
-    assert sum(rooms.values()) < 7700 and course < 1300
+    assert sum(rooms.values()) < 7850 and course < 1300
 
 
 # What is committed

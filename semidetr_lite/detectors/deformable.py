@@ -4,13 +4,15 @@
 
 with levels l and points p. Cost grows linearly with the number of tokens. The function below is pure PyTorch: one
 `grid_sample` a level, any device, no compiled operator. Without gradients on a CPU (teacher, inference) the same sum is
-read as one bag of weighted rows, which is three times as fast.
+read as one bag of weighted rows, which is three times as fast; on a GPU by one kernel, see fused_attention.py.
 
 Below it stands what Deformable DETR and DINO share: layers, encoder, the choice of proposals among its tokens
 ("two-stage"), and a decoder run that takes query groups beside the matching queries.
 """
 
+import functools
 import math
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -46,6 +48,9 @@ def deformable_attention(
     if value.device.type == "cpu" and not torch.is_grad_enabled() and value.dtype == locations.dtype:
         return _read_as_bags(value, shapes, locations, weights)
     batch, _, heads, depth = value.shape
+    plain = value.device.type != "cuda" or value.dtype == torch.float64 or torch.compiler.is_compiling()
+    if not plain and depth & (depth - 1) == 0 and (fused := _fused_attention()):
+        return fused.apply(value, shapes, locations, weights)
     queries = locations.shape[1]
     grids = (2 * locations - 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 1)  # (B*M, L, Q, P, 2)
     weights = weights.permute(0, 2, 3, 1, 4).flatten(0, 1)  # (B*M, L, Q, P)
@@ -56,6 +61,23 @@ def deformable_attention(
         read = F.grid_sample(maps.to(grids.dtype), grids[:, level], align_corners=False)
         total = total + (read * weights[:, level, None]).sum(-1)  # (B*M, D/M, Q)
     return total.view(batch, heads * depth, queries).transpose(1, 2).to(value.dtype)
+
+
+@functools.cache
+def _fused_attention():
+    """FusedAttention where it can be built, tried once; else None, after a warning."""
+    try:
+        from semidetr_lite.detectors.fused_attention import FusedAttention
+
+        value = torch.zeros(1, 1, 1, 16, device="cuda", requires_grad=True)
+        places = torch.zeros(1, 1, 1, 1, 1, 2, device="cuda")
+        with torch.enable_grad():
+            FusedAttention.apply(value, [(1, 1)], places, places[..., 0]).sum().backward()
+        return FusedAttention
+    except Exception as problem:  # no Triton, no C compiler, no Python headers: each fails in its own way
+        said = f"deformable attention is slower than it could be: Triton cannot build it ({problem!r:.200})"
+        warnings.warn(said, stacklevel=2)
+        return None
 
 
 def _read_as_bags(value, shapes, locations, weights) -> torch.Tensor:
