@@ -105,6 +105,8 @@ def test_the_gpu_kernel_equals_the_readable_way(points, monkeypatch):
         assert torch.allclose(fused, readable, atol=1e-4), (fused - readable).abs().max()
     rough = FusedAttention.apply(inputs[0].bfloat16(), shapes, *inputs[1:])
     assert rough.dtype == torch.bfloat16 and torch.allclose(rough.float(), found[0][0], atol=0.1)
+    nothing = FusedAttention.apply(inputs[0], shapes, inputs[1][:, :0], inputs[2][:, :0])  # no queries
+    assert nothing.shape == (2, 0, 24) and (torch.autograd.grad(nothing.sum(), inputs[0])[0] == 0).all()
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is what starts the interpreter")

@@ -104,13 +104,14 @@ class FusedAttention(torch.autograd.Function):
         batch, queries, heads, levels, points = locations.shape[:5]
         grid = (-(-queries // FusedAttention.ROWS), batch * heads)
         sizes = (value.shape[1], queries, heads, value.shape[3], levels, points, FusedAttention.ROWS)
-        kernel[grid](value, _levels(shapes, value.device), locations, *tensors, *sizes)
+        with torch.cuda.device_of(value):  # Triton starts a kernel on the current device
+            if all(grid):
+                kernel[grid](value, _levels(shapes, value.device), locations, *tensors, *sizes)
 
     @staticmethod
     def forward(ctx, value, shapes, locations, weights):
         value, locations, weights = value.contiguous(), locations.float().contiguous(), weights.float().contiguous()
-        shapes = tuple(map(tuple, shapes))
-        ctx.shapes = shapes
+        ctx.shapes = shapes = tuple(map(tuple, shapes))
         ctx.save_for_backward(value, locations, weights)
         sums = torch.empty(*locations.shape[:3], value.shape[3], dtype=value.dtype, device=value.device)
         FusedAttention._run(_forward, value, shapes, locations, weights, sums)
