@@ -45,12 +45,9 @@ def deformable_attention(
         locations: (B, Q, M, L, P, 2), (x, y) in [0, 1] of each level; outside reads zero.
         weights: (B, Q, M, L, P).
     """
-    if value.device.type == "cpu" and not torch.is_grad_enabled() and value.dtype == locations.dtype:
-        return _read_as_bags(value, shapes, locations, weights)
+    if faster := _faster_way(value, locations):
+        return faster(value, shapes, locations, weights)
     batch, _, heads, depth = value.shape
-    plain = value.device.type != "cuda" or value.dtype == torch.float64 or torch.compiler.is_compiling()
-    if not plain and depth & (depth - 1) == 0 and (fused := _fused_attention()):
-        return fused.apply(value, shapes, locations, weights)
     queries = locations.shape[1]
     grids = (2 * locations - 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 1)  # (B*M, L, Q, P, 2)
     weights = weights.permute(0, 2, 3, 1, 4).flatten(0, 1)  # (B*M, L, Q, P)
@@ -63,9 +60,17 @@ def deformable_attention(
     return total.view(batch, heads * depth, queries).transpose(1, 2).to(value.dtype)
 
 
+def _faster_way(value, locations):
+    """A function that computes the same for tensors like these and is faster, or None."""
+    if value.device.type == "cpu" and not torch.is_grad_enabled() and value.dtype == locations.dtype:
+        return _read_as_bags
+    plain = value.device.type != "cuda" or value.dtype == torch.float64 or torch.compiler.is_compiling()
+    return None if plain or value.shape[-1] & (value.shape[-1] - 1) else _fused_attention()
+
+
 @functools.cache
 def _fused_attention():
-    """FusedAttention where it can be built, tried once; else None, after a warning."""
+    """FusedAttention.apply where its kernels can be built, tried once; else None, after a warning."""
     try:
         from semidetr_lite.detectors.fused_attention import FusedAttention
 
@@ -73,7 +78,7 @@ def _fused_attention():
         places = torch.zeros(1, 1, 1, 1, 1, 2, device="cuda")
         with torch.enable_grad():
             FusedAttention.apply(value, [(1, 1)], places, places[..., 0]).sum().backward()
-        return FusedAttention
+        return FusedAttention.apply
     except Exception as problem:  # no Triton, no C compiler, no Python headers: each fails in its own way
         said = f"deformable attention is slower than it could be: Triton cannot build it ({problem!r:.200})"
         warnings.warn(said, stacklevel=2)
