@@ -120,7 +120,7 @@ def test_the_gpu_kernel_without_a_gpu():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a kernel can be built here")
 def test_where_no_kernel_can_be_built_the_readable_way_is_taken_with_a_warning():
-    with pytest.warns(UserWarning, match="Triton cannot build it"):
+    with pytest.warns(UserWarning, match="Triton cannot build its kernel"):
         assert deformable._fused_attention.__wrapped__() is None
 
 

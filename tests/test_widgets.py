@@ -1,5 +1,6 @@
 """Explorers: a value changed in Python changes the picture, soon; a saved notebook keeps the first picture."""
 
+import io
 import re
 import time
 from pathlib import Path
@@ -8,6 +9,7 @@ import ipywidgets
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from semidetr_lite import load_detector
 from semidetr_lite.data import digits
@@ -36,7 +38,7 @@ from semidetr_lite.visualize import plot_costs
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 EARLY = NOTEBOOKS / "checkpoints" / "early.safetensors"
-SECONDS = 0.5  # of processor time; a quiet machine takes a fifth of it
+DRAWINGS = 8  # of `plain_drawing`; a quiet machine redraws every explorer within 0.1 s
 # explorer: {control: a value that it does not begin with}
 CHANGES = {
     "matching": {
@@ -174,12 +176,25 @@ def test_each_control_of_an_explorer_changes_its_picture_in_time(explorers, name
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_redraw_is_fast_enough_to_follow_a_hand(explorers, name):
-    seconds = []
-    for _ in range(3):
-        began = time.process_time()
-        explorers[name].redraw()
-        seconds.append(time.process_time() - began)
-    assert min(seconds) < SECONDS
+    """Beside what Matplotlib takes for two empty axes, so that a slow machine does not count."""
+    took, plain = (min(processor_time(draw) for _ in range(3)) for draw in (explorers[name].redraw, plain_drawing))
+    assert took < DRAWINGS * plain
+
+
+def processor_time(work) -> float:
+    """Seconds of the processor."""
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
+def plain_drawing() -> None:
+    """A small figure that shows hardly anything, as PNG."""
+    figure = Figure(figsize=(6, 3))
+    for axis in figure.subplots(1, 2):
+        axis.plot([0, 1], [0, 1])
+        axis.set_title("plain")
+    figure.savefig(io.BytesIO(), format="png", dpi=100)
 
 
 def picture(html: str) -> list[str]:

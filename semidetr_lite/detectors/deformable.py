@@ -80,8 +80,7 @@ def _fused_attention():
             FusedAttention.apply(value, [(1, 1)], places, places[..., 0]).sum().backward()
         return FusedAttention.apply
     except Exception as problem:  # no Triton, no C compiler, no Python headers: each fails in its own way
-        said = f"deformable attention is slower than it could be: Triton cannot build it ({problem!r:.200})"
-        warnings.warn(said, stacklevel=2)
+        warnings.warn(f"slower deformable attention, Triton cannot build its kernel: {problem!r:.200}", stacklevel=2)
         return None
 
 

@@ -67,8 +67,7 @@ def _backward(
         for point in tl.static_range(POINTS):
             place = (own * LEVELS + level) * POINTS + point
             weight, x, y, above_x, above_y = _place(places, weights, place, live, width, height)
-            to_weight, to_x = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
-            to_y = tl.zeros([ROWS], tl.float32)
+            to_weight, to_x, to_y = 0.0, 0.0, 0.0
             for corner in tl.static_range(4):
                 u, v = x + corner % 2, y + corner // 2
                 share_x, share_y = above_x if corner % 2 else 1 - above_x, above_y if corner // 2 else 1 - above_y
