@@ -178,7 +178,7 @@ class DecoderLayer(nn.Module):
         self.feed_forward = FeedForward(dim, hidden)
 
     def forward(self, content, positions, references, memory: Memory, *others) -> torch.Tensor:
-        """As in DeformableAttention.forward; `others`: blocked, padding and context, see QuerySelfAttention.forward."""
+        """As in DeformableAttention.forward; `others`: seen and context, see QuerySelfAttention.forward."""
         content = self.self_attention(content, positions, *others)
         read = self.attention(content + positions, references, memory)
         return self.feed_forward(self.norm(content + read))
@@ -288,12 +288,12 @@ class DeformableDetector(Detector):
         """content (B, Q, D) and boxes (B, Q, 4) cxcywh in [0, 1] (or points (B, Q, 2)) of the matching queries."""
         raise NotImplementedError
 
-    def refine(self, memory: Memory, content, boxes, blocked=None, padding=None, context=None):
+    def refine(self, memory: Memory, content, boxes, seen=None, context=None):
         """All decoder layers.
 
         Args:
             content, boxes: (B, N, D), (B, N, 4).
-            blocked, padding: see QuerySelfAttention.forward.
+            seen: see QuerySelfAttention.forward.
             context: per layer (content, positions) of further queries that are seen but not decoded again.
 
         Returns:
@@ -307,10 +307,10 @@ class DeformableDetector(Detector):
             raise ValueError("query groups are boxes: DeformableDETR takes them with two_stage=True only")
         content, boxes = self.matching_queries(memory)
         sizes = [group.content.shape[1] for group in groups]
-        masks = _masks(groups, boxes.shape[1])
+        seen = _seen(groups, boxes.shape[1])
         content = torch.cat([*(group.content for group in groups), content], 1)
         boxes = torch.cat([*(group.boxes for group in groups), boxes], 1)
-        layers, states = self.refine(memory, content, boxes, *masks)
+        layers, states = self.refine(memory, content, boxes, seen)
         *parts, outputs = split_outputs(layers, [*sizes, content.shape[1] - sum(sizes)])
         if memory.proposals is not None:
             outputs["encoder"] = memory.proposals
@@ -320,20 +320,20 @@ class DeformableDetector(Detector):
 
     def decode_groups(self, memory: Memory, outputs: dict, groups: Sequence[QueryGroup]) -> list[dict]:
         """Decode groups against the matching queries that `decode` kept: what decoding them together would give."""
-        blocked, padding = _masks(groups, outputs["pred_boxes"].shape[1])
+        seen = _seen(groups, outputs["pred_boxes"].shape[1])
         content = torch.cat([group.content for group in groups], 1)
         boxes = torch.cat([group.boxes for group in groups], 1)
-        layers, _ = self.refine(memory, content, boxes, blocked[: content.shape[1]], padding, outputs["context"])
+        layers, _ = self.refine(memory, content, boxes, seen[:, : content.shape[1]], outputs["context"])
         return split_outputs(layers, [group.content.shape[1] for group in groups])
 
 
-def _masks(groups: Sequence[QueryGroup], matching: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(blocked (N, N) or None, padding (B, N) or None) for the groups followed by the matching queries."""
+def _seen(groups: Sequence[QueryGroup], matching: int) -> torch.Tensor | None:
+    """(B, N, N) bool, whom the queries of the groups, followed by the matching queries, see; None for all."""
     if not groups:
-        return None, None
+        return None
     sizes = [group.content.shape[1] // group.copies for group in groups for _ in range(group.copies)]
-    valid = torch.cat([group.valid for group in groups], 1)
-    return group_mask(sizes, matching).to(valid.device), F.pad(~valid, (0, matching))
+    valid = F.pad(torch.cat([group.valid for group in groups], 1), (0, matching), value=True)
+    return ~group_mask(sizes, matching).to(valid.device) & valid[:, None]
 
 
 def _projection(channels: int, dim: int, kernel: int) -> nn.Sequential:

@@ -78,7 +78,7 @@ class DeformableDETR(DeformableDetector):
         places = sine_positions(boxes, self.dim // 2, self.temperature)  # (B, N, 2 * D)
         return self.box_code(places.to(self.level_embedding.dtype)).chunk(2, -1)
 
-    def refine(self, memory: Memory, content, boxes, blocked=None, padding=None, context=None):
+    def refine(self, memory: Memory, content, boxes, seen=None, context=None):
         """All decoder layers; see DeformableDetector.refine."""
         layers, states = [], []
         scale = torch.cat([memory.valid_ratios, memory.valid_ratios], -1)[:, None]  # (B, 1, L, 4)
@@ -86,8 +86,7 @@ class DeformableDETR(DeformableDetector):
         for number, layer in enumerate(self.decoder):
             references = boxes[:, :, None] * scale[..., : boxes.shape[-1]]  # (B, N, L, 2 or 4)
             states.append((content, positions))
-            seen = context[number] if context else None
-            content = layer(content, positions, references, memory, blocked, padding, seen)
+            content = layer(content, positions, references, memory, seen, context and context[number])
             head = number if self.with_box_refine else 0
             before = F.pad(inverse_sigmoid(boxes), (0, 4 - boxes.shape[-1]))  # a point leaves width and height free
             pred_boxes = (self.box_heads[head](content).float() + before).sigmoid()

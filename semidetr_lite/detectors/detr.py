@@ -27,9 +27,9 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.self_attention, self.feed_forward = QuerySelfAttention(dim, heads), FeedForward(dim, hidden)
 
-    def forward(self, tokens, positions, padding=None) -> torch.Tensor:
-        """tokens, positions (B, S, D); padding (B, S) bool."""
-        return self.feed_forward(self.self_attention(tokens, positions, padding=padding))
+    def forward(self, tokens, positions, seen=None) -> torch.Tensor:
+        """tokens, positions (B, S, D); seen (B, 1, S) bool, False = padding."""
+        return self.feed_forward(self.self_attention(tokens, positions, seen))
 
 
 class DecoderLayer(nn.Module):
@@ -101,7 +101,7 @@ class DETR(Detector):
         positions = map_positions(masks[0], self.dim, temperature=10_000.0).flatten(1, 2).to(tokens.dtype)
         mask = masks[0].flatten(1) if padded else None
         for layer in self.encoder:
-            tokens = layer(tokens, positions, mask)
+            tokens = layer(tokens, positions, ~mask[:, None] if padded else None)
         ratios = valid_ratio(masks[0])[:, None]  # (B, 1, 2)
         return Memory(tokens, mask, [tuple(maps[0].shape[-2:])], ratios, maps, None, positions)
 

@@ -63,7 +63,7 @@ class DINO(DeformableDetector):
         boxes = memory.proposals["pred_boxes"].detach()
         return self.content.weight[: boxes.shape[1]].expand(len(boxes), -1, -1), boxes
 
-    def refine(self, memory: Memory, content, boxes, blocked=None, padding=None, context=None):
+    def refine(self, memory: Memory, content, boxes, seen=None, context=None):
         """All decoder layers; see DeformableDetector.refine."""
         layers, states = [], []
         scale = torch.cat([memory.valid_ratios, memory.valid_ratios], -1)  # (B, L, 4)
@@ -73,8 +73,7 @@ class DINO(DeformableDetector):
             places = sine_positions(boxes[..., [1, 0, 2, 3]], self.dim // 2, self.query_temperature)  # (B, N, 2 * D)
             positions = self.query_positions(places.to(content.dtype))
             states.append((content, positions))
-            seen = context[number] if context else None
-            content = layer(content, positions, references, memory, blocked, padding, seen)
+            content = layer(content, positions, references, memory, seen, context and context[number])
             hidden = self.decoder_norm(content)
             pred_boxes = (self.box_head(hidden).float() + inverse_sigmoid(before, self.eps)).sigmoid()
             layers.append({"pred_logits": self.class_head(hidden), "pred_boxes": pred_boxes, "queries": hidden})

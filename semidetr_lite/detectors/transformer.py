@@ -37,6 +37,12 @@ class QueryGroup(NamedTuple):
     copies: int
     valid: torch.Tensor  # (B, N) bool, False = filled up to the longest image
 
+    def among(self, rows: slice, images: int) -> "QueryGroup":
+        """A group of some `rows` of a batch of `images`, valid in none of the others."""
+        sides = (rows.start, images - rows.stop)
+        content, boxes = (F.pad(entry, (0, 0, 0, 0, *sides), value=0.5) for entry in (self.content, self.boxes))
+        return QueryGroup(content, boxes, self.copies, F.pad(self.valid, (0, 0, *sides)))
+
 
 def sine_positions(coordinates: torch.Tensor, dim: int, temperature: float = 20.0) -> torch.Tensor:
     """Sine and cosine of each coordinate at `dim` / 2 frequencies: (..., K) in [0, 1] -> (..., K * dim)."""
@@ -90,13 +96,17 @@ class QuerySelfAttention(nn.Module):
         self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, content, positions, blocked=None, padding=None, context=None) -> torch.Tensor:
-        """content, positions (B, N, D); blocked (N, K), padding (B, K) bool; context: those of keys behind the N."""
-        keys, values = content + positions, content
+    def forward(self, content, positions, seen=None, context=None) -> torch.Tensor:
+        """content, positions (B, N, D); seen (B, N or 1, K) bool, all if None; context: those of keys behind the N."""
+        queries = keys = content + positions
+        values, own = content, self.attention
         if context is not None:
             keys, values = torch.cat([keys, sum(context)], 1), torch.cat([values, context[0]], 1)
-        masks = {"key_padding_mask": padding, "attn_mask": blocked}
-        return self.norm(content + self.attention(content + positions, keys, values, need_weights=False, **masks)[0])
+        projections = zip((queries, keys, values), own.in_proj_weight.chunk(3), own.in_proj_bias.chunk(3))
+        heads = (F.linear(*each).unflatten(-1, (own.num_heads, -1)).transpose(1, 2) for each in projections)
+        seen = None if seen is None else seen[:, None]  # (B, 1, N, K): nn.MultiheadAttention copies it for each head
+        read = F.scaled_dot_product_attention(*heads, attn_mask=seen)  # (B, M, N, D/M)
+        return self.norm(content + own.out_proj(read.transpose(1, 2).flatten(2)))
 
 
 def as_outputs(layers: Sequence[dict]) -> dict:

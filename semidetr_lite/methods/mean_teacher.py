@@ -19,8 +19,9 @@ from torch import nn
 from semidetr_lite import distributed
 from semidetr_lite.boxes import to_model
 from semidetr_lite.data.views import map_boxes
+from semidetr_lite.detectors.denoising import Answers
 from semidetr_lite.detectors.detector import Detector, best_boxes
-from semidetr_lite.detectors.transformer import output_rows
+from semidetr_lite.detectors.transformer import QueryGroup, batch_rows
 from semidetr_lite.losses import (
     Count,
     LossWeights,
@@ -34,6 +35,16 @@ from semidetr_lite.losses import (
 from semidetr_lite.matching import PaddedTargets, pad_targets
 
 LABELLED, UNLABELLED = range(2)  # separate streams of random numbers
+TOLD = {"labelled": ("labelled", LABELLED), "pseudo": ("strong", UNLABELLED)}  # boxes: their view, their stream
+
+
+class Questions(NamedTuple):
+    """Denoising of some images of a batch, asked beside its matching queries."""
+
+    group: QueryGroup  # of all its images
+    rows: slice  # the images asked about
+    targets: PaddedTargets
+    answers: Answers
 
 
 def ema_momentum(step: int, ceiling: float = 0.999) -> float:
@@ -60,6 +71,8 @@ class Averaged(nn.Module):
         seed: of the denoising noise.
         weights: of the losses.
     """
+
+    candidates = 13  # of one-to-many matching, which only Semi-DETR has
 
     def __init__(self, student: Detector, ema_ceiling=0.999, seed: int = 0, weights: LossWeights = LossWeights()):
         super().__init__()
@@ -104,18 +117,57 @@ class Averaged(nn.Module):
         """A seed for what torch draws in a step."""
         return int(np.random.default_rng([self.seed, 8, stream, step]).integers(2**63))
 
-    def denoise(self, memory, outputs: dict, boxes: PaddedTargets, weights, step, stream, views, count: Count) -> dict:
-        """Denoising losses beside the kept matching queries, {} without any box or if the detector has no denoising.
+    def counted(self, batch: dict, step: int) -> dict:
+        """A batch with "counts", its own if it has none yet."""
+        return batch if "counts" in batch else self.look_ahead([batch], step)[0]
 
-        boxes: filled up to count.most; views: the target dicts of the same images.
+    def questions(self, boxes: dict[str, PaddedTargets], batch: dict, step: int) -> dict[str, Questions]:
+        """Denoising of the "labelled" and the "pseudo" boxes, whichever are given; none of no box, or without a
+        detector that has it. The boxes are filled up to the most of their Count.
         """
-        if self.student.denoising is None:
-            return {}
-        made = self.student.denoising(*boxes, self.rngs(step, stream, views))
-        if made is None:
-            return {}
-        group, answers = made
-        return denoising_loss(self.student.decode_groups(memory, outputs, [group])[0], answers, boxes, weights, count)
+        asked, places = {}, places_of(batch)
+        images = max(rows.stop for rows in places.values())
+        for name, targets in boxes.items() if self.student.denoising else ():
+            view, stream = TOLD[name]
+            made = self.student.denoising(*targets, self.rngs(step, stream, batch[view][1]))
+            if made:
+                group, answers = made
+                asked[name] = Questions(group.among(places[name], images), places[name], targets, answers)
+        return asked
+
+    def denoise(self, group: dict, questions: Questions, weights: LossWeights, count: Count) -> dict:
+        """Losses of what the student answers, an outputs dict for all images, to the questions about some."""
+        answered = batch_rows(group, questions.rows)
+        return denoising_loss(answered, questions.answers, questions.targets, weights, count)
+
+    def compare(self, batch: dict, student: tuple, boxes: dict, decided: dict, stage: str, asked: dict) -> dict:
+        """Losses of what the student says, also in answer to what it was `asked` (see questions).
+
+        Args:
+            batch: with "counts".
+            student: its outputs, and their layers.
+            boxes: PaddedTargets of the "labelled" and the "pseudo" boxes.
+            decided: for each, valid (B, T) bool on the host, which replaces theirs, and costs (see detection_loss).
+        """
+        outputs, layers = student
+        groups, places, losses = dict(zip(asked, outputs["groups"], strict=True)), places_of(batch), {}
+        for name, targets in boxes.items():
+            (valid, costs), count, rows = decided[name], batch["counts"][name], places[name]
+            weights = self.weights if name == "labelled" else self.pseudo_weights
+            on_device = torch.from_numpy(valid).to(targets.boxes.device)
+            targets = filled_up(targets._replace(valid=on_device), count.most)
+            how = {"candidates": self.candidates, "weights": weights, "count": count}
+            losses |= named(name, detection_loss(layers.rows(rows), targets, stage, costs, valid, **how))
+            if name in asked:
+                losses |= named(f"{name} denoising", self.denoise(groups[name], asked[name], weights, count))
+        return losses
+
+
+def places_of(batch: dict) -> dict[str, slice]:
+    """Among the images the student sees, those of the "labelled" and of the "pseudo" boxes."""
+    edge = len(batch["labelled"][0])
+    unlabelled = {"pseudo": slice(edge, edge + len(batch["strong"][0]))} if "strong" in batch else {}
+    return {"labelled": slice(0, edge)} | unlabelled
 
 
 def named(prefix: str, losses: dict) -> dict:
@@ -185,8 +237,6 @@ class MeanTeacher(Averaged):
         nms: IoU of the suppression of pseudo-boxes.
     """
 
-    candidates = 13  # of one-to-many matching, which only Semi-DETR has
-
     def __init__(
         self,
         student: Detector,
@@ -203,22 +253,21 @@ class MeanTeacher(Averaged):
 
     def forward(self, batch: dict, step: int) -> dict[str, torch.Tensor]:
         """A batch with "labelled", "weak" and "strong" -> weighted losses."""
-        (images, truths), (strong_images, strong) = batch["labelled"], batch["strong"]
-        pseudo, carried, *_ = batch.get("look") or self.look(batch, step)
-        confident = carried._replace(valid=carried.valid & (pseudo.scores >= self.score_cut))
-        self.count_pseudo(pseudo.labels, pseudo.valid & (pseudo.scores >= self.score_cut), len(strong))
-        targets = pad_targets(truths, next(self.parameters()).device).join(confident)
+        batch = self.counted(batch, step)
+        (images, truths), (strong_images, _) = batch["labelled"], batch["strong"]
+        pseudo, counts, confident = batch["look"].pseudo, batch["counts"], self.confident(batch["look"])
+        self.count_pseudo(pseudo.labels, pseudo.valid & (pseudo.scores >= self.score_cut), len(strong_images))
+        boxes = {"labelled": pad_targets(truths, confident.boxes.device), "pseudo": confident}
+        boxes = {name: filled_up(targets, counts[name].most) for name, targets in boxes.items()}
+        asked = self.questions(boxes, batch, step)
 
-        memory = self.student.encode([*images, *strong_images])
-        outputs = self.student.decode(memory)
+        outputs = self.student([*images, *strong_images], [questions.group for questions in asked.values()])
         layers = stack_layers(outputs)
-        costs, valid = one_transfer(layer_costs(layers, targets), targets.valid)
-        self.stats = {"pseudo_per_image": float(valid[len(images) :].sum() / len(strong))}
-
-        rows = {"labelled": slice(0, len(images)), "pseudo": slice(len(images), None)}
-        decided = {name: (valid[own], costs[:, own]) for name, own in rows.items()}
-        boxes = {name: PaddedTargets(*(entry[own] for entry in targets)) for name, own in rows.items()}
-        return self.compare(batch, (memory, outputs, layers), boxes, decided, "one_to_one", step)
+        found = [(layer_costs(layers.rows(places_of(batch)[name]), boxes[name]), boxes[name].valid) for name in boxes]
+        costs, valid, pseudo_costs, pseudo_valid = one_transfer(*found[0], *found[1])
+        self.stats = {"pseudo_per_image": float(pseudo_valid.sum() / len(strong_images))}
+        decided = {"labelled": (valid, costs), "pseudo": (pseudo_valid, pseudo_costs)}
+        return self.compare(batch, (outputs, layers), boxes, decided, "one_to_one", asked)
 
     def look(self, batch: dict, step: int) -> Look:
         """The teacher's boxes on the weak views of a batch."""
@@ -227,42 +276,18 @@ class MeanTeacher(Averaged):
             pseudo = pseudo_boxes(self.teacher(images), target_sizes(weak), self.most, self.nms)
         return Look(pseudo, pseudo.carried(weak, strong), None, None)
 
+    def confident(self, look: Look) -> PaddedTargets:
+        """In the strong views, the boxes over the score cut."""
+        return look.carried._replace(valid=look.carried.valid & (look.pseudo.scores >= self.score_cut))
+
     def look_ahead(self, parts: list[dict], step: int) -> list[dict]:
         """See Averaged; also what the teacher sees, "look"."""
         looks = [self.look(part, step) for part in parts]
-        confident = one_transfer(*(c.valid & (pseudo.scores >= self.score_cut) for pseudo, c, *_ in looks))
+        confident = one_transfer(*(self.confident(look).valid for look in looks))
         truths = [pad_targets(part["labelled"][1]).valid.numpy() for part in parts]
         queries = self.student.num_queries
         counts = {"labelled": count_boxes(truths, queries), "pseudo": count_boxes(confident, queries)}
         return [{**part, "look": look, "counts": counts} for part, look in zip(parts, looks, strict=True)]
-
-    def compare(self, batch: dict, student: tuple, boxes: dict, decided: dict, stage: str, step: int) -> dict:
-        """Losses of what the student says, with denoising where boxes are matched one-to-one.
-
-        Args:
-            batch: with "counts", or they are those of this batch.
-            student: its memory, outputs and layers: the labelled images, then the unlabelled ones.
-            boxes: PaddedTargets of the "labelled" and the "pseudo" boxes; labelled ones are denoised in both stages.
-            decided: for each, valid (B, T) bool on the host, which replaces theirs, and costs (see detection_loss).
-        """
-        memory, outputs, layers = student
-        edge, queries = len(batch["labelled"][0]), layers.logits.shape[2]
-        counts = batch.get("counts") or {name: count_boxes([decided[name][0]], queries) for name in boxes}
-        losses = {}
-        for name, rows, view, stream, weights in (
-            ("labelled", slice(0, edge), "labelled", LABELLED, self.weights),
-            ("pseudo", slice(edge, None), "strong", UNLABELLED, self.pseudo_weights),
-        ):
-            count, (valid, costs) = counts[name], decided[name]
-            on_device = torch.from_numpy(valid).to(boxes[name].boxes.device)
-            targets = filled_up(boxes[name]._replace(valid=on_device), count.most)
-            how = {"candidates": self.candidates, "weights": weights, "count": count}
-            losses |= named(name, detection_loss(layers.rows(rows), targets, stage, costs, valid, **how))
-            if name == "labelled" or stage == "one_to_one":
-                here = memory.rows(rows), output_rows(outputs, rows), targets
-                noise = self.denoise(*here, weights, step, stream, batch[view][1], count)
-                losses |= named(f"{name} denoising", noise)
-        return losses
 
 
 def one_transfer(*tensors: torch.Tensor) -> list[np.ndarray]:

@@ -28,10 +28,19 @@ from semidetr_lite.boxes import to_model
 from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.detectors.transformer import QueryGroup, output_rows
 from semidetr_lite.errors import UserError
-from semidetr_lite.losses import Layers, layer_costs, stack_layers
+from semidetr_lite.losses import Layers, count_boxes, layer_costs, stack_layers
 from semidetr_lite.matching import PaddedTargets, batched_cost, pad_targets
 from semidetr_lite.methods.cost_mining import matched_costs, reliable_threshold, remember
-from semidetr_lite.methods.mean_teacher import Look, MeanTeacher, PseudoBoxes, one_transfer, pseudo_boxes, target_sizes
+from semidetr_lite.methods.mean_teacher import (
+    Look,
+    MeanTeacher,
+    PseudoBoxes,
+    filled_up,
+    one_transfer,
+    places_of,
+    pseudo_boxes,
+    target_sizes,
+)
 from semidetr_lite.methods.query_consistency import Projector, consistency_loss
 
 CONSISTENCY_BOXES = ("both", "confident", "mined", "none")
@@ -96,21 +105,25 @@ class SemiDETR(MeanTeacher):
 
     def forward(self, batch: dict, step: int) -> dict[str, torch.Tensor]:
         """A batch with "labelled", "weak" and "strong" -> weighted losses."""
+        batch, stage = self.counted(batch, step), self.stage(step)
         (images, truths), (_, weak), (strong_images, _) = (batch[name] for name in ("labelled", "weak", "strong"))
-        stage, device = self.stage(step), next(self.parameters()).device
-        pseudo, carried, minable, teacher = batch.get("look") or self.look(batch, step)
+        pseudo, carried, minable, teacher = batch["look"]
         self.count_pseudo(pseudo.labels, pseudo.valid & (pseudo.scores >= self.score_cut), len(weak))
+        boxes = {"labelled": pad_targets(truths, carried.boxes.device), "pseudo": self.confident(batch["look"])}
+        boxes = {name: filled_up(targets, batch["counts"][name].most) for name, targets in boxes.items()}
+        asked = self.questions(boxes if stage == "one_to_one" else {"labelled": boxes["labelled"]}, batch, step)
 
         memory = self.student.encode([*images, *strong_images])
-        outputs = self.student.decode(memory)
+        outputs = self.student.decode(memory, [questions.group for questions in asked.values()])
         layers = stack_layers(outputs)
-        labelled, unlabelled = slice(0, len(images)), slice(len(images), None)
-        targets = pad_targets(truths, device)
+        labelled, unlabelled = places_of(batch).values()
+        boxes |= {"pseudo": carried} if self.mined_targets else {}
         seen = (pseudo.scores, minable)
-        found = self.decide(layers.rows(labelled), targets, layers.rows(unlabelled), carried, seen, stage)
-
-        boxes = {"labelled": targets, "pseudo": carried}
-        losses = self.compare(batch, (memory, outputs, layers), boxes, found, stage, step)
+        found = self.decide(layers.rows(labelled), layers.rows(unlabelled), boxes, carried, seen, stage)
+        if self.mined_targets:  # only now can they be counted, as those of a part
+            counted = {"pseudo": count_boxes([found["pseudo"][0]], self.student.num_queries)}
+            batch = {**batch, "counts": batch["counts"] | counted}
+        losses = self.compare(batch, (outputs, layers), boxes, found, stage, asked)
         if teacher:
             student = (memory.rows(unlabelled), output_rows(outputs, unlabelled))
             loss = self.consistency(student, teacher, pseudo, carried, weak, found["asked"])
@@ -129,10 +142,6 @@ class SemiDETR(MeanTeacher):
         asks = self.consistency_boxes != "none" and (self.stage(step) == "one_to_many" or self.consistency_throughout)
         return Look(pseudo, pseudo.carried(weak, strong), minable, (memory, outputs) if asks else None)
 
-    def look_ahead(self, parts: list[dict], step: int) -> list[dict]:
-        """See MeanTeacher; where mined boxes are targets, nothing can be counted before the student has seen them."""
-        return parts if self.mined_targets else super().look_ahead(parts, step)
-
     def minable(self, pseudo: PseudoBoxes) -> torch.Tensor:
         """(B, K) bool: the boxes, best first in each image, that mining chooses from."""
         if self.mining == "none":
@@ -142,9 +151,9 @@ class SemiDETR(MeanTeacher):
         return above_mean_and_deviation(pseudo)
 
     def decide(
-        self, labelled: Layers, targets: PaddedTargets, unlabelled: Layers, carried: PaddedTargets, seen, stage: str
+        self, labelled: Layers, unlabelled: Layers, boxes: dict, carried: PaddedTargets, seen, stage: str
     ) -> dict:
-        """Everything that is decided on the host, after the step's one transfer; `seen` are scores and `minable`.
+        """Everything that is decided on the host, after one transfer; `seen` are scores and `minable` of `carried`.
 
         Which boxes (B, T) bool are targets, and the costs of one-to-one matching: "labelled", "pseudo"; and which
         pseudo-boxes the consistency is "asked" for.
@@ -152,8 +161,9 @@ class SemiDETR(MeanTeacher):
         last = -2 if unlabelled.encoder else -1  # the decoder's last layer
         answers = unlabelled.logits[last].detach(), unlabelled.boxes[last].detach()
         prices = batched_cost(*answers, carried.boxes, carried.labels)
-        further = [layer_costs(labelled, targets), layer_costs(unlabelled, carried)] if stage == "one_to_one" else []
-        wanted = (prices, *seen, carried.valid, targets.valid, self.past_costs, *further)
+        sides = zip((labelled, unlabelled), boxes.values(), strict=True)
+        further = [layer_costs(layers, targets) for layers, targets in sides] if stage == "one_to_one" else []
+        wanted = (prices, *seen, carried.valid, boxes["labelled"].valid, self.past_costs, *further)
         prices, scores, minable, valid, truth_valid, past, *costs = one_transfer(*wanted)
         matched = matched_costs(prices, valid)
         everywhere = np.concatenate(distributed.gather(matched.ravel()))
@@ -168,9 +178,10 @@ class SemiDETR(MeanTeacher):
             "cost_threshold": threshold,
         }
         of_labelled, of_pseudo = costs or [None, None]
+        taught = (confident | mined if self.mined_targets else confident)[:, : boxes["pseudo"].valid.shape[1]]
         return {
             "labelled": (truth_valid, of_labelled),
-            "pseudo": (confident | mined if self.mined_targets else confident, of_pseudo),
+            "pseudo": (taught, of_pseudo),
             "asked": {"both": confident | mined, "mined": mined}.get(self.consistency_boxes, confident),
         }
 
