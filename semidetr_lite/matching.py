@@ -39,10 +39,6 @@ class PaddedTargets(NamedTuple):
     labels: torch.Tensor  # (B, T) int64, 0 where filled up
     valid: torch.Tensor  # (B, T) bool
 
-    def join(self, other: "PaddedTargets") -> "PaddedTargets":
-        """Both batches as one, filled up to the larger T."""
-        return PaddedTargets(*(pad_sequence([*a, *b], batch_first=True) for a, b in zip(self, other, strict=True)))
-
 
 def pad_targets(targets: list[dict], device=None) -> PaddedTargets:
     """Target dicts (xyxy pixels) -> PaddedTargets. Crowd regions stand for many objects and are nobody's target."""

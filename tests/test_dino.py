@@ -180,6 +180,20 @@ def test_groups_decoded_afterwards_for_some_images_of_the_batch():
     assert same(whole, some, rows=rows)
 
 
+def test_a_group_among_more_images_is_answered_as_alone():
+    detector, rows = small(), slice(1, 3)
+    memory = detector.encode([torch.rand(3, *size) for size in [(64, 96), (64, 64), (48, 96), (64, 64)]])
+    groups = [some_group(2, 4, copies=2), some_group(2, 6, valid=torch.tensor([[True] * 6, [True] * 2 + [False] * 4]))]
+    places = [rows, slice(0, 2)]
+    spread = [group.among(place, 4) for group, place in zip(groups, places)]
+    assert [group.valid.any(1).tolist() for group in spread] == [[False, True, True, False], [True, True, False, False]]
+    alone, together = detector.decode(memory), detector.decode(memory, spread)
+    assert same(together, alone)  # the matching queries do not notice
+    for group, place, found in zip(groups, places, together["groups"]):
+        own = detector.decode_groups(memory.rows(place), output_rows(alone, place), [group])[0]
+        assert same(found, own, rows=place)
+
+
 # Neighbours
 
 

@@ -10,7 +10,6 @@ from torchvision.ops import box_iou, generalized_box_iou
 
 from semidetr_lite.boxes import to_model, to_pixels
 from semidetr_lite.matching import (
-    PaddedTargets,
     assign_one_to_many,
     assign_one_to_one,
     batched_cost,
@@ -332,15 +331,3 @@ def test_pad_targets_converts_fills_up_and_leaves_crowds_out():
     only_crowd = {**first, "crowd": torch.ones(3, dtype=torch.bool)}
     assert pad_targets([only_crowd]).valid.shape == (1, 0)
     assert pad_targets([]).boxes.shape == (0, 0, 4)
-
-
-def test_join_fills_up_to_the_longer():
-    a, b = pad_targets([some_target(1), some_target(2)]), pad_targets([some_target(4)])
-    for joined, order in ((a.join(b), (a, b)), (b.join(a), (b, a))):
-        assert isinstance(joined, PaddedTargets) and joined.boxes.shape == (3, 4, 4)
-        assert joined.valid.sum(1).tolist() == [n for part in order for n in part.valid.sum(1).tolist()]
-        rows = [row for part in order for row in zip(*part)]
-        for place, (boxes, labels, valid) in enumerate(rows):
-            count = int(valid.sum())
-            assert torch.equal(joined.boxes[place, :count], boxes[:count])
-            assert torch.equal(joined.labels[place, :count], labels[:count])

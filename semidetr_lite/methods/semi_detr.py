@@ -10,8 +10,8 @@ One step, in the paper's words:
 
 Targets of the class and box losses are the boxes over the score cut alone; mined ones feed the consistency only. What
 the paper's ablation changes is an argument: `consistency_boxes`, `mining`, `mined_targets`, `one_to_many_steps`. The
-backbone and encoder run once per image and network: matching queries never see the extra queries, so those are
-decoded afterwards against what was kept.
+backbone and encoder run once per image and network. Matching queries never see the extra queries: those of denoising
+are decoded beside them, those of consistency, which are chosen by the matching, afterwards against what was kept.
 
 Difference from the paper: consistency in stage one only (as in the released code, dino_detr_ssod.py:469), unless
 `consistency_throughout` asks for both.
