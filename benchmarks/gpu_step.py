@@ -14,6 +14,8 @@ PRECISION:PARTS and any of checkpointing, channels_last, compile. A teacher of r
     wait          share of the time spent waiting for data, with --workers processes that load
     passes_alone  seconds of the forward and backward passes of the same images and nothing else; "ratio": a step to it
     memory_gb     the highest allocation of the device; rehearsal_gb that of the largest step there can be
+    operations    calls of a step that compute something, views left out, and of the passes alone: about the kernels a
+                  GPU would start, whatever the size of the images
     parts         seconds of a step by part, each less those named inside it, measured in further steps in which the
                   device is waited for at every border; layers that checkpointing runs again count as backward
 
@@ -32,6 +34,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data_scripts"))
 
@@ -79,6 +82,27 @@ class Clock:
                 self.inner[-1] += spent
 
         return run
+
+
+class Operations(TorchDispatchMode):
+    """Counts the calls that compute something: no views, no empty tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        returns, name = func._schema.returns, func._schema.name
+        view = any(each.alias_info is not None and not each.alias_info.is_write for each in returns)
+        self.count += not (view or "empty" in name or name in ("aten::_unsafe_view", "aten::_local_scalar_dense"))
+        return func(*args, **(kwargs or {}))
+
+
+def operations(work, batch: dict) -> int:
+    """What `work(batch)` counts."""
+    with Operations() as counting:
+        work(batch)
+    return counting.count
 
 
 @contextlib.contextmanager
@@ -162,6 +186,9 @@ def measure(run: Run, options) -> dict:
     alone = median_of(clock, kept, functools.partial(passes_alone, run))
     same = median_of(clock, kept, run.train_step)  # the same images
     found |= {"passes_alone": round(alone, 4), "ratio": round(same / alone, 3)}
+    if not run.recipe.compile:
+        works = run.train_step, functools.partial(passes_alone, run)
+        found["operations"] = [operations(work, kept[-1]) for work in works]
     with watched(run, clock):
         began = clock.now()
         for batch in kept:

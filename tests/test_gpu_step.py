@@ -31,6 +31,8 @@ def test_every_setup_and_stage_has_its_figures(lines):
         assert line["toy"] and line["images"] == [2, 8] and "failed" not in line and line["memory_gb"] is None
         assert 0 < line["pseudo_per_image"] <= 3 and 0 < line["wait"] < 1
         assert 0 < line["passes_alone"] and 0.3 < line["ratio"] < 20
+        step, alone = line["operations"]
+        assert 200 < alone < step < 10 * alone
         assert line["hours"] > line["seconds"] * 120_000 / 3600 / 2
 
 
