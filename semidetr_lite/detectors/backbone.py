@@ -6,6 +6,7 @@ there.
 """
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
@@ -82,7 +83,7 @@ class ResNet(nn.Module):
         if weights is not None:
             net.load_state_dict(_resnet_weights(name, weights), strict=False)  # the frozen norm has no batch counter
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
-        self.layers = nn.ModuleList([net.layer1, net.layer2, net.layer3, net.layer4])
+        self.layers = nn.ModuleList(Stage(*layer) for layer in (net.layer1, net.layer2, net.layer3, net.layer4))
         last_convs = [[part for part in layer.modules() if isinstance(part, nn.Conv2d)][-1] for layer in self.layers]
         self.first = 0 if fine else 1
         self.channels = tuple(conv.out_channels for conv in last_convs[self.first :])
@@ -90,7 +91,45 @@ class ResNet(nn.Module):
             part.requires_grad_(False)
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
-        return _outputs(self.layers, self.stem(images))[self.first :]
+        convolution, norm, *_, pool = self.stem
+        x = pool(_folded(images, convolution, *_factors([norm])[norm]).relu_())
+        return _outputs(self.layers, x)[self.first :]
+
+
+class Stage(nn.Sequential):
+    """Blocks of a torchvision ResNet, with each frozen norm folded into the convolution before it.
+
+    What torchvision's own blocks compute, to rounding; a norm of its own is seven operations, two of them on whole
+    maps, which it turns into float32 under bfloat16.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        factors = _factors([part for part in self.modules() if isinstance(part, FrozenBatchNorm2d)])
+        for block in self:
+            numbers = [number for number in (1, 2, 3) if hasattr(block, f"conv{number}")]
+            shortcut = x
+            if block.downsample is not None:
+                shortcut = _folded(x, block.downsample[0], *factors[block.downsample[1]])
+            for number in numbers:
+                norm = getattr(block, f"bn{number}")
+                x = _folded(x, getattr(block, f"conv{number}"), *factors[norm])
+                x = (x if number < numbers[-1] else x + shortcut).relu_()
+        return x
+
+
+def _factors(norms: list[FrozenBatchNorm2d]) -> dict[FrozenBatchNorm2d, tuple[torch.Tensor, torch.Tensor]]:
+    """What each frozen norm multiplies channels by and then adds to them, (C,) each, worked out for all at once."""
+    names = ("weight", "bias", "running_mean", "running_var")
+    weight, bias, mean, variance = (torch.cat([getattr(norm, name) for norm in norms]) for name in names)
+    scale = weight * (variance + norms[0].eps).rsqrt()
+    parts = (entry.split([len(norm.bias) for norm in norms]) for entry in (scale, bias - mean * scale))
+    return dict(zip(norms, zip(*parts, strict=True), strict=True))
+
+
+def _folded(x: torch.Tensor, convolution: nn.Conv2d, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """A convolution without bias, then a frozen norm's factors, as one convolution."""
+    weight, own = convolution.weight * scale[:, None, None, None], convolution
+    return F.conv2d(x, weight, shift, own.stride, own.padding, own.dilation, own.groups)
 
 
 def _outputs(stages, x: torch.Tensor) -> list[torch.Tensor]:

@@ -150,7 +150,7 @@ class DeformableAttention(nn.Module):
         else:  # offsets in half box sides, spread over the points
             locations = centres + offsets / self.points * references[:, :, None, :, None, 2:].float() * 0.5
         value = value.view(batch, -1, self.heads, dim // self.heads)
-        return self.output(deformable_attention(value, memory.shapes, locations, weights).to(queries.dtype))
+        return self.output(deformable_attention(value, memory.shapes, locations, weights))
 
 
 class EncoderLayer(nn.Module):
