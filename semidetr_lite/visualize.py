@@ -597,13 +597,15 @@ def _headline(figure, title: str | None, finding: str = "", x: float = 0.01, y: 
 def plot_ablation(rows, title=None) -> Picture:
     """Tables of an ablation as dots: one for each seed, a bar from the mean by one standard error to either side.
 
-    `rows` are as from `semidetr_lite.training.ablate.summarise`; a panel for each table, detector and percent.
+    `rows` are as from `semidetr_lite.training.ablate.summarise`; a panel for each table, detector and percent, all on
+    one axis. The finding leaves out runs longer than the first of their row.
     """
     panels: dict[tuple, list] = {}
     for row in rows:
         panels.setdefault((row.table, row.preset, row.detector, row.percent), []).append(row)
     heights = [len(members) + 1.5 for members in panels.values()]
     figure, axes = _plot(7.5, 0.26 * sum(heights) + 0.3, 1, height_ratios=heights)
+    seen = [value for row in rows for value in (*row.values, row.mean - row.error, row.mean + row.error)]
     for ax, ((table, preset, detector, percent), members) in zip(np.atleast_1d(axes), panels.items()):
         for place, row in enumerate(members):
             color = method_color(row.row, place)
@@ -613,11 +615,13 @@ def plot_ablation(rows, title=None) -> Picture:
             above = {"xytext": (0, 5), "textcoords": "offset points", "fontsize": 7, "ha": "center"}
             ax.annotate(f"{row.mean:.1f}", (row.mean, place), **above)
         ax.set_yticks(range(len(members)), [row.row for row in members])
-        ax.set(ylim=(len(members) - 0.4, -0.8))
+        ax.set(ylim=(len(members) - 0.4, -0.8), xlim=(np.nanmin(seen) - 2, np.nanmax(seen) + 2))
+        ax.tick_params(labelbottom=False)
         ax.set_title(f"{table}: {detector}, {percent:g} % of the labels ({preset})", fontsize=9, loc="left", color=INK)
     ax.set(xlabel="AP on the test split, %")
-    main = [row for row in rows if row.table == "main" and row.gap == row.gap and row.percent < 100]
-    best = max(main, key=lambda row: row.gap, default=None)
+    ax.tick_params(labelbottom=True)
+    main = [row for row in rows if row.table == "main" and row.percent < 100 and "," not in row.row]
+    best = max((row for row in main if row.gap == row.gap), key=lambda row: row.gap, default=None)
     said = f"{best.row} closes {best.gap:.0f} % of the gap at {best.percent:g} % of the labels" if best else ""
     return _headline(figure, title, said or "The ablation")
 

@@ -160,6 +160,9 @@ def test_the_picture_says_the_finding():
     figure = plot_ablation(summarise(lines + made("mined", 10, [50], "boxes")))
     assert figure.get_suptitle() == "semi-detr closes 57 % of the gap at 10 % of the labels"
     assert [len(ax.get_yticks()) for ax in figure.axes] == [2, 1, 1] and png(figure)
+    assert {ax.get_xlim() for ax in figure.axes} == {(38, 73)}  # one axis: two panels can be compared
+    longer = [line | {"steps": 3000} for line in made("semi-detr", 10, [65])]
+    assert "closes 57 %" in plot_ablation(summarise(lines + longer)).get_suptitle()  # its supervised run is shorter
     assert png(plot_ablation(summarise(made("mined", 10, [50], "boxes"))))
 
 

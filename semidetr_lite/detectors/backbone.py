@@ -106,14 +106,11 @@ class Stage(nn.Sequential):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         factors = _factors([part for part in self.modules() if isinstance(part, FrozenBatchNorm2d)])
         for block in self:
-            numbers = [number for number in (1, 2, 3) if hasattr(block, f"conv{number}")]
-            shortcut = x
-            if block.downsample is not None:
-                shortcut = _folded(x, block.downsample[0], *factors[block.downsample[1]])
-            for number in numbers:
-                norm = getattr(block, f"bn{number}")
-                x = _folded(x, getattr(block, f"conv{number}"), *factors[norm])
-                x = (x if number < numbers[-1] else x + shortcut).relu_()
+            down, last = block.downsample, 3 if hasattr(block, "conv3") else 2
+            shortcut = _folded(x, down[0], *factors[down[1]]) if down is not None else x
+            for number in range(1, last + 1):
+                x = _folded(x, getattr(block, f"conv{number}"), *factors[getattr(block, f"bn{number}")])
+                x = (x if number < last else x + shortcut).relu_()
         return x
 
 
