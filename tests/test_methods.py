@@ -466,7 +466,7 @@ def test_mined_are_the_boxes_that_cost_the_last_layer_no_more_than_the_threshold
         costs.append(own)
     threshold = reliable_threshold(np.concatenate([past, *costs]))
     assert method.stats["cost_threshold"] == pytest.approx(threshold, abs=1e-3)
-    expected = [int((own <= method.stats["cost_threshold"] + 1e-3).sum()) for own in costs]
+    expected = [int((own <= threshold).sum()) for own in costs]
     assert noted["asked"].sum(1).tolist() == expected
     assert sum(expected) == pytest.approx(3 * method.stats["mined_per_image"])
     assert (sum(expected) == 0) if past else 0 < sum(expected) < sum(map(len, costs))
