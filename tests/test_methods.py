@@ -7,12 +7,14 @@ import traceback
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch.overrides import TorchFunctionMode
 
 from semidetr_lite import losses as losses_module
 from semidetr_lite.boxes import to_model, to_pixels
 from semidetr_lite.data.views import map_boxes
 from semidetr_lite.detectors.backbone import Tiny
+from semidetr_lite.detectors.detr import DETR
 from semidetr_lite.detectors.dino import DINO
 from semidetr_lite.errors import UserError
 from semidetr_lite.losses import detection_loss, layer_costs, layer_loss, stack_layers
@@ -30,6 +32,7 @@ from semidetr_lite.methods.mean_teacher import (
 )
 from semidetr_lite.methods.semi_detr import SemiDETR, above_mean_and_deviation
 from semidetr_lite.methods.supervised import Supervised
+from semidetr_lite.training.measure import watched_boxes
 
 PARTS = ("class", "l1", "giou")
 SWITCH = 10  # the step at which stage two begins
@@ -520,6 +523,47 @@ def test_other_rules_of_mining_equal_a_loop(mining):
         }[mining]
         assert noted["asked"][image].sum() == (chosen & inside).sum()
     assert (method.stats["mined_per_image"] > 0) == (mining != "none")
+
+
+@pytest.mark.parametrize("mining", ["mixture", "top", "deviation", "none"])
+def test_the_watched_boxes_are_those_of_the_step(mining):
+    """Images that are their own views: what pseudo_boxes.jsonl says is what the step decided."""
+    method, step = make("stage one", mining=mining, cost_memory=50, mined_top=2, score_cut=0.8)
+    images, targets = some_batch()["strong"]
+    targets = [{**target, "matrix": torch.eye(3), "image_id": place} for place, target in enumerate(targets)]
+    batch, scenes = {**some_batch(), "weak": (images, targets), "strong": (images, targets)}, list(zip(images, targets))
+    before = any(any(line["mined"]) for line in watched_boxes(method, scenes, 0))
+    assert before == (mining in ("top", "deviation"))  # there is no threshold yet
+    method(batch, step)
+    method.stats["cost_threshold"] += 1e-5  # it is the cost of one of the boxes, found in a batch here and alone below
+    lines = watched_boxes(method, scenes, step)
+    for name, figure in (("kept", "pseudo_per_image"), ("mined", "mined_per_image")):
+        assert sum(sum(line[name]) for line in lines) / len(images) == pytest.approx(method.stats[figure])
+    assert any(any(line["mined"]) for line in lines) == (mining != "none")
+    for line in lines:  # what is neither kept nor minable has no price
+        scores = torch.tensor(line["scores"])
+        minable = scores >= scores.mean() + scores.std()
+        if mining == "top":
+            minable = torch.arange(len(scores)) < 2
+        asked = (scores >= method.score_cut) | (minable & (mining != "none"))
+        priced = torch.tensor([cost is not None for cost in line["cost"]])
+        assert priced.sum() == min(asked.sum(), method.student.num_queries) and not (priced & ~asked).any()
+
+
+@pytest.mark.parametrize("no_object", [True, False])
+def test_watched_boxes_cost_what_their_detector_matches_by(no_object):
+    torch.manual_seed(0)
+    sizes = {"num_queries": 6, "dim": 16, "heads": 2, "hidden": 32, "encoder_layers": 1, "decoder_layers": 2}
+    method = MeanTeacher(shaken(DETR(4, **sizes, backbone="tiny", no_object=no_object)), score_cut=0.0, most=4, nms=1.0)
+    image, size = torch.rand(3, 64, 96), (64, 96)
+    (line,) = watched_boxes(method, [(image, {"image_id": 7})], 3)
+    outputs, boxes = method.student([image]), torch.tensor(line["boxes"])
+    target = {"boxes": boxes, "labels": torch.tensor(line["labels"]), "size": size}
+    kind = {"class_cost": "softmax", "class_weight": 1.0} if no_object else {}
+    costs = matching_cost(outputs["pred_logits"][0], outputs["pred_boxes"][0], target, **kind).detach()
+    queries, columns = linear_sum_assignment(costs)
+    assert len(boxes) > 1 and line["mined"] == [False] * len(boxes)
+    assert np.array(line["cost"])[columns] == pytest.approx(costs[queries, columns].numpy(), abs=0.02)  # rounded boxes
 
 
 def map_all(boxes, batch):

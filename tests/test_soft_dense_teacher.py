@@ -143,7 +143,7 @@ def test_the_defaults_are_the_papers_and_presets_change_them():
         for kind, (_, detector) in KINDS.items():
             method = make_method(kind, small(detector), recipe, 10, 0, 0)
             changed = getattr(recipe, kind.replace("-", "_"))
-            assert method.most == recipe.most and (preset == "digits" or changed == {})
+            assert method.most == min(recipe.most, 100) and (preset == "digits" or changed == {"most": 100})
             for key in changed.keys() - {"unlabelled_weight", "unlabelled_box_weight"}:
                 assert getattr(method, key) == changed[key]
 

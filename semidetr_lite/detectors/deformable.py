@@ -102,7 +102,7 @@ def _read_as_bags(value, shapes, locations, weights) -> torch.Tensor:
     shares = torch.stack([weights * near_y * near_x for _, near_y in corners[2:] for _, near_x in corners[:2]], -1)
     start = torch.arange(batch, dtype=torch.int32)[:, None] * tokens * heads + torch.arange(heads, dtype=torch.int32)
     rows = rows * heads + start.view(batch, 1, heads, 1, 1, 1)  # of the values as (B * S * M, D/M)
-    rows, shares = (each.reshape(batch * locations.shape[1] * heads, -1) for each in (rows, shares))
+    rows, shares = (each.flatten(3).flatten(0, 2) for each in (rows, shares))  # (B * Q * M, 4 * L * P)
     read = F.embedding_bag(rows, value.reshape(-1, depth), mode="sum", per_sample_weights=shares)
     return read.view(batch, locations.shape[1], heads * depth)
 

@@ -11,8 +11,8 @@ Three forms, as published:
   the sine code of each box. This is the form Semi-DETR needs, since only here any box can ask (`groups`).
 
 What is new beside detr.py: the attention, several levels, sigmoid scores without a no-object class, references.
-Difference from the released code: no dropout (0.1 there); anchors near the border or in the padding are never chosen
-as proposals.
+Difference from the released code: no dropout (0.1 there); anchors near the border or in the padding are chosen as
+proposals only if there are fewer others than queries.
 """
 
 import torch
@@ -70,7 +70,8 @@ class DeformableDETR(DeformableDetector):
         if self.two_stage:
             boxes = memory.proposals["pred_boxes"].detach()
             return self._code(boxes)[1], boxes
-        points = self.reference_points(self.positions.weight).sigmoid()
+        with torch.autocast(memory.tokens.device.type, enabled=False):  # where to look, in full precision
+            points = self.reference_points(self.positions.weight).sigmoid()
         return tuple(each.expand(len(memory.tokens), -1, -1) for each in (self.content.weight, points))
 
     def _code(self, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

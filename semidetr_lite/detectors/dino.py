@@ -13,8 +13,8 @@ What is new beside deformable_detr.py:
 trains on a laptop.
 
 Differences from the released code: no dropout (0 there); query positions come from the boxes in the image itself, not
-in the padded batch, so that they do not depend on the neighbours; anchors near the border or in the padding are never
-chosen as proposals.
+in the padded batch, so that they do not depend on the neighbours; anchors near the border or in the padding are
+chosen as proposals only if there are fewer others than queries.
 """
 
 import torch

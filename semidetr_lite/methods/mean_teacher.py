@@ -183,6 +183,10 @@ class PseudoBoxes(NamedTuple):
     labels: torch.Tensor  # (B, K)
     valid: torch.Tensor  # (B, K) bool
 
+    def over(self, cut: float) -> torch.Tensor:
+        """(B, K) bool: those of at least this score."""
+        return self.valid & (self.scores >= cut)
+
     def carried(self, weak: list[dict], strong: list[dict]) -> PaddedTargets:
         """The boxes in model coordinates of the strong views; those out of view are not valid."""
         device = self.boxes.device
@@ -256,7 +260,7 @@ class MeanTeacher(Averaged):
         batch = self.counted(batch, step)
         (images, truths), (strong_images, _) = batch["labelled"], batch["strong"]
         pseudo, counts, confident = batch["look"].pseudo, batch["counts"], self.confident(batch["look"])
-        self.count_pseudo(pseudo.labels, pseudo.valid & (pseudo.scores >= self.score_cut), len(strong_images))
+        self.count_pseudo(pseudo.labels, pseudo.over(self.score_cut), len(strong_images))
         boxes = {"labelled": pad_targets(truths, confident.boxes.device), "pseudo": confident}
         boxes = {name: filled_up(targets, counts[name].most) for name, targets in boxes.items()}
         asked = self.questions(boxes, batch, step)

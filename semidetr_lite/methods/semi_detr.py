@@ -108,7 +108,7 @@ class SemiDETR(MeanTeacher):
         batch, stage = self.counted(batch, step), self.stage(step)
         (images, truths), (_, weak), (strong_images, _) = (batch[name] for name in ("labelled", "weak", "strong"))
         pseudo, carried, minable, teacher = batch["look"]
-        self.count_pseudo(pseudo.labels, pseudo.valid & (pseudo.scores >= self.score_cut), len(weak))
+        self.count_pseudo(pseudo.labels, pseudo.over(self.score_cut), len(weak))
         boxes = {"labelled": pad_targets(truths, carried.boxes.device), "pseudo": self.confident(batch["look"])}
         boxes = {name: filled_up(targets, batch["counts"][name].most) for name, targets in boxes.items()}
         asked = self.questions(boxes if stage == "one_to_one" else {"labelled": boxes["labelled"]}, batch, step)
@@ -138,7 +138,7 @@ class SemiDETR(MeanTeacher):
             outputs = self.teacher.decode(memory)
             pseudo = pseudo_boxes(outputs, target_sizes(weak), self.most, self.nms)
         minable = self.minable(pseudo)
-        pseudo = pseudo._replace(valid=pseudo.valid & (pseudo.scores >= self.score_cut) | minable)
+        pseudo = pseudo._replace(valid=pseudo.over(self.score_cut) | minable)
         asks = self.consistency_boxes != "none" and (self.stage(step) == "one_to_many" or self.consistency_throughout)
         return Look(pseudo, pseudo.carried(weak, strong), minable, (memory, outputs) if asks else None)
 
@@ -170,8 +170,7 @@ class SemiDETR(MeanTeacher):
         threshold = reliable_threshold(np.concatenate([past, everywhere]))
         self.past_costs = remember(self.past_costs, everywhere)
         confident = valid & (scores >= self.score_cut)
-        cheap = np.isfinite(matched) & (matched <= threshold)
-        mined = valid & (cheap if self.mining == "mixture" else minable)
+        mined = valid & self.mined(matched, threshold, minable)
         self.stats = {
             "pseudo_per_image": float(confident.sum() / len(valid)),
             "mined_per_image": float(mined.sum() / len(valid)),
@@ -184,6 +183,10 @@ class SemiDETR(MeanTeacher):
             "pseudo": (taught, of_pseudo),
             "asked": {"both": confident | mined, "mined": mined}.get(self.consistency_boxes, confident),
         }
+
+    def mined(self, matched: np.ndarray, threshold: float, minable: np.ndarray) -> np.ndarray:
+        """(B, K) bool: the boxes that cost at most the threshold (nan: unmatched), or without a mixture the minable."""
+        return np.isfinite(matched) & (matched <= threshold) if self.mining == "mixture" else minable
 
     def consistency(self, student, teacher, pseudo: PseudoBoxes, carried: PaddedTargets, weak, asked) -> torch.Tensor:
         """The consistency loss over the boxes `asked` (B, K) bool, on the host; of both networks (Memory, outputs)."""

@@ -2,8 +2,9 @@
 
 None of this changes what is learned. With parts and processes the losses stay those of the whole step (see `Count` in
 losses.py): exactly for one-to-one matching and denoising; for one-to-many matching and consistency each part, over all
-processes, is divided by its own. In bfloat16 are the backbone and the insides of encoder and decoder layers, but not
-where attention looks; heads, boxes, matching and losses are float32.
+processes, is divided by its own. The detectors of the baselines divide theirs in each part and process, and what Faster
+R-CNN samples depends on the images beside. In bfloat16 are the backbone and the insides of encoder and decoder layers,
+but not where attention looks; heads, boxes, matching and losses are float32.
 """
 
 import contextlib

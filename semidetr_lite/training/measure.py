@@ -8,14 +8,17 @@ from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_iou
 
 from semidetr_lite import distributed
+from semidetr_lite.boxes import to_model
 from semidetr_lite.data.splits import Dataset
 from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.detectors.pyramid import Pyramid
 from semidetr_lite.errors import UserError
 from semidetr_lite.evaluate import box_errors, evaluate, evaluate_voc
-from semidetr_lite.matching import matching_cost
+from semidetr_lite.losses import layer_costs, stack_layers
+from semidetr_lite.matching import PaddedTargets
 from semidetr_lite.methods.cost_mining import matched_costs
 from semidetr_lite.methods.mean_teacher import Averaged, PseudoBoxes, pseudo_boxes
+from semidetr_lite.methods.semi_detr import SemiDETR
 
 
 def measure(detector: Detector, dataset: Dataset, images: int | None = None, voc: bool = False) -> dict:
@@ -63,7 +66,7 @@ def pseudo_quality(method: Averaged, dataset: Dataset, images: int = 100) -> dic
         if "truth" not in target:
             return {}
         pseudo = plain_pseudo_boxes(method, [image])
-        keep = pseudo.valid[0] & (pseudo.scores[0] >= method.score_cut)
+        keep = pseudo.over(method.score_cut)[0]
         detection = {
             "boxes": pseudo.boxes[0][keep].cpu(),
             "labels": pseudo.labels[0][keep].cpu(),
@@ -83,15 +86,9 @@ def watched_boxes(method: Averaged, dataset: Dataset, step: int, images: int = 8
     lines = []
     for image, target in readable(dataset, images):
         pseudo = plain_pseudo_boxes(method, [image])
-        valid = pseudo.valid[0].cpu().numpy()
-        matched = np.full(valid.sum(), np.nan)
-        if not isinstance(method.student, Pyramid):  # nothing is matched to queries there
-            outputs = method.student([image])
-            found = {"boxes": pseudo.boxes[0], "labels": pseudo.labels[0], "size": tuple(image.shape[-2:])}
-            costs = matching_cost(outputs["pred_logits"][0], outputs["pred_boxes"][0], found)
-            matched = matched_costs(costs[None].cpu().numpy(), valid[None])[0][valid]
+        valid, kept = pseudo.valid[0].cpu().numpy(), pseudo.over(method.score_cut)[0].cpu().numpy()
+        matched, mined = (one[0, valid] for one in priced(method, image, pseudo))
         scores = pseudo.scores[0].cpu().numpy()[valid]
-        threshold = method.stats.get("cost_threshold")
         lines.append({
             "step": step,
             "image_id": target["image_id"],
@@ -99,10 +96,28 @@ def watched_boxes(method: Averaged, dataset: Dataset, step: int, images: int = 8
             "scores": [round(float(score), 4) for score in scores],
             "labels": pseudo.labels[0].cpu().numpy()[valid].tolist(),
             "cost": [None if cost != cost else round(float(cost), 4) for cost in matched],
-            "kept": [bool(score >= method.score_cut) for score in scores],
-            "mined": [threshold is not None and bool(cost <= threshold) for cost in matched],
+            "kept": kept[valid].tolist(),
+            "mined": mined.tolist(),
         })  # fmt: skip
     return lines
+
+
+def priced(method: Averaged, image: torch.Tensor, pseudo: PseudoBoxes) -> tuple[np.ndarray, np.ndarray]:
+    """What the student would pay for the boxes of one image, nan for those not asked for; which are mined: (1, K) each.
+
+    As in training, those over the score cut and those that mining chooses from are matched, by the last layer's costs.
+    """
+    nothing = np.full(pseudo.valid.shape, np.nan), np.zeros(pseudo.valid.shape, dtype=bool)
+    if isinstance(method.student, Pyramid):  # nothing is matched to queries there
+        return nothing
+    mines = isinstance(method, SemiDETR)
+    minable = method.minable(pseudo) if mines else torch.zeros_like(pseudo.valid)
+    boxes, layers = to_model(pseudo.boxes, image.shape[-2:]), stack_layers(method.student([image]))
+    asked = PaddedTargets(boxes, pseudo.labels, pseudo.over(method.score_cut) | minable)
+    costs = layer_costs(layers, asked)[-2 if layers.encoder else -1]
+    matched = matched_costs(costs.cpu().numpy(), asked.valid.cpu().numpy())
+    threshold = method.stats.get("cost_threshold", -np.inf)  # nothing is mined before the first step
+    return matched, method.mined(matched, threshold, minable.cpu().numpy()) if mines else nothing[1]
 
 
 def duplicates(detector: Detector, dataset: Dataset, images: int = 150, score: float = 0.3, nms: float = 0.6) -> dict:

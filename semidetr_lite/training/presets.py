@@ -71,7 +71,7 @@ class Recipe:
     mined_top: int = 9
     mined_targets: bool = False
     cost_memory: int = 0
-    most: int = 100  # pseudo-boxes looked at in an image
+    most: int = 100  # pseudo-boxes looked at in an image; the mean and deviation that mining asks for are over these
     nms: float = 0.6
     soft_teacher: dict = field(default_factory=dict)  # arguments of the method that are not its defaults
     dense_teacher: dict = field(default_factory=dict)
@@ -122,6 +122,7 @@ COCO = Recipe(
     },
     views=ViewSettings(short_sides=tuple(range(480, 801, 32))),
     steps=120_000, labelled_images=8, unlabelled_images=32, accumulate=8,
+    most=300, soft_teacher={"most": 100}, dense_teacher={"most": 100},
     weights=LossWeights(l1_weight=10.0), evaluate_every=4000,
 )  # fmt: skip
 

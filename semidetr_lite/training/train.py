@@ -259,7 +259,7 @@ class Run:
         size = max(sizes, key=lambda size: size[0] * size[1])
         if views.short_sides:
             size = (max(views.short_sides), views.long_side)
-        self.engine.rehearse(size, self.recipe.labelled_images, self.unlabelled, self.recipe.most)
+        self.engine.rehearse(size, self.recipe.labelled_images, self.unlabelled, min(self.recipe.most, 100))
 
     def _loader(self):
         """The batches of the steps that are left."""
