@@ -93,7 +93,7 @@ def train(
     seed: int = 0, steps: int | None = None, burn_in: Path | None = None, folds: Path | None = None,
     flip: bool = True, skip_unreadable: bool = False, resume: bool = False, workers: int = 1,
     accumulate: int | None = None, precision: Literal[PRECISIONS] | None = None, checkpointing: bool = False,
-    channels_last: bool = False, compile: bool = False,
+    channels_last: bool = False, compile: bool = False, backbone_weights: str | None = None,
 ) -> None:  # fmt: skip
     """Train a detector.
 
@@ -121,6 +121,8 @@ def train(
         checkpointing: less memory for a slower step: layers are run again in the backward pass.
         channels_last: the memory layout of the backbone.
         compile: torch.compile for backbone and layers.
+        backbone_weights: of a ResNet: a .pth file of torchvision's, or "none" for random ones; without it torchvision's
+            ImageNet weights are downloaded, once (0.1 GB).
     """
     settings = _settings(locals(), "out", "resume", "workers")
     config = new_config(**settings)
@@ -167,6 +169,8 @@ def evaluate(
         truth: a COCO annotation json.
         detections: a COCO results json.
     """
+    if run is not None and (truth or detections) or voc and run is None:
+        raise UserError("evaluate: give a run folder (with --voc if you like), or --truth and --detections, not both")
     if truth and detections:
         found = evaluate_detections(str(detections), str(truth))
     elif run is not None:
@@ -188,20 +192,37 @@ def predict(run: Folder, images: Folders, out: Path, score: float = 0.3, weights
         score: the least score of a box that is drawn or written.
         weights: the student's, or its average's (the teacher's).
     """
+    if not images or not 0 <= score <= 1:
+        raise UserError("predict: give images or folders of them" if not images else f"--score {score:g}: not in 0..1")
     detector = load_detector(run, weights)
     files = [file for path in images for file in _image_files(path)]
-    found = []
+    found, unread = {}, []
     for number, file in enumerate(tqdm(files, desc="predict", disable=len(files) < 20)):
-        image = as_tensor(file)
-        found += detector.detect([image], score)
-        figure = show_targets([image], found[-1:], detector.categories, [file.name], columns=1, style="prediction")
-        write_whole(out / f"{number:05d}_{file.stem}.png", png(figure))
-    rows = to_coco_json(found, list(range(len(files))), detector.categories)
-    listing = {"images": [{"id": number, "file_name": str(file)} for number, file in enumerate(files)]}
-    write_whole(out / "detections.json", json.dumps(rows))
-    write_whole(out / "images.json", json.dumps(listing))
-    what = f"{len(files)} pictures, {len(rows)} detections of at least {score:g}"
-    print(f"{out}: {what} in detections.json (image ids in images.json)")
+        try:
+            image = as_tensor(file)
+        except UserError as problem:
+            unread.append(problem)
+            continue
+        found[number] = detector.detect([image], score)[0]
+        write_whole(out / f"{number:05d}_{file.stem}.png", _picture(image, found[number], detector, file.name))
+    if found:
+        rows = to_coco_json(list(found.values()), list(found), detector.categories)
+        listing = {"images": [{"id": number, "file_name": str(files[number])} for number in found]}
+        write_whole(out / "detections.json", json.dumps(rows))
+        write_whole(out / "images.json", json.dumps(listing))
+        what = f"{len(found)} pictures, {len(rows)} detections of at least {score:g}"
+        print(f"{out}: {what} in detections.json (image ids in images.json)")
+    if unread:
+        others = f"; {len(unread)} of {len(files)} images are left out, the others are done" if len(files) > 1 else ""
+        raise UserError(f"{unread[0]}{others}")
+
+
+def _picture(image, found: dict, detector, name: str) -> bytes:
+    """A PNG of an image with what was found: at its own size, but 320 pixels wide at least and 2,000 at most."""
+    width = image.shape[-1]
+    cell = min(max(width / 80, 4.0), 8.8)  # inches
+    figure = show_targets([image], [found], detector.categories, [name], columns=1, style="prediction", cell=cell)
+    return png(figure, dpi=round(min(max(width, 80 * cell), 2000) / cell))
 
 
 def _image_files(path: Path) -> list[Path]:
@@ -232,6 +253,8 @@ def doctor(
     """
     if weights is None and data is None:
         raise UserError("doctor: give --data or --weights")
+    if out is not None and out.suffix.lower() != ".png":
+        raise UserError(f"{out}: the picture is a .png file; give --out such a name")
     if weights is not None:
         print("\n".join(describe(weights)))
     if data is not None:
@@ -260,6 +283,7 @@ def ablate(
     rows: tuple[str, ...] = (), percents: tuple[float, ...] = (10, 100), seeds: tuple[int, ...] = (0, 1, 2),
     preset: Literal[tuple(PRESETS)] = "digits", detector: str = "dino", steps: int | None = None, fold: int = 1,
     data: str = "digits", images: Path | None = None, unlabelled: Path | None = None, validation: Path | None = None,
+    folds: Path | None = None, flip: bool = True, backbone_weights: str | None = None,
     record: Path | None = None, quick: bool = False, show: bool = False,
 ) -> None:  # fmt: skip
     """Compare the methods, and Semi-DETR with its parts changed: rows x label percents x seeds, one run at a time.
@@ -281,9 +305,12 @@ def ablate(
         images: as in `train`.
         unlabelled: as in `train`.
         validation: as in `train`.
+        folds: as in `train`.
+        flip: as in `train`.
+        backbone_weights: as in `train`.
         record: the JSON-lines file, ablation.jsonl in --out if not given.
         quick: a few steps of everything, to see that it works (accuracy means nothing).
-        show: run nothing, only print the tables of the record and draw them.
+        show: run nothing, only print and draw all tables of the record, whatever the options before say.
     """
     settings = _settings(locals(), "out", "tables", "rows", "percents", "seeds", "record", "quick", "show")
     record = record or out / "ablation.jsonl"

@@ -193,6 +193,9 @@ def _detections_of_file(path, truth: dict) -> list[dict]:
             raise UserError(f'{path}: detection number {place} needs a "bbox" of 4 numbers and numbers as {keys[1:]}')
         if row["category_id"] not in known:
             raise UserError(f"{path}: detection number {place} has a category_id unknown to the truth, {others[1]}")
+    listed = {image["id"] for image in truth["images"]}
+    if rows and not any(row["image_id"] in listed for row in rows):
+        raise UserError(f"{path}: none of its {len(rows):,} detections is on an image of the truth; another data set?")
     return [{key: row[key] for key in keys} for row in rows]
 
 

@@ -41,6 +41,8 @@ METHOD_COLORS = {
     "semi-detr": "#D55E00",
     "soft-teacher": "#009E73",
     "dense-teacher": "#CC79A7",
+    "+shm+cqc": "#7B5FC7",
+    "+shm": "#56B4E9",
 }
 OTHER_COLORS = ("#56B4E9", "#7B5FC7", "#000000")
 LINE_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8C6D1F", "#56B4E9", "#5A5A5A")
@@ -217,10 +219,10 @@ def _chosen(target: dict, indices) -> dict:
 # ---- many images on one page -----------------------------------------------------------------------------------------
 
 
-def show_targets(images, targets, categories, titles=None, columns=4, style="truth", title=None) -> Picture:
-    """Images side by side with their targets, as truth or in another style (`"prediction"`, `"pseudo"`)."""
+def show_targets(images, targets, categories, titles=None, columns=4, style="truth", title=None, cell=2.2) -> Picture:
+    """Images side by side, `cell` inches wide, with their targets, as truth or in another style (`"prediction"`)."""
     finding = f"{_count(sum(len(_rows(target)) for target in targets), 'object')} on {_count(len(images), 'image')}"
-    figure, axes = _page(images, columns, titles, finding if title is None else title)
+    figure, axes = _page(images, columns, titles, finding if title is None else title, cell=cell)
     for ax, image, target in zip(axes, images, targets):
         draw_boxes(ax, image, target, categories=categories, style=style)
     return figure
@@ -608,7 +610,7 @@ def plot_ablation(rows, title=None) -> Picture:
     seen = [value for row in rows for value in (*row.values, row.mean - row.error, row.mean + row.error)]
     for ax, ((table, preset, detector, percent), members) in zip(np.atleast_1d(axes), panels.items()):
         for place, row in enumerate(members):
-            color = method_color(row.row, place)
+            color = method_color(row.row, 2)
             ax.plot(row.values, [place] * len(row.values), "o", color=color, markersize=4, alpha=0.5, linewidth=0)
             spread = 0 if row.error != row.error else row.error
             ax.errorbar(row.mean, place, xerr=spread, fmt="D", color=color, markersize=5, capsize=4, linewidth=1.6)
@@ -622,7 +624,16 @@ def plot_ablation(rows, title=None) -> Picture:
     ax.tick_params(labelbottom=True)
     main = [row for row in rows if row.table == "main" and row.percent < 100 and "," not in row.row]
     best = max((row for row in main if row.gap == row.gap), key=lambda row: row.gap, default=None)
-    said = f"{best.row} closes {best.gap:.0f} % of the gap at {best.percent:g} % of the labels" if best else ""
+    said = ""
+    if best:
+        same = [row for row in main if row[1:4] == best[1:4] and row.gap >= best.gap - 2]  # which nothing tells apart
+        *others, last = [row.row for row in same]
+        who = (
+            f"{', '.join(others)} and {last} close {min(row.gap for row in same):.0f} to"
+            if others
+            else f"{last} closes"
+        )
+        said = f"{who} {best.gap:.0f} % of the gap at {best.percent:g} % of the labels"
     return _headline(figure, title, said or "The ablation")
 
 

@@ -105,6 +105,10 @@ def test_rows_differ_in_what_their_names_say():
     [
         (["--rows", "best"], "no row called 'best' in main: choose from supervised"),
         (["--show"], "no finished run to show"),
+        (["--seeds"], "nothing to run: give tables, rows, percents and seeds"),
+        (["--percents", "100", "--rows", "semi-detr"], "nothing to run: "),
+        (["--steps", "0"], "steps must be at least 1, got 0"),
+        (["--folds", "x"], "--folds x goes with --data"),
     ],
 )
 def test_bad_input_gets_one_line(monkeypatch, tmp_path, capsys, words, said):
@@ -164,6 +168,26 @@ def test_the_picture_says_the_finding():
     longer = [line | {"steps": 3000} for line in made("semi-detr", 10, [65])]
     assert "closes 57 %" in plot_ablation(summarise(lines + longer)).get_suptitle()  # its supervised run is shorter
     assert png(plot_ablation(summarise(made("mined", 10, [50], "boxes"))))
+
+
+def test_other_data_has_tables_of_its_own():
+    ours, theirs = made("semi-detr", 10, [50]), [line | {"data": "x.json"} for line in made("semi-detr", 10, [60])]
+    assert [(row.preset, row.values) for row in summarise(ours + theirs)] == [
+        ("digits", [50]),
+        ("digits, x.json", [60]),
+    ]
+
+
+def test_rows_that_nothing_tells_apart_are_named_together():
+    lines = made("supervised", 10, [40]) + made("supervised", 100, [70]) + made("mean-teacher", 10, [50])
+    figure = plot_ablation(summarise([*lines, *made("+SHM", 10, [49.7]), *made("semi-detr", 10, [45])]))
+    assert figure.get_suptitle() == "mean-teacher and +SHM close 32 to 33 % of the gap at 10 % of the labels"
+
+
+def test_options_of_the_data_reach_every_run(tmp_path):
+    ablation = Ablation(tmp_path, tmp_path / "record.jsonl", data="x.json", folds="f", flip=False)
+    for config in (ablation.config("semi-detr", 10, 0)[0], ablation.config("semi-detr", 10, 0, burn_in=True)[0]):
+        assert (config["folds"], config["flip"]) == ("f", False)
 
 
 def test_what_was_measured_during_training_is_kept_once(tmp_path):

@@ -15,7 +15,7 @@ from semidetr_lite import cli
 from semidetr_lite.data import digits
 from semidetr_lite.training import presets
 from semidetr_lite.training.checkpoint import load_state
-from semidetr_lite.training.train import Run
+from semidetr_lite.training.train import Run, new_config
 from tests.test_train import SMALL
 from tests.test_trust import interrupt
 
@@ -121,7 +121,63 @@ def test_predict_writes_pictures_and_coco_json(monkeypatch, trained, tmp_path, c
     listed = json.loads((tmp_path / "images.json").read_text())["images"]
     assert len(listed) == 12 and {row["category_id"] for row in rows} <= {3, 7} and len(rows[0]["bbox"]) == 4
     pictures = list(tmp_path.glob("*.png"))
-    assert len(pictures) == 12 and Image.open(pictures[0]).size[0] > 50
+    assert len(pictures) == 12 and all(Image.open(picture).width >= 320 for picture in pictures)
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    large = tmp_path / "large.png"
+    Image.new("RGB", (1000, 500)).save(large)
+    assert run(monkeypatch, "predict", trained / "run", large, tmp_path / "broken.png", "--out", tmp_path / "b") == 2
+    said = capsys.readouterr().err
+    assert "broken.png: not a readable image" in said and "1 of 2 images are left out, the others are done" in said
+    assert Image.open(tmp_path / "b/00000_large.png").width == pytest.approx(1000, abs=30)  # and a border
+    assert [row["id"] for row in json.loads((tmp_path / "b/images.json").read_text())["images"]] == [0]
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["predict", "RUN", "--out", "OUT"], "give images or folders"),
+        (["predict", "RUN", "IMAGES", "--out", "OUT", "--score", "2"], "--score 2: not in 0..1"),
+        (["evaluate", "RUN", "--truth", "x.json"], "give a run folder (with --voc if you like), or --truth"),
+        (["train", "--out", "OUT", "--unlabelled", "x"], "--unlabelled x goes with --data"),
+        (["train", "--out", "OUT", "--workers", "-1"], "--workers must be at least 0, got -1"),
+        (["train", "--out", "OUT", "--seed", "-1"], "the options: not a recipe (ValueError: seed cannot be -1"),
+        (["train", "--out", "OUT", "--accumulate", "99"], "cannot be run in 99 parts; lower --accumulate"),
+        (["train", "--out", "OUT", "--burn-in", "x"], "x: no run to start from, it has no last.pt"),
+        (["train", "--out", "OUT", "--backbone-weights", "none"], "the preset digits has no ResNet"),
+        (["doctor", "--data", "IMAGES", "--out", "x.jpg"], "x.jpg: the picture is a .png file"),
+    ],
+)
+def test_options_that_do_not_go_together_get_one_line(monkeypatch, trained, tmp_path, capsys, words, said):
+    places = {"RUN": trained / "run", "OUT": tmp_path / "out", "IMAGES": trained / "data/images"}
+    assert run(monkeypatch, *(places.get(word, word) for word in words)) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_backbone_weights_are_a_file_or_none():
+    def chosen(weights):
+        return new_config("coco-10pct", backbone_weights=weights)["recipe"]["arguments"]["backbone_weights"]
+
+    assert [chosen(weights) for weights in (None, "none", "r50.pth")] == ["IMAGENET1K_V1", None, "r50.pth"]
+    assert presets.PRESETS["coco-10pct"].arguments["dino"]["backbone_weights"] == "IMAGENET1K_V1"
+
+
+def test_a_burn_in_on_other_labels_is_told(monkeypatch, trained, tmp_path, capsys):
+    words = [
+        "train",
+        "--data",
+        trained / "data",
+        "--burn-in",
+        trained / "run",
+        "--method",
+        "supervised",
+        "--workers",
+        0,
+    ]
+    assert run(monkeypatch, *words, "--percent", 100, "--out", tmp_path / "a") == 0
+    assert "warning" not in capsys.readouterr().err
+    assert run(monkeypatch, *words, "--percent", 50, "--out", tmp_path / "b") == 0
+    assert "run was trained with percent 100.0: what it learned may come from labels" in capsys.readouterr().err
 
 
 def test_evaluate_measures_runs_and_json_files(monkeypatch, trained, tmp_path, capsys):
@@ -132,6 +188,9 @@ def test_evaluate_measures_runs_and_json_files(monkeypatch, trained, tmp_path, c
     (tmp_path / "found.json").write_text(json.dumps(rows))
     assert run(monkeypatch, "evaluate", "--truth", truth, "--detections", tmp_path / "found.json") == 0
     assert "AP         1.0000000000" in capsys.readouterr().out
+    (tmp_path / "found.json").write_text(json.dumps([{**row, "image_id": 77} for row in rows]))
+    assert run(monkeypatch, "evaluate", "--truth", truth, "--detections", tmp_path / "found.json") == 2
+    assert "found.json: none of its 1 detections is on an image of the truth" in capsys.readouterr().err
 
 
 def test_compare_writes_a_page(monkeypatch, trained, tmp_path):

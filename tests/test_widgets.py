@@ -33,6 +33,8 @@ from semidetr_lite.teach.widgets import (
     plot_lines,
     show_dense,
 )
+from semidetr_lite.training.ablate import TABLES
+from semidetr_lite.training.checkpoint import read_lines
 from semidetr_lite.training.presets import PRESETS
 from semidetr_lite.visualize import plot_costs
 
@@ -65,8 +67,9 @@ CHANGES = {
 }
 
 AP = {"AP_teacher": 0.4, "AP_student": 0.3}
+KIND = {"detector": "dino", "preset": "digits", "steps": 1500}
 CURVES = [
-    {"row": row, "method": row, "preset": "digits", "percent": percent, "seed": seed, "step": step, **AP, **more}
+    {"row": row, "method": row, **KIND, "percent": percent, "seed": seed, "step": step, **AP, **more}
     for row, percent, more in (
         *(("supervised", 10.0, {}), ("supervised", 100.0, {"AP_teacher": 0.7, "duplicates": 0.2})),
         ("semi-detr", 10.0, {"pseudo_precision": 0.8, "pseudo_recall": 0.6, "duplicates": 2.0}),
@@ -118,6 +121,21 @@ def answer(image, target) -> dict:
     boxes, chance = target["boxes"], torch.rand(3, count, count, generator=torch.Generator().manual_seed(0))
     pairings = {"same number": (boxes.flip(0), chance), "consistency query": (boxes, chance + 2 * torch.eye(count))}
     return {"images": (image, image), "boxes": boxes, "places": boxes, "pairings": pairings}
+
+
+def test_recorded_curves_are_means_of_runs_of_one_kind():
+    """Of another detector, preset or length are curves of their own."""
+    lines = read_lines(NOTEBOOKS / "recorded/ablation_curves.jsonl")
+    explorer = explore_recorded(lines)
+    assert {name for name, box in explorer.controls.items() if getattr(box, "value", 0) is True} == set(TABLES["main"])
+    figure = explorer.draw(10.0, "AP_teacher", **dict.fromkeys(list(explorer.controls)[2:], True))
+    drawn = {curve.get_label(): curve for curve in figure.axes[0].lines}
+    others = {"mean-teacher, 3,000 steps", "mean-teacher, deformable-detr", "supervised, fcos"}
+    assert set(TABLES["main"]) | others <= set(drawn) and not any("digits-full" in name for name in drawn)
+    assert figure.texts[0].get_text().startswith(f"{len(drawn)} rows with 10 %")
+    kind = {"row": "mean-teacher", "detector": "dino", "steps": 1500, "percent": 10.0, "step": 1500}
+    last = [100 * line["AP_teacher"] for line in lines if kind.items() <= line.items()]
+    assert len(last) == 3 and drawn["mean-teacher"].get_ydata()[-1] == pytest.approx(np.mean(last))
 
 
 def test_a_control_for_every_kind_of_values_begins_at_the_default():

@@ -118,7 +118,10 @@ def _lines(summary: dict, defects: list[str]) -> list[str]:
     for name, part in summary.items():
         lines.append(f"{name}: {part['images']:,} images ({part['source']})")
         if "classes" in part:
-            marks = ", ".join(f"{part[key]:,} {key}" for key in ("crowd", "difficult") if part[key])
+            marks = ("crowd", "difficult")[
+                part["crowd"] == part["difficult"] :
+            ]  # VOC's difficult ones are read as crowd
+            marks = ", ".join(f"{part[key]:,} {key}" for key in marks if part[key])
             boxes = f"{part['boxes']:,} boxes{f' ({marks})' if marks else ''} of {len(part['classes'])} classes"
             lines.append(f"  {boxes}; {part['empty']:,} images without a box")
             lines += _bars("boxes of each class", sorted(part["classes"].items(), key=lambda item: -item[1]))

@@ -142,5 +142,5 @@ def _resnet_weights(name: str, weights: str) -> dict:
         return torchvision.models.get_model_weights(name)[weights].get_state_dict()
     except Exception as problem:
         reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-        advice = "give the path of a .pth file, or 'none' for random weights"
+        advice = "give a .pth file of torchvision's, or 'none' for random ones (--backbone-weights)"
         raise UserError(f"cannot get the {name} weights {weights!r} ({reason}): {advice}") from None

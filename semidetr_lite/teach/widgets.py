@@ -29,7 +29,7 @@ from semidetr_lite.detectors.denoising import Denoising, group_mask
 from semidetr_lite.errors import UserError
 from semidetr_lite.matching import hungarian, matching_cost, one_to_many, pad_targets
 from semidetr_lite.teach.exercises import em_steps as fitted
-from semidetr_lite.training.ablate import STEP_RATIO
+from semidetr_lite.training.ablate import ROWS, STEP_RATIO, TABLES
 from semidetr_lite.training.checkpoint import read_config, read_lines
 from semidetr_lite.training.measure import readable
 from semidetr_lite.training.presets import PRESETS, load_splits
@@ -451,15 +451,20 @@ QUANTITIES |= {"duplicates": "boxes too many for an object found, without NMS"}
 def explore_recorded(lines: Sequence[dict]) -> Explorer:
     """Curves of an ablation, from the lines of its ablation_curves.jsonl: the rows that are ticked, mean of the seeds.
 
-    Over the time spent, in supervised steps, from the end of the burn-in on; a semi-supervised step takes longer.
+    Over the time spent, in supervised steps, from the end of the burn-in on; a semi-supervised step takes longer. Runs
+    of another detector, preset or length are rows of their own; those of the main table are ticked at first.
     """
     rows: dict[str, dict] = {}
+    lengths: dict[tuple, int] = {}
+    for line in lines:
+        kind = (line["row"], line["detector"], line["preset"])
+        lengths[kind] = min(line["steps"], lengths.get(kind, line["steps"]))
     for line in lines:
         time, before = line["step"], PRESETS[line["preset"]].burn_in_steps
         if line["method"] != "supervised":
             time = before + STEP_RATIO * time
         if time >= before:
-            rows.setdefault(line["row"], {}).setdefault((line["percent"], time), []).append(line)
+            rows.setdefault(_row_name(line, lengths), {}).setdefault((line["percent"], time), []).append(line)
 
     def draw(percent, quantity, **ticked):
         curves, factor = {}, 100 if quantity in SHARES else 1
@@ -467,8 +472,8 @@ def explore_recorded(lines: Sequence[dict]) -> Explorer:
             known = {time: looks[share, time] for share, time in sorted(looks) if share == percent and ticked[row]}
             found = {time: [one[quantity] for one in seeds if quantity in one] for time, seeds in known.items()}
             found = {time: factor * np.mean(values) for time, values in found.items() if values}
-            curves[row] = (list(found), list(found.values()))
-        title = f"{sum(map(bool, ticked.values()))} rows with {percent:g} % of the labels"
+            curves |= {row: (list(found), list(found.values()))} if found else {}
+        title = f"{len(curves)} {'row' if len(curves) == 1 else 'rows'} with {percent:g} % of the labels"
         figure = plot_lines(curves, "time, in supervised steps", QUANTITIES[quantity], title)
         figure.axes[0].autoscale(axis="y")
         return figure
@@ -476,8 +481,16 @@ def explore_recorded(lines: Sequence[dict]) -> Explorer:
     percents = sorted({share for looks in rows.values() for share, _ in looks})
     controls = {"percent": _control("percent", percents, inspect.Parameter.empty)}
     controls["quantity"] = _control("quantity", {name: key for key, name in QUANTITIES.items()}, "AP_teacher")
-    look = {"indent": False, "layout": {"width": "160px"}}
-    return Explorer(draw, controls | {row: ipywidgets.Checkbox(True, description=row, **look) for row in rows})
+    look = {"indent": False, "layout": {"width": "240px"}}
+    boxes = {row: ipywidgets.Checkbox(row in TABLES["main"], description=row, **look) for row in rows}
+    return Explorer(draw, controls | boxes)
+
+
+def _row_name(line: dict, lengths: dict[tuple, int]) -> str:
+    """The row of a line, with what sets it apart: detector, preset, and the steps of a run that is not the shortest."""
+    row, detector, preset, steps = (line[key] for key in ("row", "detector", "preset", "steps"))
+    named = [row] + [detector] * (detector != (ROWS[row].detector or "dino")) + [preset] * (preset != "digits")
+    return ", ".join(named + [f"{steps:,} steps"] * (steps > lengths[row, detector, preset]))
 
 
 def explore_mixture(pools: dict[str, tuple]) -> Explorer:

@@ -75,6 +75,8 @@ class Ablation:
         self.recipe = PRESETS[self.settings["preset"]]
         self.steps = self.recipe.steps if steps is None else steps
         self.burn_in_steps = self.recipe.burn_in_steps if burn_in_steps is None else burn_in_steps
+        if self.steps < 1:
+            raise UserError(f"steps must be at least 1, got {self.steps}")
 
     def go(self, tables: list[str], rows: list[str], percents: list[float], seeds: list[int]) -> None:
         """Run what has no line yet. `rows` picks some of the tables' rows, all of them if it is empty."""
@@ -83,12 +85,18 @@ class Ablation:
         if unknown:
             known = ", ".join(dict.fromkeys(row for _, row, _ in chosen))
             raise UserError(f"no row called {sorted(unknown)[0]!r} in {', '.join(tables)}: choose from {known}")
+        jobs = []
         for percent in percents:
             for seed in seeds:
                 for table, row, name in chosen:
                     whole = percent == 100 and not self.recipe.further and name != "supervised"
                     if (not rows or row in rows) and not whole:  # with all labels nothing is left to be labelled
-                        self.line(table, row, name, percent, seed)
+                        jobs.append((table, row, name, percent, seed))
+                        self.config(name, percent, seed)  # what cannot be run is said before the first run
+        if not jobs:
+            raise UserError("nothing to run: give tables, rows, percents and seeds; with all labels, supervised alone")
+        for job in jobs:
+            self.line(*job)
 
     def line(self, table: str, row: str, name: str, percent: float, seed: int) -> dict:
         """The line of one row, from the record or from a run made now."""
@@ -144,7 +152,7 @@ class Summary(NamedTuple):
     """One row of a table."""
 
     table: str
-    preset: str
+    preset: str  # and the data, if not digits
     detector: str
     percent: float
     row: str
@@ -164,6 +172,8 @@ def summarise(lines: list[dict]) -> list[Summary]:
     """
     groups: dict[tuple, list[dict]] = {}
     for line in lines:
+        data = line.get("data", "digits")
+        line = {**line, "preset": line["preset"] if data == "digits" else f"{line['preset']}, {data}"}
         key = tuple(line[name] for name in ("table", "preset", "detector", "percent", "row"))
         groups.setdefault((*key, line.get("steps", 0)), []).append(line)
     means, found = {key: statistics.mean(100 * line["AP"] for line in groups[key]) for key in groups}, []

@@ -55,7 +55,8 @@ def new_config(
     preset: str = "digits", method: str = "semi-detr", detector: str = "dino", data: str = "digits",
     images: str | None = None, unlabelled: str | None = None, validation: str | None = None,
     percent: float | None = None, fold: int = 1, seed: int = 0, steps: int | None = None, burn_in: str | None = None,
-    folds: str | None = None, flip: bool = True, skip_unreadable: bool = False, **changes,
+    folds: str | None = None, flip: bool = True, skip_unreadable: bool = False,
+    backbone_weights: str | None = None, **changes,
 ) -> dict:  # fmt: skip
     """The settings of a run, complete, as they go to config.json. `changes` replace fields of the preset's
     Recipe, where they are not None."""
@@ -64,8 +65,17 @@ def new_config(
         if settings[kind] not in known:
             raise UserError(f"no {kind} called {settings[kind]!r}: choose from {', '.join(known)}")
     presets.check_pair(method, detector)
+    for name in ("images", "unlabelled", "validation", "folds"):
+        if data == "digits" and settings[name]:
+            raise UserError(
+                f"--{name} {settings[name]} goes with --data; the digits, which are its default, have their own"
+            )
     recipe = dataclasses.asdict(presets.PRESETS[preset])
     recipe["arguments"] = recipe["arguments"][detector]
+    if backbone_weights:
+        if recipe["arguments"]["backbone"] == "tiny":
+            raise UserError(f"--backbone-weights {backbone_weights}: the preset {preset} has no ResNet to give them to")
+        recipe["arguments"] |= {"backbone_weights": None if backbone_weights == "none" else backbone_weights}
     unknown = sorted(set(changes) - set(recipe))
     if unknown:
         raise UserError(f"no field {unknown[0]!r} in a preset: choose from {', '.join(recipe)}")
@@ -119,6 +129,8 @@ class Run:
 
     def __init__(self, config: dict, out, resume=False, splits: Splits | None = None, workers=1, quiet=False, how=None):
         self.out, self.workers, self.quiet = Path(out), workers, quiet or distributed.rank() > 0
+        if workers < 0:
+            raise UserError(f"--workers must be at least 0, got {workers}")
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"{self.out}: is a file; --out must be a folder")
         unsaved = (self.out / "config.json").exists() and not (self.out / "last.pt").exists()
@@ -130,13 +142,17 @@ class Run:
             config = read_config(self.out)
         elif (self.out / "last.pt").exists():
             raise UserError(f"{self.out}: holds a run already; choose another --out, or go on with --resume")
-        file = self.out / "config.json"
+        file = self.out / "config.json" if resume else "the options"
         with reading(file, "not a recipe"):
             config = {**config, "recipe": {**config["recipe"], **(how or {})}}
         self.recipe: Recipe = make_recipe(config, file)
         self.splits = splits or presets.load_splits(config, file)
         self.config = {**config, "categories": self.splits.categories}
         self.unlabelled = 0 if config["method"] == "supervised" else self.recipe.unlabelled_images  # a step
+        fewest = min(filter(None, (self.recipe.labelled_images, self.unlabelled))) // distributed.world()
+        if self.recipe.accumulate > fewest:
+            parts = self.recipe.accumulate
+            raise UserError(f"{fewest} images of a kind a step cannot be run in {parts} parts; lower --accumulate")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.step, self.seconds, self.offset, self.skipped = 0, 0.0, 0, 0
         self.logged, self.began = 0, time.perf_counter()
@@ -154,7 +170,7 @@ class Run:
             self.step, self.seconds, self.offset = state["step"], state["seconds"], state["offset"]
             self.skipped = state.get("skipped", 0)
         elif config["burn_in"]:
-            start = load_state(burn_in)
+            start = self._burnt_in(burn_in)
             self.offset = start["offset"] + start["step"]
         self.arguments = dict(self.recipe.arguments)
         torch.manual_seed(config["seed"])
@@ -174,6 +190,19 @@ class Run:
                 named = [(key.partition("."), value) for key, value in start["method"].items()]
                 own = {key: value for (owner, _, key), value in named if owner == part}
                 fill(getattr(self.method, part), own, burn_in)
+
+    def _burnt_in(self, file: Path) -> dict:
+        """The checkpoint to start from; a warning if it may have seen other labels than this run has."""
+        if not file.is_file():
+            raise UserError(f"{file.parent}: no run to start from, it has no last.pt; give --burn-in a finished run")
+        start = load_state(file)
+        with reading(file, "not a checkpoint of a run"):
+            begun = dict(json.loads(start["config"]))
+        other = [f"{key} {begun.get(key)}" for key in ("data", "percent", "fold") if begun.get(key) != self.config[key]]
+        if other and distributed.rank() == 0:
+            said = "what it learned may come from labels that this run does not have"
+            print(f"warning: {file.parent} was trained with {', '.join(other)}: {said}", file=sys.stderr)
+        return start
 
     def go(self) -> dict:
         """Train to the end; returns the last log line, with the AP on the test split under "test".
