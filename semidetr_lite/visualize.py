@@ -141,6 +141,7 @@ def draw_boxes(ax, image, target=None, truth=None, categories=None, style="predi
     ranked = sorted(range(len(rows)), key=lambda place: -1 if rows[place][2] is None else -rows[place][2])
     named = [place for place in ranked if styles[place] != "dropped"][:MOST_LABELS]
     for place, (box, label, score) in enumerate(rows):
+        box = np.clip(box, -1, [width + 1, height + 1] * 2)  # what lies beyond would cross the words around the image
         text = _text(label, categories, score) if place in named else ""
         labels.append(_draw_box(ax, box, styles[place], label, text))
     _write_labels(ax, labels, (height, width))

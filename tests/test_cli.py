@@ -141,7 +141,7 @@ def test_predict_writes_pictures_and_coco_json(monkeypatch, trained, tmp_path, c
         (["train", "--out", "OUT", "--unlabelled", "x"], "--unlabelled x goes with --data"),
         (["train", "--out", "OUT", "--workers", "-1"], "--workers must be at least 0, got -1"),
         (["train", "--out", "OUT", "--seed", "-1"], "the options: not a recipe (ValueError: seed cannot be -1"),
-        (["train", "--out", "OUT", "--accumulate", "99"], "cannot be run in 99 parts; lower --accumulate"),
+        (["train", "--out", "OUT", "--accumulate", "99"], "labelled images a step cannot be run in 99 parts; lower"),
         (["train", "--out", "OUT", "--burn-in", "x"], "x: no run to start from, it has no last.pt"),
         (["train", "--out", "OUT", "--backbone-weights", "none"], "the preset digits has no ResNet"),
         (["doctor", "--data", "IMAGES", "--out", "x.jpg"], "x.jpg: the picture is a .png file"),

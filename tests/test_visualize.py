@@ -55,6 +55,12 @@ FOUND = target(
 )
 
 
+def test_a_box_beyond_the_image_ends_at_its_edge():
+    figure = visualize.show_targets([torch.zeros(3, 40, 60)], [{"boxes": [[-30, 5, 90, 99]], "labels": [0]}], None)
+    (box,) = [patch for patch in figure.axes[0].patches if patch.get_gid() == "truth"]
+    assert box.get_bbox().extents.tolist() == [-1, 5, 61, 41]
+
+
 def test_boxes_lie_on_the_pixels_they_name():
     ax = axes()
     draw_boxes(ax, HIGH, target((0, 8, 96, 128)))

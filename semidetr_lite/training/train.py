@@ -149,10 +149,10 @@ class Run:
         self.splits = splits or presets.load_splits(config, file)
         self.config = {**config, "categories": self.splits.categories}
         self.unlabelled = 0 if config["method"] == "supervised" else self.recipe.unlabelled_images  # a step
-        fewest = min(filter(None, (self.recipe.labelled_images, self.unlabelled))) // distributed.world()
-        if self.recipe.accumulate > fewest:
-            parts = self.recipe.accumulate
-            raise UserError(f"{fewest} images of a kind a step cannot be run in {parts} parts; lower --accumulate")
+        for kind, count in (("labelled", self.recipe.labelled_images), ("unlabelled", self.unlabelled)):
+            own, parts = count // distributed.world(), self.recipe.accumulate
+            if count and parts > own:
+                raise UserError(f"{own} {kind} images a step cannot be run in {parts} parts; lower accumulate")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.step, self.seconds, self.offset, self.skipped = 0, 0.0, 0, 0
         self.logged, self.began = 0, time.perf_counter()
