@@ -150,9 +150,9 @@ class Run:
         self.config = {**config, "categories": self.splits.categories}
         self.unlabelled = 0 if config["method"] == "supervised" else self.recipe.unlabelled_images  # a step
         for kind, count in (("labelled", self.recipe.labelled_images), ("unlabelled", self.unlabelled)):
-            own, parts = count // distributed.world(), self.recipe.accumulate
-            if count and parts > own:
-                raise UserError(f"{own} {kind} images a step cannot be run in {parts} parts; lower accumulate")
+            if 0 < count < self.recipe.accumulate:
+                parts = self.recipe.accumulate
+                raise UserError(f"{count} {kind} images a step cannot be run in {parts} parts; lower accumulate")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.step, self.seconds, self.offset, self.skipped = 0, 0.0, 0, 0
         self.logged, self.began = 0, time.perf_counter()
