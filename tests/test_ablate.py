@@ -60,6 +60,17 @@ def test_a_run_counts_in_every_table_that_names_it(tmp_path):
     assert sorted(path.name for path in (tmp_path / "runs/dino/50pct/seed0").iterdir()) == ["burn-in", "semi-detr"]
 
 
+def test_a_run_of_another_table_is_not_made_again(tmp_path):
+    """On whatever machine it was made: its folder need not be here."""
+    record = tmp_path / "record.jsonl"
+    Ablation(tmp_path / "there", record, quiet=True).go(["main"], ["semi-detr"], [50], [0])
+    Ablation(tmp_path / "here", record, quiet=True).go(["matching", "boxes"], ["stage-wise", "union"], [50], [0])
+    first, *others = read_lines(record)
+    assert [(line["table"], line["row"]) for line in others] == [("matching", "stage-wise"), ("boxes", "union")]
+    assert all({**line, "table": "main", "row": "semi-detr"} == first for line in others)
+    assert not (tmp_path / "here").exists()
+
+
 def test_an_unfinished_run_goes_on(monkeypatch, tmp_path):
     ablation = Ablation(tmp_path, tmp_path / "record.jsonl", steps=2, quiet=True, log_every=1)
     step = Run.train_step

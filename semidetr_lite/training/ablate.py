@@ -51,7 +51,7 @@ TABLES = {
     "matching": {"one-to-one": "one-to-one", "one-to-many": "one-to-many", "stage-wise": "semi-detr"},
     "threshold": {"fixed": "+SHM+CQC", "mean+std": "mean+std", "top-k": "top-k", "mixture": "semi-detr"},
     "boxes": {"confident": "+SHM+CQC", "mined": "mined", "union": "semi-detr", "mined as targets": "mined as targets"},
-    "switch": {name: name for name in list(ROWS)[-3:]},
+    "switch": {"as in the preset": "semi-detr", **{name: name for name in list(ROWS)[-3:]}},
 }
 
 
@@ -102,9 +102,14 @@ class Ablation:
         """The line of one row, from the record or from a run made now."""
         config, folder = self.config(name, percent, seed)
         identity = {"table": table, "row": row, **{key: config[key] for key in KEYS}}
-        for line in read_lines(self.record):
-            if all(line.get(key) == value for key, value in identity.items()):
+        known = [line for line in read_lines(self.record) if all(line.get(key) == config[key] for key in KEYS)]
+        for line in known:
+            if (line["table"], line["row"]) == (table, row):
                 return line
+        for line in known:
+            if TABLES.get(line["table"], {}).get(line["row"]) == name:  # the same run, in another table
+                append_lines(self.record, [line | identity])
+                return line | identity
         if not (folder / "config.json").exists() and config["burn_in"]:
             finish(*self.config(name, percent, seed, burn_in=True), quiet=self.quiet)
         finish(config, folder, quiet=self.quiet)
