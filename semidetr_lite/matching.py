@@ -69,6 +69,8 @@ def matching_cost(
         (Q, T) class_weight * class cost + l1_weight * L1 of cxcywh - giou_weight * GIoU; may be negative. ValueError
         for another class_cost.
     """
+    if class_cost not in ("focal", "softmax"):
+        raise ValueError(f"class_cost must be 'focal' or 'softmax', got {class_cost!r}")
     boxes = to_model(target["boxes"].float(), target["size"]).to(pred_boxes.device)
     labels = target["labels"].to(logits.device)
     return batched_cost(logits, pred_boxes, boxes, labels, class_cost, class_weight, l1_weight, giou_weight)
@@ -118,8 +120,6 @@ def batched_cost(
     Logits (..., Q, C), pred_boxes (..., Q, 4), boxes (..., T, 4) cxcywh, labels (..., T) -> (..., Q, T).
     """
     logits, pred_boxes, boxes = logits.float(), pred_boxes.float(), boxes.float()
-    if class_cost not in ("focal", "softmax"):
-        raise ValueError(f"class_cost must be 'focal' or 'softmax', got {class_cost!r}")
     if class_cost == "softmax":
         prices = -logits.softmax(-1)
     else:

@@ -65,6 +65,12 @@ def cost_by_loop(logits, pred_boxes, target, kind: str) -> list[list[float]]:
     return rows
 
 
+def test_an_unknown_class_cost_is_refused():
+    target = {"boxes": torch.tensor([[1.0, 1, 5, 5]]), "labels": torch.tensor([0]), "size": (8, 8)}
+    with pytest.raises(ValueError, match="class_cost must be 'focal' or 'softmax', got 'sofmax'"):
+        matching_cost(torch.zeros(3, 2), torch.rand(3, 4), target, class_cost="sofmax")
+
+
 @pytest.mark.parametrize("kind", ["focal", "softmax"])
 def test_matching_cost_equals_its_closed_form(kind):
     target = some_target(3)
