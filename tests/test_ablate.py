@@ -185,7 +185,7 @@ def test_other_data_has_tables_of_its_own():
     ours, theirs = made("semi-detr", 10, [50]), [line | {"data": "x.json"} for line in made("semi-detr", 10, [60])]
     assert [(row.preset, row.values) for row in summarise(ours + theirs)] == [
         ("digits", [50]),
-        ("digits, x.json", [60]),
+        ("preset digits on x.json", [60]),
     ]
 
 

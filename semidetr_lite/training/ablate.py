@@ -178,7 +178,7 @@ def summarise(lines: list[dict]) -> list[Summary]:
     groups: dict[tuple, list[dict]] = {}
     for line in lines:
         data = line.get("data", "digits")
-        line = {**line, "preset": line["preset"] if data == "digits" else f"{line['preset']}, {data}"}
+        line = {**line, "preset": line["preset"] if data == "digits" else f"preset {line['preset']} on {data}"}
         key = tuple(line[name] for name in ("table", "preset", "detector", "percent", "row"))
         groups.setdefault((*key, line.get("steps", 0)), []).append(line)
     means, found = {key: statistics.mean(100 * line["AP"] for line in groups[key]) for key in groups}, []
