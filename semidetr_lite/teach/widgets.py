@@ -489,7 +489,8 @@ def explore_recorded(lines: Sequence[dict]) -> Explorer:
 def _row_name(line: dict, lengths: dict[tuple, int]) -> str:
     """The row of a line, with what sets it apart: detector, preset, and the steps of a run that is not the shortest."""
     row, detector, preset, steps = (line[key] for key in ("row", "detector", "preset", "steps"))
-    named = [row] + [detector] * (detector != (ROWS[row].detector or "dino")) + [preset] * (preset != "digits")
+    usual = ROWS[row].detector if row in ROWS else None
+    named = [row] + [detector] * (detector != (usual or "dino")) + [preset] * (preset != "digits")
     return ", ".join(named + [f"{steps:,} steps"] * (steps > lengths[row, detector, preset]))
 
 
