@@ -108,4 +108,6 @@ def test_a_slider_redraws_its_picture_after_run_all(lab, browser):
     handle = browser.find_element("css selector", ".jp-OutputArea .widget-slider .noUi-handle")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'}); arguments[0].focus()", handle)
     handle.send_keys(Keys.ARROW_RIGHT)
-    wait(lambda: [one for one in pictures() if one.get_attribute("src") != before], 10, "another picture")
+    # in one script: a picture may be replaced between being found and being asked
+    sources = "return [...document.querySelectorAll('.jp-OutputArea .widget-html img')].map(one => one.src)"
+    wait(lambda: [one for one in browser.execute_script(sources) if one != before], 10, "another picture")
