@@ -192,8 +192,10 @@ def predict(run: Folder, images: Folders, out: Path, score: float = 0.3, weights
         score: the least score of a box that is drawn or written.
         weights: the student's, or its average's (the teacher's).
     """
-    if not images or not 0 <= score <= 1:
-        raise UserError("predict: give images or folders of them" if not images else f"--score {score:g}: not in 0..1")
+    if not images:
+        raise UserError("predict: give images or folders of them")
+    if not 0 <= score <= 1:
+        raise UserError(f"--score {score:g}: not in 0..1")
     detector = load_detector(run, weights)
     files = [file for path in images for file in _image_files(path)]
     found, unread = {}, []

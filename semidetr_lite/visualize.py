@@ -611,7 +611,7 @@ def plot_ablation(rows, title=None) -> Picture:
     seen = [value for row in rows for value in (*row.values, row.mean - row.error, row.mean + row.error)]
     for ax, ((table, preset, detector, percent), members) in zip(np.atleast_1d(axes), panels.items()):
         for place, row in enumerate(members):
-            color = method_color(row.row, 2)
+            color = method_color(row.row, 2)  # black where a row names no method
             ax.plot(row.values, [place] * len(row.values), "o", color=color, markersize=4, alpha=0.5, linewidth=0)
             spread = 0 if row.error != row.error else row.error
             ax.errorbar(row.mean, place, xerr=spread, fmt="D", color=color, markersize=5, capsize=4, linewidth=1.6)
@@ -627,14 +627,13 @@ def plot_ablation(rows, title=None) -> Picture:
     best = max((row for row in main if row.gap == row.gap), key=lambda row: row.gap, default=None)
     said = ""
     if best:
-        same = [row for row in main if row[1:4] == best[1:4] and row.gap >= best.gap - 2]  # which nothing tells apart
-        *others, last = [row.row for row in same]
-        who = (
-            f"{', '.join(others)} and {last} close {min(row.gap for row in same):.0f} to"
-            if others
-            else f"{last} closes"
-        )
-        said = f"{who} {best.gap:.0f} % of the gap at {best.percent:g} % of the labels"
+        kind = (best.preset, best.detector, best.percent)
+        alike = [row for row in main if (row.preset, row.detector, row.percent) == kind and row.gap >= best.gap - 2]
+        *others, last = [row.row for row in alike]  # which nothing tells apart
+        to = f"{last} closes"
+        if others:
+            to = f"{', '.join(others)} and {last} close {min(row.gap for row in alike):.0f} to"
+        said = f"{to} {best.gap:.0f} % of the gap at {best.percent:g} % of the labels"
     return _headline(figure, title, said or "The ablation")
 
 

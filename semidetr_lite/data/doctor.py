@@ -118,8 +118,7 @@ def _lines(summary: dict, defects: list[str]) -> list[str]:
     for name, part in summary.items():
         lines.append(f"{name}: {part['images']:,} images ({part['source']})")
         if "classes" in part:
-            same = part["crowd"] == part["difficult"]  # VOC's difficult ones are read as crowd
-            marks = ("difficult",) if same else ("crowd", "difficult")
+            marks = ("crowd", "difficult")[part["crowd"] == part["difficult"] :]  # VOC's are read as crowd
             marks = ", ".join(f"{part[key]:,} {key}" for key in marks if part[key])
             boxes = f"{part['boxes']:,} boxes{f' ({marks})' if marks else ''} of {len(part['classes'])} classes"
             lines.append(f"  {boxes}; {part['empty']:,} images without a box")

@@ -280,6 +280,14 @@ class MeanTeacher(Averaged):
             pseudo = pseudo_boxes(self.teacher(images), target_sizes(weak), self.most, self.nms)
         return Look(pseudo, pseudo.carried(weak, strong), None, None)
 
+    def minable(self, pseudo: PseudoBoxes) -> torch.Tensor:
+        """(B, K) bool: the boxes that mining chooses from, none here."""
+        return torch.zeros_like(pseudo.valid)
+
+    def mined(self, matched: np.ndarray, threshold: float, minable: np.ndarray) -> np.ndarray:
+        """(B, K) bool: the boxes mined, of Hungarian costs `matched` (nan: unmatched); without a rule all minable."""
+        return minable
+
     def confident(self, look: Look) -> PaddedTargets:
         """In the strong views, the boxes over the score cut."""
         return look.carried._replace(valid=look.carried.valid & (look.pseudo.scores >= self.score_cut))

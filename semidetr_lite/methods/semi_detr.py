@@ -144,11 +144,9 @@ class SemiDETR(MeanTeacher):
 
     def minable(self, pseudo: PseudoBoxes) -> torch.Tensor:
         """(B, K) bool: the boxes, best first in each image, that mining chooses from."""
-        if self.mining == "none":
-            return torch.zeros_like(pseudo.valid)
         if self.mining == "top":
             return pseudo.valid & (torch.arange(pseudo.valid.shape[1], device=pseudo.valid.device) < self.mined_top)
-        return above_mean_and_deviation(pseudo)
+        return super().minable(pseudo) if self.mining == "none" else above_mean_and_deviation(pseudo)
 
     def decide(
         self, labelled: Layers, unlabelled: Layers, boxes: dict, carried: PaddedTargets, seen, stage: str

@@ -24,12 +24,17 @@ from semidetr_lite.methods.mean_teacher import Averaged, Look
 from semidetr_lite.training.presets import Recipe
 
 
+def check_parts(kind: str, images: int, parts: int) -> None:
+    """Raises UserError where a step has fewer images of a kind than parts."""
+    if images < parts:
+        raise UserError(f"{images} {kind} images a step cannot be run in {parts} parts; lower accumulate")
+
+
 def micro_batches(batch: dict, parts: int) -> list[dict]:
     """A batch in `parts` of equal size (or one less), the mix of labelled and unlabelled images kept in each."""
     cut = {}
     for name, (images, targets) in batch.items():
-        if len(images) < parts:
-            raise UserError(f"{len(images)} {name} images a step cannot be run in {parts} parts; lower accumulate")
+        check_parts(name, len(images), parts)
         edges = [len(images) * part // parts for part in range(parts + 1)]
         cut[name] = [(images[a:b], targets[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
     return [{name: pieces[part] for name, pieces in cut.items()} for part in range(parts)]

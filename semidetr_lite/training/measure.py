@@ -18,7 +18,6 @@ from semidetr_lite.losses import layer_costs, stack_layers
 from semidetr_lite.matching import PaddedTargets
 from semidetr_lite.methods.cost_mining import matched_costs
 from semidetr_lite.methods.mean_teacher import Averaged, PseudoBoxes, pseudo_boxes
-from semidetr_lite.methods.semi_detr import SemiDETR
 
 
 def measure(detector: Detector, dataset: Dataset, images: int | None = None, voc: bool = False) -> dict:
@@ -107,17 +106,15 @@ def priced(method: Averaged, image: torch.Tensor, pseudo: PseudoBoxes) -> tuple[
 
     As in training, those over the score cut and those that mining chooses from are matched, by the last layer's costs.
     """
-    nothing = np.full(pseudo.valid.shape, np.nan), np.zeros(pseudo.valid.shape, dtype=bool)
     if isinstance(method.student, Pyramid):  # nothing is matched to queries there
-        return nothing
-    mines = isinstance(method, SemiDETR)
-    minable = method.minable(pseudo) if mines else torch.zeros_like(pseudo.valid)
+        return np.full(pseudo.valid.shape, np.nan), np.zeros(pseudo.valid.shape, dtype=bool)
+    minable = method.minable(pseudo)
     boxes, layers = to_model(pseudo.boxes, image.shape[-2:]), stack_layers(method.student([image]))
     asked = PaddedTargets(boxes, pseudo.labels, pseudo.over(method.score_cut) | minable)
     costs = layer_costs(layers, asked)[-2 if layers.encoder else -1]
     matched = matched_costs(costs.cpu().numpy(), asked.valid.cpu().numpy())
     threshold = method.stats.get("cost_threshold", -np.inf)  # nothing is mined before the first step
-    return matched, method.mined(matched, threshold, minable.cpu().numpy()) if mines else nothing[1]
+    return matched, method.mined(matched, threshold, minable.cpu().numpy())
 
 
 def duplicates(detector: Detector, dataset: Dataset, images: int = 150, score: float = 0.3, nms: float = 0.6) -> dict:

@@ -43,7 +43,7 @@ from semidetr_lite.training.checkpoint import (
     save_weights,
     write_whole,
 )  # fmt: skip
-from semidetr_lite.training.engine import Engine
+from semidetr_lite.training.engine import Engine, check_parts
 from semidetr_lite.training.measure import duplicates, measure, pseudo_quality, watched_boxes
 from semidetr_lite.training.presets import Recipe, make_recipe
 
@@ -67,9 +67,7 @@ def new_config(
     presets.check_pair(method, detector)
     for name in ("images", "unlabelled", "validation", "folds"):
         if data == "digits" and settings[name]:
-            raise UserError(
-                f"--{name} {settings[name]} goes with --data; the digits, which are its default, have their own"
-            )
+            raise UserError(f"--{name} {settings[name]} goes with --data; the digits, its default, have their own")
     recipe = dataclasses.asdict(presets.PRESETS[preset])
     recipe["arguments"] = recipe["arguments"][detector]
     if backbone_weights:
@@ -149,10 +147,9 @@ class Run:
         self.splits = splits or presets.load_splits(config, file)
         self.config = {**config, "categories": self.splits.categories}
         self.unlabelled = 0 if config["method"] == "supervised" else self.recipe.unlabelled_images  # a step
-        for kind, count in (("labelled", self.recipe.labelled_images), ("unlabelled", self.unlabelled)):
-            if 0 < count < self.recipe.accumulate:
-                parts = self.recipe.accumulate
-                raise UserError(f"{count} {kind} images a step cannot be run in {parts} parts; lower accumulate")
+        check_parts("labelled", self.recipe.labelled_images, self.recipe.accumulate)
+        if self.unlabelled:
+            check_parts("unlabelled", self.unlabelled, self.recipe.accumulate)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.step, self.seconds, self.offset, self.skipped = 0, 0.0, 0, 0
         self.logged, self.began = 0, time.perf_counter()
@@ -288,7 +285,8 @@ class Run:
         size = max(sizes, key=lambda size: size[0] * size[1])
         if views.short_sides:
             size = (max(views.short_sides), views.long_side)
-        self.engine.rehearse(size, self.recipe.labelled_images, self.unlabelled, min(self.recipe.most, 100))
+        most = min(self.recipe.most, 100)  # more than 100 that are confident in one image do not happen in practice
+        self.engine.rehearse(size, self.recipe.labelled_images, self.unlabelled, most)
 
     def _loader(self):
         """The batches of the steps that are left."""
