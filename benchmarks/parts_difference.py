@@ -45,7 +45,7 @@ def step_of(engine: Engine, batch: dict, step: int) -> tuple[dict[str, float], t
     values: dict[str, float] = {}
     for losses, found in engine.losses(batch, step):
         sum(losses.values()).backward()
-        values = {name: values.get(name, 0.0) + value for name, value in found.items()}
+        values = {name: values.get(name, 0.0) + value for name, value in zip(losses, found.tolist(), strict=True)}
     named = engine.method.named_parameters()
     return values, torch.cat([p.grad.flatten().double() for _, p in named if p.grad is not None])
 

@@ -24,6 +24,7 @@ from torchvision.ops import box_convert
 from semidetr_lite import distributed
 from semidetr_lite.boxes import overlaps
 from semidetr_lite.detectors.denoising import Answers
+from semidetr_lite.device import to_device, to_host
 from semidetr_lite.matching import PaddedTargets, assign_one_to_many, assign_one_to_one, batched_cost, pad_targets
 
 
@@ -105,11 +106,6 @@ def layer_loss(
     layers, padded = Layers(logits[None], pred_boxes[None], encoder=False), pad_targets(targets, logits.device)
     costs = to_host(layer_costs(layers, padded)) if stage == "one_to_one" else None
     return detection_loss(layers, padded, stage, costs, to_host(padded.valid), candidates, weights)
-
-
-def to_host(values: torch.Tensor):
-    """The one place where a step waits for the device: a tensor as a numpy array."""
-    return values.detach().cpu().numpy()
 
 
 def dense_loss(
@@ -211,7 +207,7 @@ def detection_loss(
     if stage == "one_to_many":
         assigned, quality = assign_one_to_many(layers.logits, layers.boxes, targets, candidates=candidates)
     else:
-        assigned = torch.from_numpy(assign_one_to_one(costs, valid)).to(layers.logits.device)
+        assigned = to_device(torch.from_numpy(assign_one_to_one(costs, valid)), layers.logits.device)
         quality = (assigned >= 0).float()
     kind = {"weights": weights, "no_object": layers.no_object, "count": count}
     return dense_loss(layers.logits, layers.boxes, targets, assigned, quality, stage, **kind)

@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert
 
 from semidetr_lite.boxes import pairwise_overlaps, to_model
+from semidetr_lite.device import to_device
 
 
 class Match(NamedTuple):
@@ -49,7 +50,7 @@ def pad_targets(targets: list[dict], device=None) -> PaddedTargets:
         boxes, labels = to_model(target["boxes"].float(), target["size"])[keep], target["labels"][keep]
         rows.append((boxes, labels, torch.ones_like(labels, dtype=torch.bool)))
     padded = (pad_sequence(entries, batch_first=True)[: len(targets)] for entries in zip(*rows, strict=True))
-    return PaddedTargets(*(entry.to(device) for entry in padded))
+    return PaddedTargets(*(to_device(entry, device) for entry in padded))
 
 
 # ---- one image, as a learner reads it --------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from torchvision.ops import nms
 
 from semidetr_lite.boxes import to_pixels
 from semidetr_lite.detectors.backbone import Tiny
-from semidetr_lite.detectors.detector import as_tensor, best_boxes, same_size_chunks
+from semidetr_lite.detectors.detector import as_tensor, best_boxes, padding, same_size_chunks
 from semidetr_lite.detectors.dino import DINO
 from semidetr_lite.errors import UserError
 
@@ -168,3 +168,11 @@ def test_best_boxes_of_many_images_do_not_suppress_each_other():
     sizes = torch.full((count, 2), 50)
     valid = best_boxes({"pred_logits": logits, "pred_boxes": boxes}, sizes, 90, 0.0, 0.5)[3]
     assert valid.sum(1).tolist() == [3] * count  # one of each class
+
+
+def test_padding_is_what_lies_beyond_each_image():
+    sizes = [(2, 3), (4, 1), (4, 3)]
+    expected = torch.ones(3, 4, 3, dtype=torch.bool)
+    for image, (height, width) in enumerate(sizes):
+        expected[image, :height, :width] = False
+    assert torch.equal(padding(sizes, torch.device("cpu")), expected)

@@ -69,7 +69,7 @@ def step_of(kind: str, case: str, parts: int = 1, look: bool = True) -> tuple[di
     engine, values = Engine(method, Recipe({}, None, 1, accumulate=parts * distributed.world())), {}
     for losses, found in engine.losses(batch, step):
         sum(losses.values()).backward()
-        values = {name: values.get(name, 0) + value for name, value in found.items()}
+        values = {name: values.get(name, 0) + value for name, value in zip(losses, found.tolist(), strict=True)}
     values |= {name: value for name, value in method.stats.items() if name == "cost_threshold"}
     gradients = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
     return values, gradients

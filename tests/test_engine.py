@@ -29,7 +29,9 @@ def run(kind: str, **options) -> tuple[dict, dict]:
     (losses, values), *more = made.losses(some_batch(**BATCH), step)
     sum(losses.values()).backward()
     assert not more
-    return values, {name: p.grad for name, p in made.method.named_parameters() if p.grad is not None}
+    return dict(zip(losses, values.tolist(), strict=True)), {
+        name: p.grad for name, p in made.method.named_parameters() if p.grad is not None
+    }
 
 
 def assert_close(ours, theirs, rel: float) -> None:

@@ -10,12 +10,12 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch.overrides import TorchFunctionMode
 
-from semidetr_lite import losses as losses_module
 from semidetr_lite.boxes import to_model, to_pixels
 from semidetr_lite.data.views import map_boxes
 from semidetr_lite.detectors.backbone import Tiny
 from semidetr_lite.detectors.detr import DETR
 from semidetr_lite.detectors.dino import DINO
+from semidetr_lite.device import to_device, to_host
 from semidetr_lite.errors import UserError
 from semidetr_lite.losses import detection_loss, layer_costs, layer_loss, stack_layers
 from semidetr_lite.matching import matching_cost, one_to_one, pad_targets
@@ -658,12 +658,14 @@ class Accelerator(TorchFunctionMode):
 
     The method's parameters and buffers lie on the device, and whatever is moved there by `.to(device)`, made there by
     `device=`, or computed from something that lies there. A read is a value, a shape that depends on values, or a copy
-    to the host.
+    to the host. A send is a copy to the device that waits for everything before it: numbers of Python, an index in a
+    list, or a tensor of the host without `non_blocking`.
     """
 
     def __init__(self, method: torch.nn.Module):
         super().__init__()
         self.reads: list[str] = []
+        self.sends: list[str] = []
         for tensor in (*method.parameters(), *method.buffers()):
             tensor.on_device = True
 
@@ -673,11 +675,20 @@ class Accelerator(TorchFunctionMode):
         there = any(getattr(tensor, "on_device", False) for tensor in given)
         masked = name == "__getitem__" and any(t.dtype == torch.bool for t in tensors_in(args[1:]))
         found = name == "where" and len(args) + len(kwargs) == 1
-        if there and (name in READS or masked or found):
-            line = next(f for f in reversed(traceback.extract_stack()[:-1]) if "torch" not in f.filename.split("/"))
-            self.reads.append(f"{line.filename.rsplit('/', 1)[-1]}:{line.lineno} {name}: {line.line}")
-        result = func(*args, **kwargs)
         moved = any(isinstance(entry, torch.device) for entry in (*args, *kwargs.values()))
+        if there and (name in READS or masked or found):
+            self.note(self.reads, name)
+        numbers = name == "new_tensor" and there or name in ("tensor", "as_tensor") and moved and not there
+        waiting = name == "to" and not on(args[0]) and (moved or any(map(on, given[1:])))
+        waiting = waiting and not kwargs.get("non_blocking")
+        index = args[1] if name in ("__getitem__", "__setitem__") else ()
+        index = index if isinstance(index, tuple) else (index,)
+        listed = there and any(
+            isinstance(i, list) or isinstance(i, torch.Tensor) and i.dim() and not on(i) for i in index
+        )
+        if numbers or waiting or listed:
+            self.note(self.sends, name)
+        result = func(*args, **kwargs)
         if name == "cpu":
             result = result.view_as(result)  # a tensor of its own, on the host
             result.on_device = False
@@ -688,15 +699,34 @@ class Accelerator(TorchFunctionMode):
                 tensor.on_device = True
         return result
 
+    @staticmethod
+    def note(where: list[str], name: str) -> None:
+        """The line of ours that called a function of torch."""
+        line = next(f for f in reversed(traceback.extract_stack()[:-2]) if "torch" not in f.filename.split("/"))
+        where.append(f"{line.filename.rsplit('/', 1)[-1]}:{line.lineno} {name}: {line.line}")
 
-def test_the_played_accelerator_notes_reads():
+
+def on(tensor: torch.Tensor) -> bool | None:
+    """Whether a tensor lies on the played device; None if not."""
+    return getattr(tensor, "on_device", False) or None
+
+
+def test_the_played_accelerator_notes_reads_and_sends():
     layer, host = torch.nn.Linear(2, 2), torch.ones(2)
     device = layer.weight.device
     with Accelerator(layer) as watch:
         host.sum().item(), host.tolist(), host[host > 0], bool(host[0])
-        moved = host.to(device)
+        moved = to_device(host, device)
         inside = layer(moved).detach()
-    assert watch.reads == []
+        (
+            to_device(host, device),
+            host.to(torch.float64),
+            torch.tensor([1, 0]),
+            host[[0]],
+            inside[0],
+            inside[to_device(torch.tensor([0]), device)],
+        )
+    assert watch.reads == watch.sends == []
     reads = [
         lambda: inside.sum().item(),
         lambda: inside.cpu().numpy().sum(),
@@ -716,6 +746,20 @@ def test_the_played_accelerator_notes_reads():
     with Accelerator(layer) as watch:
         inside[torch.tensor([1, 0])], inside.topk(1), torch.where(inside > 0, inside, 0.0), inside.max(), host.tolist()
     assert watch.reads == []
+    sends = [
+        lambda: torch.tensor([1, 0], device=device),
+        lambda: torch.as_tensor(1.0, device=device),
+        lambda: inside.new_tensor([1]),
+        lambda: host.to(device),
+        lambda: host.to(inside),
+        lambda: inside[[1, 0]],
+        lambda: inside[..., [1, 0]],
+        lambda: inside[torch.tensor([1, 0])],
+    ]
+    for number, send in enumerate(sends):
+        with Accelerator(layer) as watch:
+            send()
+        assert len(watch.sends) == 1, number
 
 
 @pytest.mark.parametrize("name", ["square", "mixed"])
@@ -723,7 +767,7 @@ def test_the_played_accelerator_notes_reads():
 def test_a_step_waits_for_the_device_where_it_decides_alone(kind, name, monkeypatch):
     """How many boxes the teacher gave, which are denoised beside the matching queries, and then the matching."""
     method, step = make(kind)
-    batch, calls, to_host = some_batch(**BATCHES[name]), [], losses_module.to_host
+    batch, calls = some_batch(**BATCHES[name]), []
 
     def counted(values):
         calls.append(tuple(values.shape))
@@ -736,8 +780,8 @@ def test_a_step_waits_for_the_device_where_it_decides_alone(kind, name, monkeypa
         method(batch, step)
     waits = 1 if kind == "supervised" else 2
     assert len(calls) == waits
-    elsewhere = [read for read in watch.reads if not read.startswith("losses.py")]
-    assert elsewhere == [] and len(watch.reads) == waits
+    elsewhere = [read for read in watch.reads if not read.startswith("device.py")]
+    assert elsewhere == [] and len(watch.reads) == waits and watch.sends == []
 
 
 def test_suppressing_the_boxes_of_a_large_batch_does_not_wait_for_the_device():

@@ -20,6 +20,7 @@ PACKAGE = ROOT / "semidetr_lite"
 ROOMS = [
     "errors",
     "boxes",
+    "device",
     "distributed",
     "data",
     "detectors",
@@ -213,7 +214,7 @@ def test_the_package_stays_small():
     for path, _ in modules():
         rooms[path.relative_to(PACKAGE).parts[0]] += len(path.read_text(encoding="utf-8").splitlines())
     course = rooms.pop("teach", 0)
-    assert sum(rooms.values()) < 8050 and course < 1300
+    assert sum(rooms.values()) < 8100 and course < 1300
 
 
 # What is committed

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from test_methods import Accelerator
 from torchvision.ops import batched_nms
 
 from semidetr_lite import load_detector
@@ -95,6 +96,17 @@ def test_accumulated_parts_keep_the_mix_and_give_the_gradient_of_the_whole(split
     assert torch.allclose(found, expected, atol=1e-4, rtol=1e-3) and found.abs().max() > 0.01
     with pytest.raises(UserError, match="lower accumulate"):
         micro_batches(batch, 3)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_step_waits_for_the_device_once_a_part_and_twice_more(parts, splits, tmp_path):
+    """For how many pseudo-boxes all parts have, then in each for its matching, at the end for losses and norm."""
+    config = small(labelled_images=2, unlabelled_images=4, score_cut=0.0, accumulate=parts)
+    run = Run(config, tmp_path / "x", splits=splits, workers=0)
+    batch = next(iter(run._loader()))
+    with Accelerator(run.method) as watch:
+        run.train_step(batch)
+    assert [read.split(":")[0] for read in watch.reads] == ["device.py"] * (parts + 2) and watch.sends == []
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -9,6 +9,7 @@ from semidetr_lite.detectors.transformer import (
     MLP,
     Memory,
     QuerySelfAttention,
+    level_table,
     map_positions,
     output_rows,
     sine_positions,
@@ -91,3 +92,13 @@ def test_rows_of_a_memory_and_of_outputs():
     for found in (part, part["aux_outputs"][0], part["encoder"]):
         assert all(torch.equal(found[key], layer[key][1:3]) for key in layer)
     assert torch.equal(part["context"][0][1], context[0][1][1:3]) and "groups" not in part
+
+
+def test_level_table_names_width_height_and_first_token_and_serves_training_after_inference():
+    shapes = [(3, 5), (2, 7), (1, 1)]
+    with torch.inference_mode():
+        kept = level_table(shapes, torch.device("cpu"))
+    assert kept.tolist() == [[5, 3, 0], [7, 2, 15], [1, 1, 29]]
+    scale = torch.ones(3, 3, requires_grad=True)
+    (scale * level_table(shapes, torch.device("cpu"))).sum().backward()  # an inference tensor could not be saved for it
+    assert torch.equal(scale.grad, kept.float())

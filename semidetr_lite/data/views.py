@@ -72,7 +72,9 @@ def map_boxes(boxes: torch.Tensor, matrix: torch.Tensor, size) -> tuple[torch.Te
 
 def _hulls(boxes: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """(..., T, 4) hulls of the four mapped corners, not clamped."""
-    corners = boxes[..., [0, 1, 2, 1, 2, 3, 0, 3]].unflatten(-1, (4, 2))  # (..., T, 4 corners, xy)
+    left, top, right, bottom = boxes.unbind(-1)
+    corners = torch.stack([left, top, right, top, right, bottom, left, bottom], -1)
+    corners = corners.unflatten(-1, (4, 2))  # (..., T, 4 corners, xy)
     corners = torch.cat([corners, torch.ones_like(corners[..., :1])], -1)
     mapped = corners @ matrix.to(boxes).mT.unsqueeze(-3)  # (..., T, 4 corners, 3)
     mapped = mapped[..., :2] / mapped[..., 2:]

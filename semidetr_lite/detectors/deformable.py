@@ -29,6 +29,7 @@ from semidetr_lite.detectors.transformer import (
     Memory,
     QueryGroup,
     QuerySelfAttention,
+    level_table,
     map_positions,
     split_outputs,
 )
@@ -87,10 +88,9 @@ def _fused_attention():
 def _read_as_bags(value, shapes, locations, weights) -> torch.Tensor:
     """The same as deformable_attention: every output is a weighted sum of 4 * L * P rows of the values."""
     batch, tokens, heads, depth = value.shape
-    sizes = locations.new_tensor([[width, height] for height, width in shapes])
-    width, height = sizes.int().unbind(-1)  # (L,) each
-    first = F.pad((width * height).cumsum(0, dtype=torch.int32), (1, -1))  # the token where each level begins
-    xy = locations * sizes[:, None] - 0.5  # (B, Q, M, L, P, 2) in cells, whole numbers at their centres
+    table = level_table(shapes, locations.device)
+    width, height, first = table.unbind(-1)  # (L,) each
+    xy = locations * table[:, None, :2] - 0.5  # (B, Q, M, L, P, 2) in cells, whole numbers at their centres
     low = xy.floor()
     corners = []
     for axis, size in ((0, width[:, None]), (1, height[:, None])):
@@ -145,8 +145,8 @@ class DeformableAttention(nn.Module):
             weights = self.weights(asked).float().view(*layout[:3], -1).softmax(-1).view(layout)
         centres = references[:, :, None, :, None, :2].float()
         if references.shape[-1] == 2:  # offsets in cells of each level
-            cells = torch.tensor([[width, height] for height, width in memory.shapes], device=offsets.device)
-            locations = centres + offsets / cells[:, None]
+            cells = level_table(memory.shapes, offsets.device)[:, None, :2]
+            locations = centres + offsets / cells
         else:  # offsets in half box sides, spread over the points
             locations = centres + offsets / self.points * references[:, :, None, :, None, 2:].float() * 0.5
         value = value.view(batch, -1, self.heads, dim // self.heads)
@@ -333,7 +333,7 @@ def _seen(groups: Sequence[QueryGroup], matching: int) -> torch.Tensor | None:
         return None
     sizes = [group.content.shape[1] // group.copies for group in groups for _ in range(group.copies)]
     valid = F.pad(torch.cat([group.valid for group in groups], 1), (0, matching), value=True)
-    return ~group_mask(sizes, matching).to(valid.device) & valid[:, None]
+    return ~group_mask(sizes, matching, valid.device) & valid[:, None]
 
 
 def _projection(channels: int, dim: int, kernel: int) -> nn.Sequential:
@@ -346,11 +346,11 @@ def _projection(channels: int, dim: int, kernel: int) -> nn.Sequential:
 
 def _places(shapes: list[tuple[int, int]], ratios: torch.Tensor) -> list[torch.Tensor]:
     """(B, H*W, 2) for each level: the centres (x, y) of its cells, in [0, 1] of the image in it."""
-    places = []
+    places, table = [], level_table(shapes, ratios.device)
     for level, (height, width) in enumerate(shapes):
         y, x = (torch.arange(side, device=ratios.device) + 0.5 for side in (height, width))
         centres = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], -1).view(-1, 2)  # in cells
-        places.append(centres / (ratios[:, None, level] * ratios.new_tensor([width, height])))
+        places.append(centres / (ratios[:, None, level] * table[level, :2]))
     return places
 
 

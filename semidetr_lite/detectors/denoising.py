@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from semidetr_lite.detectors.transformer import QueryGroup
+from semidetr_lite.device import to_device
 
 
 class Answers(NamedTuple):
@@ -21,19 +22,14 @@ class Answers(NamedTuple):
     valid: torch.Tensor  # (B, N) bool, False = filled up to the longest image
 
 
-def group_mask(sizes: list[int], queries: int) -> torch.Tensor:
+def group_mask(sizes: list[int], queries: int, device=None) -> torch.Tensor:
     """Who may not see whom: (N, N) bool, True = blocked, the groups first, then the matching queries.
 
     A group copy sees itself and the matching queries; the matching queries see only themselves.
     """
-    total = sum(sizes)
-    blocked = torch.zeros(total + queries, total + queries, dtype=torch.bool)
-    blocked[:, :total] = True
-    start = 0
-    for size in sizes:
-        blocked[start : start + size, start : start + size] = False
-        start += size
-    return blocked
+    numbers = torch.arange(len(sizes) + 1).repeat_interleave(torch.tensor([*sizes, queries]))
+    group = to_device(numbers, device)  # (N,) that of each query; the last one is that of the matching queries
+    return (group[:, None] != group) & (group < len(sizes))
 
 
 class Denoising(nn.Module):
@@ -68,10 +64,10 @@ class Denoising(nn.Module):
         # (B, copies, positive | negative, T) -> (B, N)
         layout = (batch, copies, 2, most)
         chance = np.stack([rng.random((*layout[1:], 10), dtype=np.float32) for rng in rngs])
-        chance = torch.from_numpy(chance).to(boxes.device)
+        chance = to_device(torch.from_numpy(chance), boxes.device)
         entries = (boxes, labels, valid)
         boxes, labels, valid = (entry[:, None, None].expand(*layout, *entry.shape[2:]) for entry in entries)
-        negative = torch.tensor([False, True], device=boxes.device).view(1, 1, 2, 1).expand(layout)
+        negative = torch.arange(2, device=boxes.device).bool().view(1, 1, 2, 1).expand(layout)
         noised = noise_boxes(boxes, negative, self.box_noise, chance[..., :8])
         classes = self.labels.num_embeddings - 1
         random = (chance[..., 9] * classes).long().clamp(max=classes - 1)

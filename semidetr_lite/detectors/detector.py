@@ -18,6 +18,7 @@ from semidetr_lite.boxes import to_pixels
 from semidetr_lite.data.images import read_image
 from semidetr_lite.data.views import resized
 from semidetr_lite.detectors.transformer import Memory
+from semidetr_lite.device import to_device
 from semidetr_lite.errors import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -58,7 +59,7 @@ class Detector(nn.Module):
         for image in images:
             if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
                 raise UserError(f"an image must be a tensor (3, height, width) with pixels, got {tuple(image.shape)}")
-            image = image.to(self.mean.device)
+            image = to_device(image, self.mean.device)
             image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
             ready.append((image - self.mean) / self.std)
         return ready
@@ -87,27 +88,24 @@ class Detector(nn.Module):
         """Images filled up with zeros to the largest height and width; the backbone sees the filled border."""
         height, width = (max(image.shape[side] for image in images) for side in (-2, -1))
         stacked = images[0].new_zeros(len(images), 3, height, width)
-        mask = torch.ones(len(images), height, width, dtype=torch.bool, device=stacked.device)
         for row, image in enumerate(images):
             stacked[row, :, : image.shape[-2], : image.shape[-1]] = image
-            mask[row, : image.shape[-2], : image.shape[-1]] = False
-        maps = self._project(stacked)
+        maps, mask = self._project(stacked), padding([image.shape[-2:] for image in images], stacked.device)
         return maps, [F.interpolate(mask[:, None].float(), level.shape[-2:])[:, 0] > 0.5 for level in maps]
 
     def _project_apart(self, images):
         """Images of each size run together; only the finished maps are filled up, so no image feels its neighbours."""
         chunks = same_size_chunks(images, len(images))
         parts = [self._project(torch.stack([images[index] for index in chunk])) for chunk in chunks]
+        order = to_device(torch.tensor([index for chunk in chunks for index in chunk]).argsort(), images[0].device)
         maps, masks = [], []
         for level in zip(*parts, strict=True):
-            height, width = (max(part.shape[side] for part in level) for side in (-2, -1))
-            mask = torch.ones(len(images), height, width, dtype=torch.bool, device=level[0].device)
-            for chunk, part in zip(chunks, level, strict=True):
-                mask[chunk, : part.shape[-2], : part.shape[-1]] = False
+            sizes = [part.shape[-2:] for chunk, part in zip(chunks, level, strict=True) for _ in chunk]
+            mask = padding(sizes, order.device)
+            height, width = mask.shape[1:]
             filled = [F.pad(part, (0, width - part.shape[-1], 0, height - part.shape[-2])) for part in level]
-            order = torch.tensor([index for chunk in chunks for index in chunk]).argsort()
             maps.append(torch.cat(filled)[order])
-            masks.append(mask)
+            masks.append(mask[order])
         return maps, masks
 
     @torch.no_grad()
@@ -152,6 +150,13 @@ class Detector(nn.Module):
         size = resized(tuple(image.shape[-2:]), *self.test_size)
         image = image.float() / 255 if image.dtype == torch.uint8 else image
         return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+
+
+def padding(sizes: list[tuple[int, int]], device) -> torch.Tensor:
+    """(B, H, W) bool, True = padding, where images of these (height, width) are filled up to the largest."""
+    rows, columns = (torch.arange(max(sides), device=device) for sides in zip(*sizes))
+    heights, widths = to_device(torch.tensor(sizes), device).T[..., None, None]  # (B, 1, 1) each
+    return (rows[:, None] >= heights) | (columns >= widths)
 
 
 def valid_ratio(mask: torch.Tensor) -> torch.Tensor:
@@ -202,7 +207,7 @@ def best_boxes(outputs: dict, sizes: torch.Tensor, top: int, score: float = 0.0,
     classes = scores.shape[-1]
     scores, order = scores.flatten(1).topk(min(top, scores.shape[1] * classes), dim=1)
     labels = order % classes
-    sizes = sizes.to(scores)
+    sizes = to_device(sizes, scores.device).to(scores)
     pixels = to_pixels(outputs["pred_boxes"].float(), sizes).clamp(min=0)
     pixels = torch.minimum(pixels, torch.cat([sizes, sizes], -1).flip(-1).unsqueeze(-2))  # nothing is seen outside
     boxes = pixels.gather(1, (order // classes)[..., None].expand(-1, -1, 4))

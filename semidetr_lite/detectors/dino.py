@@ -70,7 +70,9 @@ class DINO(DeformableDetector):
         before = boxes  # with gradient: look forward twice
         for number, layer in enumerate(self.decoder):
             references = boxes[:, :, None] * scale[:, None]  # (B, N, L, 4)
-            places = sine_positions(boxes[..., [1, 0, 2, 3]], self.dim // 2, self.query_temperature)  # (B, N, 2 * D)
+            x, y, width, height = boxes.unbind(-1)
+            order = torch.stack([y, x, width, height], -1)
+            places = sine_positions(order, self.dim // 2, self.query_temperature)  # (B, N, 2 * D)
             positions = self.query_positions(places.to(content.dtype))
             states.append((content, positions))
             content = layer(content, positions, references, memory, seen, context and context[number])

@@ -9,11 +9,11 @@ Values may be bfloat16; sums and gradients are float32. Gradients of values are 
 differ by rounding (as they do with `grid_sample` on a GPU).
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
+
+from semidetr_lite.detectors.transformer import level_table
 
 
 @triton.jit
@@ -85,14 +85,6 @@ def _backward(
             tl.store(places_grad + 2 * place + 1, to_y * weight * height, live)
 
 
-@functools.lru_cache(maxsize=64)
-def _levels(shapes: tuple[tuple[int, int], ...], device: torch.device) -> torch.Tensor:
-    """(L, 3) int32: width, height and first token of each level; kept, since every copy to a GPU waits."""
-    counts = [height * width for height, width in shapes]
-    rows = [[width, height, sum(counts[:level])] for level, (height, width) in enumerate(shapes)]
-    return torch.tensor(rows, dtype=torch.int32, device=device)
-
-
 class FusedAttention(torch.autograd.Function):
     """apply(value (B, S, M, D/M), shapes, locations (B, Q, M, L, P, 2), weights (B, Q, M, L, P)) -> (B, Q, D)."""
 
@@ -105,12 +97,12 @@ class FusedAttention(torch.autograd.Function):
         sizes = (value.shape[1], queries, heads, value.shape[3], levels, points, FusedAttention.ROWS)
         with torch.cuda.device_of(value):  # Triton starts a kernel on the current device
             if all(grid):
-                kernel[grid](value, _levels(shapes, value.device), locations, *tensors, *sizes)
+                kernel[grid](value, level_table(shapes, value.device), locations, *tensors, *sizes)
 
     @staticmethod
     def forward(ctx, value, shapes, locations, weights):
         value, locations, weights = value.contiguous(), locations.float().contiguous(), weights.float().contiguous()
-        ctx.shapes = shapes = tuple(map(tuple, shapes))
+        ctx.shapes = shapes
         ctx.save_for_backward(value, locations, weights)
         sums = torch.empty(*locations.shape[:3], value.shape[3], dtype=value.dtype, device=value.device)
         FusedAttention._run(_forward, value, shapes, locations, weights, sums)

@@ -4,6 +4,7 @@ Shapes: B images, Q queries, S tokens, D channels, L levels, M heads, P points. 
 in DINO).
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,6 +12,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from semidetr_lite.device import to_device
 
 
 class Memory(NamedTuple):
@@ -27,6 +30,20 @@ class Memory(NamedTuple):
     def rows(self, rows: slice) -> "Memory":
         """The same for some images of the batch."""
         return Memory(*batch_rows(tuple(self), rows))
+
+
+def level_table(shapes: Sequence[tuple[int, int]], device: torch.device) -> torch.Tensor:
+    """(L, 3) int32: width, height and first token of each level; kept for the layers to come."""
+    made = _level_table.__wrapped__ if torch.compiler.is_compiling() else _level_table
+    return made(tuple(map(tuple, shapes)), device)
+
+
+@functools.lru_cache(maxsize=64)
+def _level_table(shapes: tuple[tuple[int, int], ...], device: torch.device) -> torch.Tensor:
+    counts = [height * width for height, width in shapes]
+    rows = [[width, height, sum(counts[:level])] for level, (height, width) in enumerate(shapes)]
+    with torch.inference_mode(False):  # else what is kept could not be trained with
+        return to_device(torch.tensor(rows, dtype=torch.int32), device)
 
 
 class QueryGroup(NamedTuple):

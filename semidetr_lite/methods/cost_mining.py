@@ -17,6 +17,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
+from semidetr_lite.device import to_device
 from semidetr_lite.matching import hungarian
 
 
@@ -62,4 +63,4 @@ def matched_costs(costs: np.ndarray, valid: np.ndarray) -> np.ndarray:
 def remember(past: torch.Tensor, costs: np.ndarray) -> torch.Tensor:
     """The memory (K,) of past costs, nan where empty, with new ones pushed in at its end."""
     fresh = torch.as_tensor(costs[np.isfinite(costs)], dtype=past.dtype)
-    return torch.cat([past, fresh.to(past.device)])[len(fresh) :]
+    return torch.cat([past, to_device(fresh, past.device)])[len(fresh) :]

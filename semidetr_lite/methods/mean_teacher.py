@@ -22,6 +22,7 @@ from semidetr_lite.data.views import map_boxes
 from semidetr_lite.detectors.denoising import Answers
 from semidetr_lite.detectors.detector import Detector, best_boxes
 from semidetr_lite.detectors.transformer import QueryGroup, batch_rows
+from semidetr_lite.device import to_device, to_host
 from semidetr_lite.losses import (
     Count,
     LossWeights,
@@ -30,7 +31,6 @@ from semidetr_lite.losses import (
     detection_loss,
     layer_costs,
     stack_layers,
-    to_host,
 )
 from semidetr_lite.matching import PaddedTargets, pad_targets
 
@@ -154,7 +154,7 @@ class Averaged(nn.Module):
         for name, targets in boxes.items():
             (valid, costs), count, rows = decided[name], batch["counts"][name], places[name]
             weights = self.weights if name == "labelled" else self.pseudo_weights
-            on_device = torch.from_numpy(valid).to(targets.boxes.device)
+            on_device = to_device(torch.from_numpy(valid), targets.boxes.device)
             targets = filled_up(targets._replace(valid=on_device), count.most)
             how = {"candidates": self.candidates, "weights": weights, "count": count}
             losses |= named(name, detection_loss(layers.rows(rows), targets, stage, costs, valid, **how))
@@ -189,10 +189,9 @@ class PseudoBoxes(NamedTuple):
 
     def carried(self, weak: list[dict], strong: list[dict]) -> PaddedTargets:
         """The boxes in model coordinates of the strong views; those out of view are not valid."""
-        device = self.boxes.device
         matrices = torch.stack([s["matrix"] @ torch.linalg.inv(w["matrix"]) for w, s in zip(weak, strong, strict=True)])
-        sizes = torch.tensor([target["size"] for target in strong], device=device)
-        boxes, keep = map_boxes(self.boxes, matrices.to(device), sizes)
+        matrices, sizes = (to_device(entry, self.boxes.device) for entry in (matrices, target_sizes(strong)))
+        boxes, keep = map_boxes(self.boxes, matrices, sizes)
         return PaddedTargets(to_model(boxes, sizes), self.labels, self.valid & keep)
 
 

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import roi_align
 
+from semidetr_lite.device import to_device
+
 
 class Projector(nn.Module):
     """From the features inside a box to a query's content.
@@ -52,9 +54,9 @@ class Projector(nn.Module):
         side = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1).sqrt()
         level = (side / (7 * strides[0][0]) + 1e-6).log2().floor().clamp(0, len(features) - 1)
         cells = boxes.new_zeros(len(boxes), features[0].shape[1], self.side, self.side)
-        for number, (feature, (y, x)) in enumerate(zip(features, strides, strict=True)):
-            here = boxes / boxes.new_tensor([x, y, x, y])
-            rois = torch.cat([images[:, None].to(boxes), here], 1)
+        scales = to_device(torch.tensor([[x, y, x, y] for y, x in strides]), boxes.device).to(boxes)  # (L, 4)
+        for number, (feature, scale) in enumerate(zip(features, scales, strict=True)):
+            rois = torch.cat([images[:, None].to(boxes), boxes / scale], 1)
             read = roi_align(feature.detach().float(), rois, self.side, aligned=True)
             cells = torch.where((level == number)[:, None, None, None], read, cells)
         return self.layers(cells)

@@ -27,6 +27,7 @@ from semidetr_lite import distributed
 from semidetr_lite.boxes import to_model
 from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.detectors.transformer import QueryGroup, output_rows
+from semidetr_lite.device import to_device
 from semidetr_lite.errors import UserError
 from semidetr_lite.losses import Layers, count_boxes, layer_costs, stack_layers
 from semidetr_lite.matching import PaddedTargets, batched_cost, pad_targets
@@ -194,10 +195,10 @@ class SemiDETR(MeanTeacher):
         device = carried.boxes.device
         rows, columns = np.nonzero(asked)
         places = np.concatenate([np.arange(count) for count in asked.sum(1)])
-        rows, columns, places = (torch.from_numpy(index).to(device) for index in (rows, columns, places))
+        rows, columns, places = to_device(torch.from_numpy(np.stack([rows, columns, places])), device)
         sizes = target_sizes(weak)
         height, width = sizes.amax(0).tolist()
-        features, sizes = teacher[0].features, sizes.to(device)
+        features, sizes = teacher[0].features, to_device(sizes, device)
         strides = [(height / level.shape[-2], width / level.shape[-1]) for level in features]
         contents = self.projector(features, strides, rows, pseudo.boxes[rows, columns])
         shape = (len(asked), int(asked.sum(1).max()))

@@ -113,8 +113,10 @@ class Engine:
                 warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers gets another name
                 self.wrapped = DistributedDataParallel(method, broadcast_buffers=False, find_unused_parameters=True)
 
-    def losses(self, batch: dict, step: int) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, float]]]:
-        """For each part of a step its losses, to be propagated back before the next, and their means over processes."""
+    def losses(self, batch: dict, step: int) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        """For each part of a step its losses, to be propagated back before the next, and their means over processes:
+        (losses,) in the same order, on the device.
+        """
         parts = micro_batches(batch, self.parts)
         if len(parts) > 1:
             parts = self.method.look_ahead(parts, step)
@@ -123,8 +125,7 @@ class Engine:
             waits = contextlib.nullcontext() if len(parts) == 1 or world() == 1 else self.wrapped.no_sync()
             with waits:
                 losses = {name: loss * share for name, loss in self.wrapped(parts.pop(0), step).items()}
-                values = mean(torch.stack([loss.detach() for loss in losses.values()])).tolist()
-                yield losses, dict(zip(losses, values, strict=True))
+                yield losses, mean(torch.stack([loss.detach() for loss in losses.values()]))
 
     def rehearse(self, size: tuple[int, int], labelled: int, unlabelled: int, most: int = 100) -> None:
         """Run the dearest steps there can be, in each stage, and change nothing: no memory is wanted later than now.

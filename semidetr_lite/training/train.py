@@ -31,6 +31,7 @@ from tqdm import tqdm
 from semidetr_lite import distributed
 from semidetr_lite.data.batches import Batches
 from semidetr_lite.data.splits import Splits
+from semidetr_lite.device import to_host
 from semidetr_lite.errors import Stopped, UserError, reading
 from semidetr_lite.methods.mean_teacher import Averaged
 from semidetr_lite.training import presets
@@ -248,17 +249,19 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * learning_rate_factor(self.step, self.config["steps"], self.recipe)
         self.optimizer.zero_grad(set_to_none=True)
-        values: dict[str, float] = {}
-        for losses, found in self.engine.losses(batch, step):
-            bad = [name for name, value in found.items() if not math.isfinite(value)]
-            if bad:
-                return self._skip(batch, step, found, f"loss {bad[0]!r} is {found[bad[0]]}")
+        names, found = [], []
+        for losses, means in self.engine.losses(batch, step):
             sum(losses.values()).backward()
-            values = {name: values.get(name, 0.0) + found.get(name, 0.0) for name in {**values, **found}}
+            names, found = [*names, *losses], [*found, means]
         trained = [parameter for parameter in self.method.parameters() if parameter.requires_grad]
-        norm = float(torch.nn.utils.clip_grad_norm_(trained, self.recipe.clip))
-        if not math.isfinite(norm):
-            return self._skip(batch, step, values, f"the gradient's norm is {norm}")
+        norm = torch.nn.utils.clip_grad_norm_(trained, self.recipe.clip)
+        *numbers, norm = to_host(torch.cat([*found, norm[None]])).tolist()  # only now, all parts being done
+        values = dict.fromkeys(names, 0.0)
+        for name, number in zip(names, numbers, strict=True):
+            values[name] += number
+        faults = [f"loss {name!r} is {value}" for name, value in values.items() if not math.isfinite(value)]
+        if faults or not math.isfinite(norm):
+            return self._skip(batch, step, values, [*faults, f"the gradient's norm is {norm}"][0])
         self.optimizer.step()
         self.method.after_step(step)
         self.skipped = 0
@@ -294,7 +297,7 @@ class Run:
         batches = Batches(self.splits, self.recipe.labelled_images, self.unlabelled, *how)
         steps = range(self.offset + self.step, self.offset + self.config["steps"])
         workers = {"num_workers": self.workers, "prefetch_factor": 4 if self.workers else None}
-        workers["worker_init_fn"] = ignore_signals
+        workers |= {"worker_init_fn": ignore_signals, "pin_memory": self.device.type == "cuda"}  # see to_device
         return torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, **workers)
 
     def _batches(self):
