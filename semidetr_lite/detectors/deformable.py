@@ -33,6 +33,7 @@ from semidetr_lite.detectors.transformer import (
     map_positions,
     split_outputs,
 )
+from semidetr_lite.device import to_device
 
 
 def deformable_attention(
@@ -333,7 +334,7 @@ def _seen(groups: Sequence[QueryGroup], matching: int) -> torch.Tensor | None:
         return None
     sizes = [group.content.shape[1] // group.copies for group in groups for _ in range(group.copies)]
     valid = F.pad(torch.cat([group.valid for group in groups], 1), (0, matching), value=True)
-    return ~group_mask(sizes, matching, valid.device) & valid[:, None]
+    return ~to_device(group_mask(sizes, matching), valid.device) & valid[:, None]
 
 
 def _projection(channels: int, dim: int, kernel: int) -> nn.Sequential:

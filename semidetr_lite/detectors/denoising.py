@@ -22,14 +22,19 @@ class Answers(NamedTuple):
     valid: torch.Tensor  # (B, N) bool, False = filled up to the longest image
 
 
-def group_mask(sizes: list[int], queries: int, device=None) -> torch.Tensor:
+def group_mask(sizes: list[int], queries: int) -> torch.Tensor:
     """Who may not see whom: (N, N) bool, True = blocked, the groups first, then the matching queries.
 
     A group copy sees itself and the matching queries; the matching queries see only themselves.
     """
-    numbers = torch.arange(len(sizes) + 1).repeat_interleave(torch.tensor([*sizes, queries]))
-    group = to_device(numbers, device)  # (N,) that of each query; the last one is that of the matching queries
-    return (group[:, None] != group) & (group < len(sizes))
+    total = sum(sizes)
+    blocked = torch.zeros(total + queries, total + queries, dtype=torch.bool)
+    blocked[:, :total] = True
+    start = 0
+    for size in sizes:
+        blocked[start : start + size, start : start + size] = False
+        start += size
+    return blocked
 
 
 class Denoising(nn.Module):

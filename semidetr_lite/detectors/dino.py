@@ -71,8 +71,8 @@ class DINO(DeformableDetector):
         for number, layer in enumerate(self.decoder):
             references = boxes[:, :, None] * scale[:, None]  # (B, N, L, 4)
             x, y, width, height = boxes.unbind(-1)
-            order = torch.stack([y, x, width, height], -1)
-            places = sine_positions(order, self.dim // 2, self.query_temperature)  # (B, N, 2 * D)
+            yxwh = torch.stack([y, x, width, height], -1)
+            places = sine_positions(yxwh, self.dim // 2, self.query_temperature)  # (B, N, 2 * D)
             positions = self.query_positions(places.to(content.dtype))
             states.append((content, positions))
             content = layer(content, positions, references, memory, seen, context and context[number])
