@@ -146,7 +146,7 @@ class DeformableAttention(nn.Module):
             weights = self.weights(asked).float().view(*layout[:3], -1).softmax(-1).view(layout)
         centres = references[:, :, None, :, None, :2].float()
         if references.shape[-1] == 2:  # offsets in cells of each level
-            cells = level_table(memory.shapes, offsets.device)[:, None, :2]
+            cells = level_table(memory.shapes, offsets.device)[:, None, :2]  # width and height, (L, 1, 2)
             locations = centres + offsets / cells
         else:  # offsets in half box sides, spread over the points
             locations = centres + offsets / self.points * references[:, :, None, :, None, 2:].float() * 0.5
