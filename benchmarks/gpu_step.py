@@ -12,7 +12,9 @@ PRECISION:PARTS and any of checkpointing, channels_last, compile. A teacher of r
 
     seconds       a step, median, without the wait for data; "hours" are those of 120,000 such steps with the wait
     wait          share of the time spent waiting for data, with --workers processes that load
-    passes_alone  seconds of the forward and backward passes of the same images and nothing else; "ratio": a step to it
+    passes_alone  seconds of the forward and backward passes of the same images and nothing else; "ratio": a step to it,
+                  median over --watched pairs in turn
+    waits         how often a step waits for the GPU, in all parts
     memory_gb     the highest allocation of the device; rehearsal_gb that of the largest step there can be
     operations    calls of a step that compute something, views left out, and of the passes alone: about the kernels a
                   GPU would start, whatever the size of the images; deformable attention is one, as it is there
@@ -31,6 +33,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -161,14 +164,24 @@ def passes_alone(run: Run, batch: dict) -> None:
         sum(layer["pred_logits"].mean() + layer["pred_boxes"].mean() for layer in layers).backward()
 
 
-def median_of(clock: Clock, batches: list, work) -> float:
-    """Median seconds of `work(batch)`."""
-    spent = []
-    for batch in batches:
-        began = clock.now()
-        work(batch)
-        spent.append(clock.now() - began)
-    return statistics.median(spent)
+def seconds_of(clock: Clock, work, batch: dict) -> float:
+    """Seconds of `work(batch)`."""
+    began = clock.now()
+    work(batch)
+    return clock.now() - began
+
+
+def waits(work, batch: dict) -> int:
+    """How often `work(batch)` waits for a GPU."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            work(batch)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    return sum("synchronizing" in str(each.message) for each in said)
 
 
 def measure(run: Run, options) -> dict:
@@ -199,16 +212,17 @@ def measure(run: Run, options) -> dict:
     found["wait"] = round(sum(waits) / (sum(waits) + sum(seconds)), 3)
     found["hours"] = round(120_000 / 3600 * (sum(waits) + sum(seconds)) / len(seconds), 1)
     found["pseudo_per_image"] = run.method.stats["pseudo_per_image"]
-    alone = median_of(clock, kept, functools.partial(passes_alone, run))
-    same = median_of(clock, kept, run.train_step)  # the same images
-    found |= {"passes_alone": round(alone, 4), "ratio": round(same / alone, 3)}
+    works = run.train_step, functools.partial(passes_alone, run)
+    pairs = [[seconds_of(clock, work, batch) for work in works] for batch in kept]  # the same images, in turn
+    found["passes_alone"] = round(statistics.median(alone for _, alone in pairs), 4)
+    found["ratio"] = round(statistics.median(step / alone for step, alone in pairs), 3)
+    found["waits"] = waits(run.train_step, kept[-1]) if cuda else None
     with watched(run, clock):
         began = clock.now()
         for batch in kept:
             run.train_step(batch)
         whole = clock.now() - began
     if not run.recipe.compile:
-        works = run.train_step, functools.partial(passes_alone, run)
         found["operations"] = [operations(work, kept[-1]) for work in works]
     rest = whole - sum(clock.total.values())
     parts = {**dict(sorted(clock.total.items(), key=lambda item: -item[1])), "everything else": rest}

@@ -172,7 +172,7 @@ def test_best_boxes_of_many_images_do_not_suppress_each_other():
 
 def test_padding_is_what_lies_beyond_each_image():
     sizes = [(2, 3), (4, 1), (4, 3)]
-    expected = torch.ones(3, 4, 3, dtype=torch.bool)
+    expected = torch.ones(3, 5, 3, dtype=torch.bool)
     for image, (height, width) in enumerate(sizes):
         expected[image, :height, :width] = False
-    assert torch.equal(padding(sizes, torch.device("cpu")), expected)
+    assert torch.equal(padding(sizes, (5, 3), torch.device("cpu")), expected)

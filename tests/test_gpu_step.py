@@ -9,8 +9,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import batch_shapes
 import gpu_step
 
+from semidetr_lite.detectors.detector import padded_side
 from semidetr_lite.training.engine import Engine
 
 
@@ -30,7 +32,7 @@ def test_every_setup_and_stage_has_its_figures(lines):
     for line in lines:
         assert line["toy"] and line["images"] == [2, 8] and "failed" not in line and line["memory_gb"] is None
         assert 0 < line["pseudo_per_image"] <= 3 and 0 < line["wait"] < 1
-        assert 0 < line["passes_alone"] and 0.3 < line["ratio"] < 20
+        assert line["waits"] is None and 0 < line["passes_alone"] and 0.3 < line["ratio"] < 20
         step, alone = line["operations"]
         assert 200 < alone < step < 10 * alone
         assert line["hours"] > line["seconds"] * 120_000 / 3600 / 2
@@ -44,6 +46,19 @@ def test_the_parts_are_those_of_a_step(lines):
         assert names <= set(parts) and ("teacher decoder, groups" in parts) == (line["stage"] == "one-to-many")
         assert all(seconds > 0 for name, seconds in parts.items() if name in names)
         assert parts["everything else"] >= 0 and parts["backward"] > parts["EMA"]
+
+
+def test_the_shapes_of_batches_are_those_of_the_detector(capsys):
+    assert batch_shapes.padded_to([(480, 641), (512, 600)], 32) == (512, padded_side(641)) == (512, 672)
+    assert batch_shapes.padded_to([(480, 641)] * 2, 32) == (480, 641)
+    student, teacher = ("student", 5, 32, 32), ("teacher", 4, 32, 32)
+    assert batch_shapes.known_shapes([teacher, student, teacher, student]) == 1.0
+    many = [("student", 5, side, side) for side in range(batch_shapes.KEPT // batch_shapes.PLANS["student"] + 1)]
+    assert batch_shapes.known_shapes([*many, *many]) == 0.0
+    assert batch_shapes.main(["--parts", "2", "--steps", "40"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    known = [float(line.split("batches, ")[1].split(" %")[0]) for line in said]
+    assert len(said) == 3 and known == sorted(known) and "area 1.000" in said[0]
 
 
 def test_a_clock_counts_inner_parts_once(monkeypatch):

@@ -119,3 +119,23 @@ def test_a_target_without_area_gives_finite_losses_and_gradients(stage):
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values())
     assert logits.grad.isfinite().all() and boxes.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"), [([(40, 70), (64, 33)], (64, 96)), ([(40, 70)], (40, 70)), ([(96, 64)] * 2, (96, 64))]
+)
+def test_a_batch_of_mixed_sizes_that_a_resnet_sees_is_filled_up_to_multiples_of_32(sizes, shape, monkeypatch):
+    detector = build("dino", backbone="resnet18", levels=3)
+    seen, project = [], detector._project
+    monkeypatch.setattr(
+        detector, "_project", lambda stacked: seen.append(tuple(stacked.shape[-2:])) or project(stacked)
+    )
+    with torch.no_grad():
+        maps, masks, padded = detector.pyramid([torch.rand(3, *size) for size in sizes])
+    assert seen == [shape] and padded == (len(sizes) > 1 and sizes[0] != sizes[1])
+    for level, mask in zip(maps, masks, strict=True):
+        assert level.shape[-2:] == mask.shape[1:]
+        for row, size in enumerate(sizes):  # a cell is image where its pixels begin inside
+            inside = ~mask[row]
+            expected = [-(-side * cells // whole) for side, cells, whole in zip(size, mask.shape[1:], shape)]
+            assert [int(inside.any(1).sum()), int(inside.any(0).sum())] == expected

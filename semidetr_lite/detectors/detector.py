@@ -85,12 +85,13 @@ class Detector(nn.Module):
         return projected
 
     def _project_padded(self, images):
-        """Images filled up with zeros to the largest height and width; the backbone sees the filled border."""
-        height, width = (max(image.shape[side] for image in images) for side in (-2, -1))
+        """Images filled up with zeros to a common height and width; the backbone sees the filled border."""
+        sizes = [image.shape[-2:] for image in images]
+        height, width = map(padded_side, map(max, zip(*sizes)))
         stacked = images[0].new_zeros(len(images), 3, height, width)
         for row, image in enumerate(images):
             stacked[row, :, : image.shape[-2], : image.shape[-1]] = image
-        maps, mask = self._project(stacked), padding([image.shape[-2:] for image in images], stacked.device)
+        maps, mask = self._project(stacked), padding(sizes, (height, width), stacked.device)
         return maps, [F.interpolate(mask[:, None].float(), level.shape[-2:])[:, 0] > 0.5 for level in maps]
 
     def _project_apart(self, images):
@@ -101,8 +102,8 @@ class Detector(nn.Module):
         maps, masks = [], []
         for level in zip(*parts, strict=True):
             sizes = [part.shape[-2:] for chunk, part in zip(chunks, level, strict=True) for _ in chunk]
-            mask = padding(sizes, order.device)
-            height, width = mask.shape[1:]
+            height, width = map(max, zip(*sizes))
+            mask = padding(sizes, (height, width), order.device)
             filled = [F.pad(part, (0, width - part.shape[-1], 0, height - part.shape[-2])) for part in level]
             maps.append(torch.cat(filled)[order])
             masks.append(mask[order])
@@ -152,9 +153,16 @@ class Detector(nn.Module):
         return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
 
 
-def padding(sizes: list[tuple[int, int]], device) -> torch.Tensor:
-    """(B, H, W) bool, True = padding, where images of these (height, width) are filled up to the largest."""
-    rows, columns = (torch.arange(max(sides), device=device) for sides in zip(*sizes))
+def padded_side(side: int) -> int:
+    """The next multiple of 32 pixels, so that few shapes of batches come again and again: cuDNN prepares every
+    convolution anew for each new one (benchmarks/batch_shapes.py).
+    """
+    return -(-side // 32) * 32
+
+
+def padding(sizes: list[tuple[int, int]], shape: tuple[int, int], device) -> torch.Tensor:
+    """(B, *shape) bool, True = padding, where images of these (height, width) are filled up to a common shape."""
+    rows, columns = (torch.arange(side, device=device) for side in shape)
     heights, widths = to_device(torch.tensor(sizes), device).T[..., None, None]  # (B, 1, 1) each
     return (rows[:, None] >= heights) | (columns >= widths)
 

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from semidetr_lite import distributed
 from semidetr_lite.data.batches import Batches
 from semidetr_lite.data.splits import Splits
+from semidetr_lite.detectors.detector import padded_side
 from semidetr_lite.device import to_host
 from semidetr_lite.errors import Stopped, UserError, reading
 from semidetr_lite.methods.mean_teacher import Averaged
@@ -288,6 +289,8 @@ class Run:
         size = max(sizes, key=lambda size: size[0] * size[1])
         if views.short_sides:
             size = (max(views.short_sides), views.long_side)
+        if getattr(self.method.student.backbone, "sees_padding", False):
+            size = tuple(map(padded_side, size))  # as among images of other sizes
         most = min(self.recipe.most, 100)  # more than 100 that are confident in one image do not happen in practice
         self.engine.rehearse(size, self.recipe.labelled_images, self.unlabelled, most)
 
