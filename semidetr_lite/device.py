@@ -13,7 +13,11 @@ def to_host(values: torch.Tensor):
 
 
 def to_device(values: torch.Tensor, device) -> torch.Tensor:
-    """A tensor of the host on a device, in its turn behind what the device is doing; None leaves it where it is."""
-    if device is not None and torch.device(device).type == "cuda" and not torch.compiler.is_compiling():
-        values = values if values.is_cuda else values.pin_memory()
-    return values.to(device, non_blocking=True)
+    """A tensor of the host on a device, in its turn behind what the device is doing; None leaves it where it is.
+
+    Only CUDA is safe for this: Apple's GPU may read the host's memory when it serves something else already.
+    """
+    kind = "cpu" if device is None else torch.device(device).type
+    if kind == "cuda" and not (values.is_cuda or torch.compiler.is_compiling()):
+        values = values.pin_memory()
+    return values.to(device, non_blocking=kind in ("cpu", "cuda"))

@@ -14,6 +14,7 @@ from semidetr_lite.detectors.transformer import (
     output_rows,
     sine_positions,
 )
+from semidetr_lite.device import to_device
 
 
 def sine_by_loop(value: float, dim: int, temperature: float) -> list[float]:
@@ -102,3 +103,15 @@ def test_level_table_names_width_height_and_first_token_and_serves_training_afte
     scale = torch.ones(3, 3, requires_grad=True)
     (scale * level_table(shapes, torch.device("cpu"))).sum().backward()  # an inference tensor could not be saved for it
     assert torch.equal(scale.grad, kept.float())
+
+
+@pytest.mark.parametrize(
+    ("device", "pinned", "waits"),
+    [(None, False, False), ("cpu", False, False), ("cuda", True, False), ("cuda:1", True, False), ("mps", False, True)],
+)
+def test_a_copy_to_cuda_is_pinned_and_does_not_wait_and_one_to_other_gpus_does(device, pinned, waits, monkeypatch):
+    copies = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: copies.append("pinned") or tensor)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, place, non_blocking=False: copies.append(non_blocking))
+    to_device(torch.ones(2), device)
+    assert copies == ["pinned"] * pinned + [not waits]
