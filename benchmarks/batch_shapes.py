@@ -25,10 +25,11 @@ import make_coco_sized
 
 from semidetr_lite.data.batches import Batches
 from semidetr_lite.data.views import resized
+from semidetr_lite.training.engine import micro_batches
 from semidetr_lite.training.presets import make_recipe
 from semidetr_lite.training.train import new_config
 
-PLANS = {"teacher": 27, "student": 71}  # different convolutions of ResNet-50 and projections, gradients counted in
+PLANS = {"teacher": 25, "student": 63}  # different convolutions of ResNet-50 and projections, and their gradients
 KEPT = 10_000
 
 
@@ -51,13 +52,6 @@ class Splits:
     flip: bool = True
 
 
-def draw_sizes(count: int) -> list[tuple[int, int]]:
-    """(height, width) of `count` images."""
-    rng, common = np.random.default_rng(5), make_coco_sized.SIZES
-    places = np.searchsorted(np.cumsum(list(common.values())), rng.random(count))
-    return [[*common, tuple(rng.integers(300, 641, 2).tolist())][place][::-1] for place in places]
-
-
 def batches(steps: int, parts: int, splits: Splits):
     """("teacher" or "student", sizes of its images) for each part of each step."""
     recipe, rng = make_recipe(new_config("coco-10pct", data="none")), np.random.default_rng(0)
@@ -66,14 +60,13 @@ def batches(steps: int, parts: int, splits: Splits):
         shape, turn = drawn.shape_and_turn(step)
         labelled = [splits.labelled.sizes[index] for index in drawn.labelled.draw(shape, turn)]
         unlabelled = [splits.unlabelled.sizes[index] for index in drawn.unlabelled.draw(shape, turn)]
-        views = (
-            [resized(size, int(rng.choice(sides.short_sides)), sides.long_side) for size in sizes]
-            for sizes in (labelled, unlabelled, unlabelled)
-        )
-        cut = [[view[len(view) * n // parts : len(view) * (n + 1) // parts] for n in range(parts)] for view in views]
-        for ours, weak, strong in zip(*cut, strict=True):
-            yield "teacher", weak
-            yield "student", ours + strong
+        batch = {}
+        for name, sizes in {"labelled": labelled, "weak": unlabelled, "strong": unlabelled}.items():
+            seen = [resized(size, int(rng.choice(sides.short_sides)), sides.long_side) for size in sizes]
+            batch[name] = (seen, seen)  # in place of images and targets
+        for part in micro_batches(batch, parts):
+            yield "teacher", part["weak"][0]
+            yield "student", part["labelled"][0] + part["strong"][0]
 
 
 def padded_to(sizes: list[tuple[int, int]], multiple: int) -> tuple[int, int]:
@@ -102,7 +95,8 @@ def main(argv=None) -> int:
     parser.add_argument("--parts", type=int, nargs="+", default=[8, 2, 1])
     parser.add_argument("--steps", type=int, default=2000)
     options = parser.parse_args(argv)
-    sizes = draw_sizes(20_000)
+    rng = np.random.default_rng(5)
+    sizes = [make_coco_sized.draw_size(rng)[::-1] for _ in range(20_000)]  # (height, width)
     splits = Splits(Sizes(sizes[:2000]), Sizes(sizes[2000:]))
     for parts in options.parts:
         found = list(batches(options.steps, parts, splits))

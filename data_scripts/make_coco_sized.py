@@ -86,12 +86,17 @@ def _write_part(folder: Path, part: str, count: int, sources) -> None:
     write_json(folder / "annotations" / f"instances_{part}.json", document)
 
 
+def draw_size(rng: np.random.Generator) -> tuple[int, int]:
+    """Width and height of an image."""
+    place = int(np.searchsorted(np.cumsum(list(SIZES.values())), rng.random()))
+    return [*SIZES, tuple(rng.integers(300, 641, 2).tolist())][place]
+
+
 def scene(number: int, sources) -> tuple[Image.Image, list[dict]]:
     """Image `number` and its annotations without ids; sources: masks (8, 8) in [0, 1] of each digit, photographs."""
     masks, photos = sources
     rng = np.random.default_rng([number, 17])
-    place = int(np.searchsorted(np.cumsum(list(SIZES.values())), rng.random()))
-    width, height = [*SIZES, tuple(rng.integers(300, 641, 2).tolist())][place]
+    width, height = draw_size(rng)
     photo = Image.fromarray(photos[rng.integers(len(photos))])
     scale = rng.uniform(0.4, 1.0) * min(photo.width / width, photo.height / height)
     left, top = (rng.uniform(0, side - scale * own) for side, own in ((photo.width, width), (photo.height, height)))

@@ -672,7 +672,7 @@ class Accelerator(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         given = tensors_in([args, kwargs])
-        there = any(getattr(tensor, "on_device", False) for tensor in given)
+        there = any(map(on, given))
         masked = name == "__getitem__" and any(t.dtype == torch.bool for t in tensors_in(args[1:]))
         found = name == "where" and len(args) + len(kwargs) == 1
         moved = any(isinstance(entry, torch.device) for entry in (*args, *kwargs.values()))
@@ -706,9 +706,9 @@ class Accelerator(TorchFunctionMode):
         where.append(f"{line.filename.rsplit('/', 1)[-1]}:{line.lineno} {name}: {line.line}")
 
 
-def on(tensor: torch.Tensor) -> bool | None:
-    """Whether a tensor lies on the played device; None if not."""
-    return getattr(tensor, "on_device", False) or None
+def on(tensor: torch.Tensor) -> bool:
+    """Whether a tensor lies on the played device."""
+    return getattr(tensor, "on_device", False)
 
 
 def test_the_played_accelerator_notes_reads_and_sends():
