@@ -302,7 +302,7 @@ def pseudo_sentence(line: dict, truth: dict | None = None) -> str:
     right = ""
     if truth is not None and kept:
         right = f" ({len(box_errors(_chosen(line, kept), truth, iou=0.5)['hits'])} right)"
-    return f"{len(kept)} kept{right} · {styles.count('mined')} mined · {styles.count('dropped')} dropped"
+    return f"{len(kept)} kept{right} · {styles.count('mined')} mined only · {styles.count('dropped')} dropped"
 
 
 def _pseudo_styles(line: dict) -> list[str]:
@@ -412,7 +412,7 @@ def plot_pseudo_quality(log: list[dict], title=None) -> Picture:
     """Precision and recall of the pseudo-boxes, their number per image and the cost threshold over the steps."""
     panels = {
         "right or found, %": {"precision": "pseudo_precision", "recall": "pseudo_recall"},
-        "boxes an image": {"kept": "pseudo_per_image", "mined": "mined_per_image"},
+        "boxes per image": {"kept": "pseudo_per_image", "mined only": "mined_per_image"},
         "matching cost": {"threshold": "cost_threshold"},
     }
     known = {label: _series(log, key) for keys in panels.values() for label, key in keys.items()}

@@ -471,7 +471,9 @@ def test_mined_are_the_boxes_that_cost_the_last_layer_no_more_than_the_threshold
     assert method.stats["cost_threshold"] == pytest.approx(threshold, abs=1e-3)
     expected = [int((own <= threshold).sum()) for own in costs]
     assert noted["asked"].sum(1).tolist() == expected
-    assert sum(expected) == pytest.approx(3 * method.stats["mined_per_image"])
+    assert method.stats["pseudo_per_image"] == 0 and sum(expected) == pytest.approx(
+        3 * method.stats["mined_per_image"]
+    )
     assert (sum(expected) == 0) if past else 0 < sum(expected) < sum(map(len, costs))
     kept = method.past_costs[method.past_costs.isfinite()]
     assert torch.allclose(kept[len(past) :].sort().values, torch.cat(costs).sort().values, atol=1e-3)
@@ -501,10 +503,20 @@ def test_consistency_asks_for_the_boxes_it_is_told_to(boxes):
     assert ("consistency" in losses) == (boxes != "none")
     both(batch, step)
     asked, stats = everything["asked"].sum() / 3, both.stats
-    assert 0 < stats["mined_per_image"] < asked and 0 < stats["pseudo_per_image"] < asked  # neither set holds the other
-    expected = {"both": asked, "confident": stats["pseudo_per_image"], "mined": stats["mined_per_image"]}
+    assert 0 < stats["mined_per_image"] and 0 < stats["pseudo_per_image"]
+    assert stats["mined_per_image"] + stats["pseudo_per_image"] == pytest.approx(asked)  # no box is counted twice
+    expected = {"both": asked, "confident": stats["pseudo_per_image"]}
+    if boxes == "mined":  # some of these are confident as well
+        assert stats["mined_per_image"] <= noted["asked"].sum() / 3 < asked
+        return
     if boxes != "none":
         assert noted["asked"].sum() / 3 == pytest.approx(expected[boxes])
+
+
+def test_a_box_that_is_mined_and_confident_is_counted_once():
+    method, step = make("stage one", score_cut=0.0, mining="top", mined_top=2)
+    method(some_batch(), step)
+    assert method.stats["mined_per_image"] == 0 < method.stats["pseudo_per_image"]
 
 
 @pytest.mark.parametrize("mining", ["top", "deviation", "none"])
@@ -537,8 +549,9 @@ def test_the_watched_boxes_are_those_of_the_step(mining):
     method(batch, step)
     method.stats["cost_threshold"] += 1e-5  # it is the cost of one of the boxes, found in a batch here and alone below
     lines = watched_boxes(method, scenes, step)
-    for name, figure in (("kept", "pseudo_per_image"), ("mined", "mined_per_image")):
-        assert sum(sum(line[name]) for line in lines) / len(images) == pytest.approx(method.stats[figure])
+    kept, mined = (np.concatenate([line[name] for line in lines]).astype(bool) for name in ("kept", "mined"))
+    assert kept.sum() / len(images) == pytest.approx(method.stats["pseudo_per_image"])
+    assert (mined & ~kept).sum() / len(images) == pytest.approx(method.stats["mined_per_image"])
     assert any(any(line["mined"]) for line in lines) == (mining != "none")
     for line in lines:  # what is neither kept nor minable has no price
         scores = torch.tensor(line["scores"])

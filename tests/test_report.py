@@ -201,7 +201,7 @@ def test_the_timeline_shows_six_steps_even_without_scripts(tmp_path):
     assert page.all("input") == []  # only the script adds the slider
     names = page.all("div", **{"class": "timeline"})[0]["data-names"]
     assert names == "step 0|step 80|step 160|step 240|step 320|step 400"
-    assert page.text.count("1 kept (1 right) · 0 mined · 1 dropped") == 6
+    assert page.text.count("1 kept (1 right) · 0 mined only · 1 dropped") == 6
     for word in ("truth", "kept", "mined only", "dropped", "hit", "false alarm", "missed"):
         assert f"{word} " in page.text
 

@@ -205,7 +205,7 @@ def test_pseudo_boxes_are_kept_mined_or_dropped():
     assert kept.get_linewidth() > mined.get_linewidth() > dropped.get_linewidth()
     assert words(figure) == ["cat .90", "dog .30", r"$\cow$ .80"]
     title = ax.get_title(loc="left").replace("\n", " ")
-    assert title == "step 400: 2 kept (1 right) · 1 mined · 1 dropped"
+    assert title == "step 400: 2 kept (1 right) · 1 mined only · 1 dropped"
 
 
 def test_pseudo_boxes_over_the_steps_without_truth():

@@ -172,7 +172,7 @@ class SemiDETR(MeanTeacher):
         mined = valid & self.mined(matched, threshold, minable)
         self.stats = {
             "pseudo_per_image": float(confident.sum() / len(valid)),
-            "mined_per_image": float(mined.sum() / len(valid)),
+            "mined_per_image": float((mined & ~confident).sum() / len(valid)),  # confident ones are counted above
             "cost_threshold": threshold,
         }
         of_labelled, of_pseudo = costs or [None, None]
