@@ -29,7 +29,7 @@ from torchvision.ops import box_iou
 from semidetr_lite.errors import UserError
 from semidetr_lite.evaluate import box_errors
 
-RED, ORANGE, GREY, INK = "#E3001B", "#E69F00", "#C8C8C8", "#222222"
+RED, ORANGE, BLUE, GREY, INK = "#E3001B", "#E69F00", "#56B4E9", "#C8C8C8", "#222222"
 CLASS_COLORS = (
     *("#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#0072B2"),  # Okabe and Ito's, less the black, the orange and the red
     *("#999933", "#7B5FC7", "#7FE0C8", "#8B5A2B", "#C9B8FF"),
@@ -51,7 +51,7 @@ STYLES = {
     "truth": ("#FFFFFF", 1.2, "-", None),  # with a black outline
     "prediction": (None, 1.6, "-", None),  # labelled with class name and score, as all below
     "pseudo": (None, 1.6, "--", None),
-    "hit": (None, 1.6, "-", None),
+    "hit": (BLUE, 1.6, "-", None),
     "false_alarm": (ORANGE, 1.6, "-", "//"),
     "missed": (RED, 2.2, "-", None),
     "kept": (None, 2.4, "-", None),  # of the teacher's boxes, as are the next two
