@@ -9,6 +9,8 @@ PY := $(if $(ACTIVE),$(PYTHON),.venv/bin/python)
 # One stamp for each environment and checkout: a copied or moved checkout is installed anew.
 INSTALLED := $(ENV)/.semidetr-lite-$(shell pwd | cksum | cut -d' ' -f1)
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+# Threads that wait for work sleep instead of spinning: beside other jobs spinning makes everything many times slower.
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help install demo test check lab notebooks site slides checkpoints
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from semidetr_lite.cli import ARMS, train_arm
+from semidetr_lite.training.demo import DEMO_RUNS, train_demo_run
 
 RECORDED = Path(__file__).parents[1] / "notebooks" / "recorded"
 ORDER = ["all-labels", "supervised", "control", "mean-teacher", "semi-detr"]
@@ -74,16 +74,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/recorded"))
-    parser.add_argument("--only", nargs="*", default=list(ARMS))
+    parser.add_argument("--only", nargs="*", default=list(DEMO_RUNS))
     parser.add_argument("--plateau", type=int, default=0, help="steps of a run with all labels")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for seed in options.seeds:
         for arm in options.only:
-            train_arm(arm, options.out / f"seed{seed}", seed)
+            train_demo_run(arm, options.out / f"seed{seed}", seed)
     if options.plateau:
-        train_arm("supervised", options.out / "all", 0, name="all-labels", percent=100, steps=options.plateau)
+        train_demo_run("supervised", options.out / "all", 0, folder="all-labels", percent=100, steps=options.plateau)
     collect(options.out)
 
 

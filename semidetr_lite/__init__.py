@@ -2,6 +2,12 @@
 transformers.
 """
 
+import os
+
+# Threads that wait for work sleep instead of spinning. Torch reads this when it is loaded, so it stands before anything
+# else; beside other jobs, spinning threads make a training step many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 __all__ = ["load_detector"]
 __version__ = "0.1.0"
 

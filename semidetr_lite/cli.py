@@ -1,9 +1,10 @@
-"""The commands: demo, train, evaluate, predict, compare, ablate, doctor. Each is a plain function."""
+"""The commands: demo, gallery, train, evaluate, predict, compare, ablate, doctor. Each is a plain function."""
 
 import inspect
 import json
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,71 +19,78 @@ from semidetr_lite.detectors.public_weights import describe
 from semidetr_lite.errors import Stopped, UserError, reading
 from semidetr_lite.evaluate import evaluate as evaluate_detections
 from semidetr_lite.evaluate import to_coco_json
+from semidetr_lite.gallery import write_gallery
 from semidetr_lite.report import write_report
 from semidetr_lite.training.ablate import TABLES, Ablation, markdown, summarise
 from semidetr_lite.training.checkpoint import load_detector, read_config, read_lines, write_whole
+from semidetr_lite.training.demo import DEMO_RUNS, QUICK_INTERVALS, TITLES, train_demo_run, train_side_by_side
 from semidetr_lite.training.engine import HOW, PRECISIONS
 from semidetr_lite.training.measure import measure
 from semidetr_lite.training.presets import DETECTORS, METHODS, PRESETS, load_splits
-from semidetr_lite.training.train import Run, finish, new_config
+from semidetr_lite.training.train import Run, new_config
 from semidetr_lite.visualize import plot_ablation, png, show_data_summary, show_targets
 
 Folder = Annotated[Path, tyro.conf.Positional]
 Folders = Annotated[tuple[Path, ...], tyro.conf.Positional]
 Weights = Literal["student", "teacher"]
 
-OFTEN = {"log_every": 2, "evaluate_every": 4, "watch_every": 4, "evaluate_images": 20}  # of a run of 4 steps
-# name: (method, run it goes on from, steps). The control's steps take as long as those of Semi-DETR.
-ARMS = {
-    "supervised": ("supervised", None, 1000),
-    "semi-detr": ("semi-detr", "supervised", 500),
-    "control": ("supervised", "supervised", 1250),
-    "mean-teacher": ("mean-teacher", "supervised", 500),
-}
+RESUME_HINT = "the same command with --resume (demo, ablate: without) goes on"
 
 
 def demo(
     out: Path = Path("runs/demo"), detector: Literal["dino", "deformable-detr"] = "dino", seed: int = 0,
-    control: bool = False, mean_teacher: bool = False, quick: bool = False,
+    control: bool = True, mean_teacher: bool = False, quick: bool = False,
 ) -> None:  # fmt: skip
-    """Semi-DETR with 10 % of the labels, on handwritten digits in photographs; nothing to download.
+    """Semi-DETR against supervised training of the same time, with 10 % of the labels; nothing to download.
 
-    Trains a supervised detector on the 200 labelled scenes, goes on from it with Semi-DETR and 1,800 unlabelled ones,
-    prints the AP of both on the test scenes and writes a page with pictures. Called again, it goes on where it was
-    stopped.
+    The data are handwritten digits in photographs. A detector is trained on the 200 labelled scenes; from there
+    Semi-DETR goes on with 1,800 unlabelled scenes as well, and beside it supervised training for the same time. Prints
+    the AP of each on the test scenes and writes a page with pictures. Called again, it goes on where it was stopped.
 
     Args:
         out: folder of the runs and the page.
         detector: what to train.
         seed: of weights, views and noise.
-        control: also go on with the labelled scenes alone, for as long as Semi-DETR takes.
-        mean_teacher: also go on with the plain mean teacher.
+        control: also train supervised for the time of Semi-DETR, the fair comparison; --no-control leaves it out.
+        mean_teacher: also train the plain mean teacher.
         quick: a few steps of everything, to see that it works (accuracy means nothing).
     """
-    names = ["supervised", "semi-detr"] + ["control"] * control + ["mean-teacher"] * mean_teacher
-    changes = {"detector": detector, **({"steps": 4, **OFTEN} if quick else {})}
-    runs = [train_arm(name, out, seed, **changes) for name in names]
-    page = write_report(runs, out)
-    print(_table(runs))
-    print(f"\npage with pictures: {page}")
+    names = ["control"] * control + ["semi-detr"] + ["mean-teacher"] * mean_teacher
+    changes = {"detector": detector, **({"steps": 4, **QUICK_INTERVALS} if quick else {})}
+    start = time.perf_counter()
+    print(_plan(names, quick))
+    burn_in = train_demo_run("supervised", out, seed, **changes)
+    runs = train_side_by_side(names, out, seed, **changes)
+    page = write_report(runs if control else [burn_in, *runs], out)
+    print(f"\n{_table([burn_in, *runs])}")
+    print(f"\nIt took {(time.perf_counter() - start) / 60:.1f} minutes. Page with pictures: {page}")
 
 
-def train_arm(arm: str, out: Path, seed: int, name: str | None = None, **changes) -> Path:
-    """Train one of ARMS in `out` (from its start in `out`), to the end, from wherever it stands; returns its folder."""
-    method, start, steps = ARMS[arm]
-    folder = out / (name or arm)
-    changes = {"steps": steps, "burn_in": start and str(out / start), **changes}
-    return finish(new_config("digits", method, seed=seed, **changes), folder, workers=0)
+def _plan(names: list[str], quick: bool) -> str:
+    """What the demo will do and how long it takes."""
+    length = {name: 4 if quick else run.steps for name, run in DEMO_RUNS.items()}
+    together = {
+        "control": f"supervised training for the same time, {length['control']:,} steps",
+        "semi-detr": f"Semi-DETR, which adds 1,800 unlabelled scenes, {length['semi-detr']:,} steps",
+        "mean-teacher": f"the plain mean teacher, {length['mean-teacher']:,} steps",
+    }
+    lines = [f"1. supervised training on 200 labelled scenes, {length['supervised']:,} steps"]
+    lines += ["2. from there, side by side with one thread each:"]
+    lines += [f"   - {together[name]}" for name in names]
+    lines += ["3. a page with pictures and curves"]
+    wait = "a minute" if quick else "about 10 minutes on two quiet CPU cores, longer beside other jobs"
+    lines += [f"This takes {wait}. Ctrl-C stops it; the same command goes on where it was."]
+    return "\n".join(lines)
 
 
 def _table(runs: list[Path]) -> str:
-    """AP on the test split of finished runs, averaged weights, without suppression unless the stage asks for it."""
-    lines = [f"{'run':<16}{'steps':>7}{'minutes':>9}{'AP':>7}{'AP50':>7}{'AP75':>7}"]
+    """AP of finished demo runs on the test split, EMA weights, without NMS unless the stage needs it."""
+    lines = [f"{'run':<24}{'steps':>7}{'minutes':>9}{'AP':>7}{'AP50':>7}{'AP75':>7}"]
     for run in runs:
         last = read_lines(run / "log.jsonl")[-1]
-        found = last["test"]["teacher"]
-        figures = "".join(f"{100 * found[key]:>7.1f}" for key in ("AP", "AP50", "AP75"))
-        lines.append(f"{run.name:<16}{last['step']:>7}{last['seconds'] / 60:>9.1f}{figures}")
+        test = last["test"]["teacher"]
+        figures = "".join(f"{100 * test[key]:>7.1f}" for key in ("AP", "AP50", "AP75"))
+        lines.append(f"{TITLES[run.name]:<24}{last['step']:>7}{last['seconds'] / 60:>9.1f}{figures}")
     return "\n".join(lines)
 
 
@@ -94,6 +102,7 @@ def train(
     flip: bool = True, skip_unreadable: bool = False, resume: bool = False, workers: int = 1,
     accumulate: int | None = None, precision: Literal[PRECISIONS] | None = None, checkpointing: bool = False,
     channels_last: bool = False, compile: bool = False, backbone_weights: str | None = None,
+    threads: int | None = None,
 ) -> None:  # fmt: skip
     """Train a detector.
 
@@ -123,6 +132,7 @@ def train(
         compile: torch.compile for backbone and layers.
         backbone_weights: of a ResNet: a .pth file of torchvision's, or "none" for random ones; without it torchvision's
             ImageNet weights are downloaded, once (0.1 GB).
+        threads: CPU threads of each process; without it torch's choice, which is stored and kept on resume.
     """
     settings = _settings(locals(), "out", "resume", "workers")
     config = new_config(**settings)
@@ -194,8 +204,7 @@ def predict(run: Folder, images: Folders, out: Path, score: float = 0.3, weights
     """
     if not images:
         raise UserError("predict: give images or folders of them")
-    if not 0 <= score <= 1:
-        raise UserError(f"--score {score:g}: not in 0..1")
+    _check_score(score)
     detector = load_detector(run, weights)
     files = [file for path in images for file in _image_files(path)]
     found, unread = {}, []
@@ -268,6 +277,32 @@ def doctor(
             raise UserError(f"{data}: {defects} {'defect' if defects == 1 else 'defects'}, listed above")
 
 
+def gallery(out: Path = Path("runs/gallery"), scenes: int = 6, score: float = 0.3) -> None:
+    """A look without training: supervised, Semi-DETR and truth side by side, from weights in the repository.
+
+    Args:
+        out: folder for gallery.png.
+        scenes: rows of the picture, each a test scene.
+        score: the least score of a box that is drawn or counted.
+    """
+    if scenes < 1:
+        raise UserError(f"--scenes must be at least 1, got {scenes}")
+    _check_score(score)
+    picture, found = write_gallery(out, scenes, score)
+    objects = sum(len(truth["boxes"]) for truth in found.truths)
+    print(f"{len(found.truths)} test scenes with {objects} objects; boxes that score at least {score:g}:\n")
+    print(f"{'':<14}{'hits':>8}{'false alarms':>16}{'missed':>10}")
+    for name, (hits, false_alarms, misses) in found.counts(score).items():
+        print(f"{name:<14}{hits:>8}{false_alarms:>16}{misses:>10}")
+    print(f"\nBoth had the same 200 labelled scenes and the same training time. Picture: {picture}")
+
+
+def _check_score(score: float) -> None:
+    """Raises UserError for a score that is none."""
+    if not 0 <= score <= 1:
+        raise UserError(f"--score {score:g}: not in 0..1")
+
+
 def compare(runs: Folders, out: Path, images: int = 8, score: float = 0.3) -> None:
     """Write one page about several runs: AP table, curves, pseudo-boxes over training, pictures side by side.
 
@@ -317,7 +352,7 @@ def ablate(
     settings = _settings(locals(), "out", "tables", "rows", "percents", "seeds", "record", "quick", "show")
     record = record or out / "ablation.jsonl"
     if not show:
-        few = {"steps": 4, "burn_in_steps": 4, **OFTEN} if quick else {}
+        few = {"steps": 4, "burn_in_steps": 4, **QUICK_INTERVALS} if quick else {}
         Ablation(out, record, **settings | few).go(list(tables), list(rows), list(percents), list(seeds))
     lines = read_lines(record)
     if not lines:
@@ -330,8 +365,7 @@ def ablate(
     print(f"\npicture: {out / 'ablation.png'}")
 
 
-COMMANDS = {command.__name__: command for command in (demo, train, evaluate, predict, compare, ablate, doctor)}
-AGAIN = "the same command with --resume (demo, ablate: without) goes on"
+COMMANDS = {command.__name__: command for command in (demo, gallery, train, evaluate, predict, compare, ablate, doctor)}
 
 
 def main() -> int:
@@ -349,11 +383,11 @@ def main() -> int:
         return 2
     except KeyboardInterrupt as problem:
         said, status = problem.args if isinstance(problem, Stopped) else ("stopped", 130)
-        print(f"\n{said}; {AGAIN}", file=sys.stderr)
+        print(f"\n{said}; {RESUME_HINT}", file=sys.stderr)
         return status
     except RuntimeError as problem:
         if not distributed.is_loss(problem):
             raise
-        print(f"error: process {distributed.rank()} lost the others; {AGAIN}", file=sys.stderr)
+        print(f"error: process {distributed.rank()} lost the others; {RESUME_HINT}", file=sys.stderr)
         return 1
     return 0

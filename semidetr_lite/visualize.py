@@ -258,12 +258,53 @@ def show_hits(images, detections, truths, categories, score=0.3, columns=4, titl
     words = (captions, title or said, ("hit", "false_alarm", "missed")) if title != "" else ()
     figure, axes = _page(images, columns, *words)
     for ax, image, detection, truth, error in zip(axes, images, detections, truths, errors):
-        missed = {**_chosen(truth, error["misses"]), "scores": torch.full((len(error["misses"]),), torch.nan)}
-        parts = [missed, _chosen(detection, error["false_alarms"]), _chosen(detection, error["hits"])]
-        merged = {key: torch.cat([part[key] for part in parts]) for key in ("boxes", "labels", "scores")}
-        styles = [style for part, style in zip(parts, ("missed", "false_alarm", "hit")) for _ in part["labels"]]
-        draw_boxes(ax, image, merged, categories=categories, style=styles)
+        _draw_hits(ax, image, detection, truth, error, categories)
     return figure
+
+
+def show_comparison(images, detections, truths, categories, score=0.3, title=None, cell=2.4) -> Picture:
+    """One image a row, one detector a column, the truth last: hits, false alarms and misses at IoU 0.5.
+
+    Args:
+        images: B tensors (3, H, W).
+        detections: {name of a detector: B detections}, in the order of the columns.
+        truths: B targets.
+        categories: of the labels.
+        score: the least score of a box that is drawn and counted.
+        title: "" leaves it out; None: the counts of each detector.
+        cell: width of a column in inches.
+    """
+    errors = {
+        name: [count_hits(*pair, score) for pair in zip(found, truths)] for name, found in detections.items()
+    }
+    finding = "; ".join(f"{name}: {hit_sentence(*counts)}" for name, counts in errors.items())
+    columns, captions, pictures = len(detections) + 1, [], []
+    for row in range(len(images)):
+        captions += [f"{name}: {_found_sentence(counts[row])}" for name, counts in errors.items()]
+        captions.append(f"truth: {_count(len(truths[row]['boxes']), 'object')}")
+        pictures += [images[row]] * columns
+    legend = ("hit", "false_alarm", "missed", "truth")
+    figure, axes = _page(pictures, columns, captions, finding if title is None else title, legend, cell)
+    for row, (image, truth) in enumerate(zip(images, truths)):
+        *of_detectors, last = axes[row * columns : (row + 1) * columns]
+        for ax, (name, found) in zip(of_detectors, detections.items()):
+            _draw_hits(ax, image, found[row], truth, errors[name][row], categories)
+        draw_boxes(last, image, truth, categories=categories, style="truth")
+    return figure
+
+
+def _draw_hits(ax, image, detection: dict, truth: dict, errors: dict, categories) -> None:
+    """An image with its hits, false alarms and misses, as `count_hits` gives them."""
+    missed = _chosen(truth, errors["misses"])
+    missed["scores"] = torch.full((len(errors["misses"]),), torch.nan)
+    parts = {
+        "missed": missed,
+        "false_alarm": _chosen(detection, errors["false_alarms"]),
+        "hit": _chosen(detection, errors["hits"]),
+    }
+    merged = {key: torch.cat([part[key] for part in parts.values()]) for key in ("boxes", "labels", "scores")}
+    styles = [style for style, part in parts.items() for _ in part["labels"]]
+    draw_boxes(ax, image, merged, categories=categories, style=styles)
 
 
 def count_hits(detection: dict, truth: dict, score=0.3) -> dict:
@@ -277,6 +318,12 @@ def hit_sentence(*errors: dict) -> str:
     """The counts of one or several `count_hits` in words: "3 hits · 1 false alarm · 0 missed"."""
     hits, alarms, misses = (sum(len(error[key]) for error in errors) for key in ("hits", "false_alarms", "misses"))
     return f"{_count(hits, 'hit')} · {_count(alarms, 'false alarm')} · {misses:,} missed"
+
+
+def _found_sentence(error: dict) -> str:
+    """One `count_hits` in few words: "3 of 4 found, 1 false"."""
+    hits, alarms, misses = (len(error[key]) for key in ("hits", "false_alarms", "misses"))
+    return f"{hits} of {hits + misses} found, {alarms} false"
 
 
 def show_pseudo_boxes(image, line, truth=None, categories=None, title=None) -> Picture:

@@ -3,6 +3,7 @@
 import os
 
 os.environ["MPLBACKEND"] = "Agg"  # before anything imports matplotlib
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before anything imports torch
 
 import pytest
 import torch

@@ -31,6 +31,7 @@ ROOMS = [
     "visualize",
     "training",
     "report",
+    "gallery",
     "teach",
     "cli",
     "__main__",

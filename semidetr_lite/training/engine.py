@@ -44,6 +44,19 @@ PRECISIONS = ("auto", "float32", "tf32", "bfloat16")
 HOW = ("accumulate", "precision", "checkpointing", "channels_last", "compile")  # of a recipe; a resumed run may change
 
 
+def choose_precision(precision: str, device: torch.device) -> str:
+    """What "auto" means on a device: bfloat16 on a GPU that has it, else float32; every other name as it is.
+
+    Raises UserError for a precision that there is not.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"no precision called {precision!r}: choose from {', '.join(PRECISIONS)}")
+    if precision != "auto":
+        return precision
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if has_bfloat16 else "float32"
+
+
 def prepare(detector: Detector, recipe: Recipe, precision: str, trained: bool) -> None:
     """Make a detector run as the recipe says; its weights and their names stay as they are."""
     backbone = detector.backbone
@@ -98,10 +111,7 @@ class Engine:
 
     def __init__(self, method: Averaged, recipe: Recipe):
         self.method, self.recipe, self.device = method, recipe, next(method.parameters()).device
-        if recipe.precision not in PRECISIONS:
-            raise UserError(f"no precision called {recipe.precision!r}: choose from {', '.join(PRECISIONS)}")
-        able = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        self.precision = recipe.precision if recipe.precision != "auto" else "bfloat16" if able else "float32"
+        self.precision = choose_precision(recipe.precision, self.device)
         if self.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.precision != "float32"
         prepare(method.student, recipe, self.precision, True)

@@ -166,7 +166,7 @@ def make_recipe(config: dict, file="config.json") -> Recipe:
         views = {key: tuple(v) if isinstance(v, list) else v for key, v in entries["views"].items()}
         entries |= {"views": ViewSettings(**views), "weights": LossWeights(*entries["weights"])}
         recipe = Recipe(**{**entries, "drops": tuple(entries.get("drops", ()))})
-        wanted = [(name, config[name], kind) for name, kind in SETTINGS.items()]
+        wanted = [(name, config.get(name), kind) for name, kind in SETTINGS.items()]
         for part in (recipe, recipe.views, recipe.weights):
             wanted += [(name, getattr(part, name), kind) for name, kind in get_type_hints(type(part)).items()]
         for name, value, kind in wanted:
@@ -176,7 +176,7 @@ def make_recipe(config: dict, file="config.json") -> Recipe:
 
 
 SETTINGS = {"method": str, "detector": str, "data": str, "steps": int, "seed": int, "fold": int, "percent": float}
-SETTINGS |= {"burn_in": str | None}
+SETTINGS |= {"burn_in": str | None, "threads": int | None}
 COUNTS = ("steps", "labelled_images", "accumulate", "candidates", "most", "log_every", "watch_every", "evaluate_every")
 
 

@@ -45,7 +45,7 @@ from semidetr_lite.training.checkpoint import (
     save_weights,
     write_whole,
 )  # fmt: skip
-from semidetr_lite.training.engine import Engine, check_parts
+from semidetr_lite.training.engine import Engine, check_parts, choose_precision
 from semidetr_lite.training.measure import duplicates, measure, pseudo_quality, watched_boxes
 from semidetr_lite.training.presets import Recipe, make_recipe
 
@@ -58,10 +58,10 @@ def new_config(
     images: str | None = None, unlabelled: str | None = None, validation: str | None = None,
     percent: float | None = None, fold: int = 1, seed: int = 0, steps: int | None = None, burn_in: str | None = None,
     folds: str | None = None, flip: bool = True, skip_unreadable: bool = False,
-    backbone_weights: str | None = None, **changes,
+    backbone_weights: str | None = None, threads: int | None = None, **changes,
 ) -> dict:  # fmt: skip
     """The settings of a run, complete, as they go to config.json. `changes` replace fields of the preset's
-    Recipe, where they are not None."""
+    Recipe, where they are not None. `threads` None: as many as torch takes by itself where the run begins."""
     settings = {name: value for name, value in locals().items() if name != "changes"}
     for kind, known in {"preset": presets.PRESETS, "method": presets.METHODS, "detector": presets.DETECTORS}.items():
         if settings[kind] not in known:
@@ -81,13 +81,15 @@ def new_config(
         raise UserError(f"no field {unknown[0]!r} in a preset: choose from {', '.join(recipe)}")
     recipe |= {name: value for name, value in changes.items() if value is not None}
     settings |= {name: recipe[name] for name in ("steps", "percent") if settings[name] is None}
+    if threads is not None and threads < 1:
+        raise UserError(f"--threads must be at least 1, got {threads}")
     if settings["steps"] < 1:
         raise UserError(f"steps must be at least 1, got {settings['steps']}")
     return {**settings, "recipe": json.loads(json.dumps(recipe)), **_origin()}
 
 
-def finish(config: dict, folder: Path, **how) -> Path:
-    """Train a run to its end from wherever it stands; returns its folder. `how` goes to Run.
+def finish(config: dict, folder: Path, workers: int = 1, quiet: bool = False) -> Path:
+    """Train a run to its end from wherever it stands; returns its folder. `workers` and `quiet`: see Run.
 
     Raises UserError where the folder holds a run with other settings than these.
     """
@@ -95,10 +97,11 @@ def finish(config: dict, folder: Path, **how) -> Path:
     for key in (*KEYS, "recipe"):
         if made.get(key) != config[key]:
             raise UserError(f"{folder}: holds a run with another {key}; choose another --out")
-    run = Run(config, folder, resume=(folder / "last.pt").exists(), **how)
+    run = Run(config, folder, resume=(folder / "last.pt").exists(), workers=workers, quiet=quiet)
     if run.step < config["steps"]:
         labelled = len(run.splits.labelled)
-        print(f"{folder}: {config['method']}, {config['steps']} steps, {labelled} labelled images", flush=True)
+        if not quiet:
+            print(f"{folder}: {config['method']}, {config['steps']} steps, {labelled} labelled images", flush=True)
         run.go()
     return folder
 
@@ -145,14 +148,20 @@ class Run:
         file = self.out / "config.json" if resume else "the options"
         with reading(file, "not a recipe"):
             config = {**config, "recipe": {**config["recipe"], **(how or {})}}
-        self.recipe: Recipe = make_recipe(config, file)
+        recipe = make_recipe(config, file)
+        # What is chosen here is stored, and kept on resume: another number of threads adds numbers in another order.
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        precision = choose_precision(recipe.precision, self.device)
+        threads = config.get("threads") or torch.get_num_threads()
+        torch.set_num_threads(threads)
+        self.recipe: Recipe = dataclasses.replace(recipe, precision=precision)
+        config = {**config, "threads": threads, "recipe": {**config["recipe"], "precision": precision}}
         self.splits = splits or presets.load_splits(config, file)
         self.config = {**config, "categories": self.splits.categories}
         self.unlabelled = 0 if config["method"] == "supervised" else self.recipe.unlabelled_images  # a step
         check_parts("labelled", self.recipe.labelled_images, self.recipe.accumulate)
         if self.unlabelled:
             check_parts("unlabelled", self.unlabelled, self.recipe.accumulate)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.step, self.seconds, self.offset, self.skipped = 0, 0.0, 0, 0
         self.logged, self.began = 0, time.perf_counter()
         settings = {key: value for key, value in self.config.items() if key not in ("commit", "machine", "command")}
@@ -494,7 +503,7 @@ def summary(method: str, line: dict) -> str:
     """A log line for people."""
     parts = [f"{method} step {line['step']}", f"loss {sum(line['losses'].values()):.2f}"]
     if "pseudo_per_image" in line:
-        parts.append(f"pseudo-boxes {line['pseudo_per_image']:.1f} an image")
+        parts.append(f"{line['pseudo_per_image']:.1f} pseudo-boxes per image")
     if "AP_teacher" in line:
         parts.append(f"AP student {100 * line['AP_student']:.1f}, teacher {100 * line['AP_teacher']:.1f}")
     parts += [f"{line['images_per_second']:.0f} images/s", *([f"ALARM: {line['alarm']}"] if "alarm" in line else [])]

@@ -1,0 +1,81 @@
+"""Threads: waiting ones sleep, which torch must be told before it is loaded; their number is kept on resume."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+
+from semidetr_lite.errors import UserError
+from semidetr_lite.training.train import Run, new_config
+from tests.test_train import SMALL, splits
+
+ROOT = Path(__file__).parents[1]
+# A finder that writes down what the variable is when torch is asked for, and finds nothing itself.
+SPY = """
+import os, runpy, sys
+class Spy:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print("torch sees", os.environ.get("OMP_WAIT_POLICY"))
+sys.meta_path.insert(0, Spy())
+"""
+
+
+def seen_by_torch(code: str, **variables) -> list[str]:
+    """What OMP_WAIT_POLICY is at each import of torch while the code runs in a new process."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    words = [sys.executable, "-c", SPY + code]
+    run = subprocess.run(words, cwd=ROOT, env={**environment, **variables}, capture_output=True, text=True, timeout=300)
+    return [line.removeprefix("torch sees ") for line in run.stdout.splitlines() if line.startswith("torch sees")]
+
+
+COMMAND = "sys.argv = ['semidetr', 'evaluate', 'nowhere']; runpy.run_module('semidetr_lite', run_name='__main__')"
+
+
+def test_waiting_threads_sleep_before_torch_is_loaded():
+    assert set(seen_by_torch(COMMAND)) == {"passive"}
+
+
+def test_what_the_user_has_set_stays():
+    assert set(seen_by_torch("import semidetr_lite.boxes", OMP_WAIT_POLICY="active")) == {"active"}
+
+
+def test_make_tells_its_programs():
+    words = ["make", "-s", "--eval", "show: ; @echo $$OMP_WAIT_POLICY", "show"]
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    for given, expected in (({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")):
+        run = subprocess.run(words, cwd=ROOT, env={**environment, **given}, capture_output=True, text=True)
+        assert run.stdout.split() == [expected]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_import_the_package_before_torch(path):
+    """Kernels of other programs than ours are told as well."""
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    assert cells[0].splitlines()[0].startswith("import semidetr_lite")
+
+
+def test_the_number_of_threads_is_chosen_once_and_kept(tmp_path):
+    try:
+        Run(new_config(threads=2, **SMALL), tmp_path / "run", splits=splits(), workers=0, quiet=True).go()
+        torch.set_num_threads(1)
+        resumed = Run({}, tmp_path / "run", resume=True, splits=splits(), workers=0, quiet=True)
+        assert torch.get_num_threads() == 2 == resumed.config["threads"]
+        torch.set_num_threads(1)
+        Run(new_config(**SMALL), tmp_path / "other", splits=splits(), workers=0, quiet=True).go()
+        assert json.loads((tmp_path / "other/config.json").read_text())["threads"] == 1  # what torch had
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_a_number_of_threads_that_cannot_be(tmp_path):
+    with pytest.raises(UserError, match="--threads must be at least 1, got 0"):
+        new_config(threads=0)
+    config = {**new_config(**SMALL), "threads": "many"}
+    with pytest.raises(UserError, match="threads cannot be 'many'"):
+        Run(config, tmp_path / "run", splits=splits(), workers=0, quiet=True)
