@@ -12,11 +12,12 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 # Threads that wait for work sleep instead of spinning: beside other jobs spinning makes everything many times slower.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help install demo test check lab notebooks site slides checkpoints
+.PHONY: help install demo test check lab notebooks site slides colab checkpoints
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 	@echo "PYTHON=...   the interpreter that makes .venv, or one inside an environment of yours (now: $(ENV))"
+	@echo "OWNER=...    who hosts your fork on GitHub, for links to Colab (else: a remote on github.com, or no links)"
 	@echo "REVEAL=...   address, or folder of a copy, of reveal.js 4, which slides load when shown; else a public address"
 	@echo "PIP_ARGS=... goes to pip, for instance the index of the CPU-only torch"
 
@@ -47,7 +48,10 @@ notebooks: $(INSTALLED)  ## run every notebook from a clean kernel and save it i
 	  --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec $(NOTEBOOKS)
 
 site: $(INSTALLED)  ## the notebooks as pages that need no kernel and no network, in build/site; runs nothing
-	$(PY) notebooks/make_pages.py site build/site
+	$(PY) notebooks/make_pages.py site build/site --owner '$(OWNER)'
+
+colab: $(INSTALLED)  ## badges and install cells for Google Colab, OWNER=your name on GitHub; commit them in your fork
+	$(PY) notebooks/colab.py '$(OWNER)'
 
 slides: $(INSTALLED)  ## the same as reveal.js slides, in build/slides
 	$(PY) notebooks/make_pages.py slides build/slides $(if $(REVEAL),--reveal-prefix '$(REVEAL)')

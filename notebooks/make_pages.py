@@ -8,6 +8,7 @@ import argparse
 import base64
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import nbformat
@@ -15,12 +16,14 @@ from latex2mathml.converter import convert
 from nbconvert.exporters import HTMLExporter, SlidesExporter
 from traitlets.config import Config
 
+sys.path.insert(0, str(Path(__file__).parent))
+import colab  # noqa: E402
+
 HERE = Path(__file__).parent
 REVEAL = "https://unpkg.com/reveal.js@4.6.1"
 PRIORITY = ["text/html", "text/markdown", "image/png", "text/plain"]
 SAVED = Config({"NbConvertBase": {"display_data_priority": PRIORITY}})  # no widgets
 MATHS = re.compile(r"(?P<code>(`+).*?\2)|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+?)\$", re.DOTALL)
-COLAB = "from importlib.util import find_spec"  # how the cell begins that installs the package there
 LINES = 28  # that fit on a slide
 SITE = """
 {%- extends 'lab/index.html.j2' -%}
@@ -73,7 +76,7 @@ def read(path: Path) -> nbformat.NotebookNode:
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)])
     else:
         notebook = nbformat.read(path, as_version=4)
-    notebook.cells = [cell for cell in notebook.cells if not cell.source.startswith(COLAB)]
+    notebook.cells = [cell for cell in notebook.cells if not colab.is_first_cell(cell.source)]
     texts = [cell for cell in notebook.cells if cell.cell_type == "markdown"]
     headings = re.findall(r"^# (.+)$", "\n".join(cell.source for cell in texts), re.MULTILINE)
     notebook.metadata.title = headings[0] if headings else path.stem
@@ -93,8 +96,8 @@ def write(exporter: HTMLExporter, notebook: nbformat.NotebookNode, path: Path) -
     path.write_text(exporter.from_notebook_node(notebook)[0], encoding="utf-8")
 
 
-def make_site(folder: Path, out: Path) -> None:
-    """A page for each notebook, and index.html from README.md."""
+def make_site(folder: Path, out: Path, repository: str | None = None) -> None:
+    """A page for each notebook, and index.html from README.md; with links to Colab where the repository is known."""
     exporter = HTMLExporter(config=SAVED, raw_template=SITE)
     index, pages = read(folder / "README.md"), {path.stem: read(path) for path in sorted(folder.glob("*.ipynb"))}
     index.metadata.links = []
@@ -106,6 +109,8 @@ def make_site(folder: Path, out: Path) -> None:
             if 0 <= other < len(names):
                 title = pages[names[other]].metadata.title
                 page.metadata.links.append((arrow.format(title), f"{names[other]}.html"))
+        if repository:
+            page.metadata.links.append(("Open in Colab", colab.colab_address(repository, f"{name}.ipynb")))
         write(exporter, page, out / f"{name}.html")
 
 
@@ -175,10 +180,11 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder for the pages")
     copy = "address of reveal.js 4, or the folder of a copy of yours (%(default)s)"
     parser.add_argument("--reveal-prefix", default=REVEAL, help=copy)
+    parser.add_argument("--owner", default="", help="who hosts the repository on GitHub, for links to Colab")
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
     if chosen.what == "site":
-        make_site(HERE, chosen.out)
+        make_site(HERE, chosen.out, colab.find_repository(chosen.owner))
     else:
         make_slides(HERE, chosen.out, chosen.reveal_prefix)
     print(f"wrote {chosen.out / 'index.html'}")

@@ -3,6 +3,7 @@
 import base64
 import importlib.util
 import re
+import subprocess
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -16,6 +17,8 @@ spec = importlib.util.spec_from_file_location("make_pages", NOTEBOOKS / "make_pa
 make_pages = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(make_pages)
 
+colab = make_pages.colab
+
 PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (400).to_bytes(4, "big") + (340).to_bytes(4, "big")).decode()
 WIDGET = {
     "text/html": f'<img src="data:image/png;base64,{PNG}{"A" * 12}" alt="the saved picture">',
@@ -27,7 +30,7 @@ def tiny() -> nbformat.NotebookNode:
     return new_notebook(
         cells=[
             new_markdown_cell("# Why *two*?\n\nSee [one](01_one.ipynb#a). Take $s^\\alpha * m_q$, not `$x$`."),
-            new_code_cell(f'{make_pages.COLAB}\n\nif not find_spec("semidetr_lite"):\n    %cd -q x'),
+            new_code_cell(colab.first_cell("me/kit")),
             new_markdown_cell("**Your guess:**"),
             new_code_cell("print(1)", outputs=[new_output("stream", text="unrepeatable 17\n")]),
             new_markdown_cell("Done.\n\n## Play\n\n$$\\tfrac12$$"),
@@ -109,3 +112,52 @@ def test_slides_load_reveal_from_an_address_or_from_a_copy(folder):
     scripts = re.findall(r'<script[^>]* src="([^"]+)"', page)
     assert scripts == ["reveal.js/dist/reveal.js", "reveal.js/plugin/notes/notes.js"]
     assert (folder / "out" / scripts[0]).is_file() and broken_links(folder / "out") == []
+
+
+def test_addresses_of_colab_come_and_go(folder):
+    readme = folder / "README.md"
+    readme.write_text(f"# The course\n\n{colab.BEGIN}\n{colab.END}\n", encoding="utf-8")
+    nbformat.write(new_notebook(cells=[new_code_cell(colab.first_cell(None))]), folder / "02_two.ipynb")
+    before = readme.read_text(), (folder / "02_two.ipynb").read_text()
+    assert sorted(colab.write_addresses(folder, "me/kit")) == ["02_two.ipynb", "README.md"]
+    assert "github/me/kit/blob/main/notebooks/02_two.ipynb" in readme.read_text()
+    (cell,) = nbformat.read(folder / "02_two.ipynb", as_version=4).cells
+    assert "https://github.com/me/kit && pip install -q ./kit" in cell.source and cell.source.endswith(colab.FIRST)
+    assert colab.write_addresses(folder, "me/kit") == []
+    colab.write_addresses(folder, None)
+    assert (readme.read_text(), (folder / "02_two.ipynb").read_text()) == before
+
+
+@pytest.mark.parametrize(
+    ("remote", "known"),
+    [
+        ("https://github.com/me/kit.git", "me/kit"),
+        ("git@github.com:me/kit.git", "me/kit"),
+        ("https://gitlab.com/me/kit.git", None),
+        ("https://github.com.evil.org/me/kit", None),
+        ("/somewhere/kit", None),
+        (None, None),
+    ],
+)
+def test_the_address_is_that_of_a_remote_on_github_and_no_other(tmp_path, remote, known):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    if remote:
+        subprocess.run(["git", "-C", tmp_path, "remote", "add", "origin", remote], check=True)
+    assert colab.find_repository("", tmp_path) == known
+    assert colab.find_repository("you", tmp_path) == "you/semidetr-lite"
+    assert colab.find_repository("you/fork", tmp_path) == "you/fork"
+    with pytest.raises(ValueError, match="not a name on GitHub"):
+        colab.find_repository("you and me", tmp_path)
+
+
+def test_the_site_links_to_colab_only_where_the_address_is_known(folder):
+    make_pages.make_site(folder, folder / "out")
+    assert "colab" not in (folder / "out" / "02_two.html").read_text(encoding="utf-8").lower()
+    make_pages.make_site(folder, folder / "out", "me/kit")
+    page = (folder / "out" / "02_two.html").read_text(encoding="utf-8")
+    assert "https://colab.research.google.com/github/me/kit/blob/main/notebooks/02_two.ipynb" in page
+
+
+def test_no_placeholder_stands_in_the_course():
+    for path in [*NOTEBOOKS.glob("*.ipynb"), NOTEBOOKS / "README.md"]:
+        assert "OWNER/" not in path.read_text(encoding="utf-8"), path

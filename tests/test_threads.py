@@ -12,7 +12,7 @@ import torch
 
 from semidetr_lite.errors import UserError
 from semidetr_lite.training.train import Run, new_config
-from tests.test_train import SMALL, splits
+from tests.test_train import go, small, splits  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 # A finder that writes down what the variable is when torch is asked for, and finds nothing itself.
@@ -60,22 +60,21 @@ def test_notebooks_import_the_package_before_torch(path):
     assert cells[0].splitlines()[0].startswith("import semidetr_lite")
 
 
-def test_the_number_of_threads_is_chosen_once_and_kept(tmp_path):
+def test_the_number_of_threads_is_chosen_once_and_kept(splits, tmp_path):  # noqa: F811
     try:
-        Run(new_config(threads=2, **SMALL), tmp_path / "run", splits=splits(), workers=0, quiet=True).go()
+        go(small(threads=2, steps=1), tmp_path / "run", splits)
         torch.set_num_threads(1)
-        resumed = Run({}, tmp_path / "run", resume=True, splits=splits(), workers=0, quiet=True)
+        resumed = Run({}, tmp_path / "run", resume=True, splits=splits, workers=0, quiet=True)
         assert torch.get_num_threads() == 2 == resumed.config["threads"]
         torch.set_num_threads(1)
-        Run(new_config(**SMALL), tmp_path / "other", splits=splits(), workers=0, quiet=True).go()
+        go(small(steps=1), tmp_path / "other", splits)
         assert json.loads((tmp_path / "other/config.json").read_text())["threads"] == 1  # what torch had
     finally:
         torch.set_num_threads(1)
 
 
-def test_a_number_of_threads_that_cannot_be(tmp_path):
+def test_a_number_of_threads_that_cannot_be(splits, tmp_path):  # noqa: F811
     with pytest.raises(UserError, match="--threads must be at least 1, got 0"):
         new_config(threads=0)
-    config = {**new_config(**SMALL), "threads": "many"}
     with pytest.raises(UserError, match="threads cannot be 'many'"):
-        Run(config, tmp_path / "run", splits=splits(), workers=0, quiet=True)
+        go({**small(), "threads": "many"}, tmp_path / "run", splits)
