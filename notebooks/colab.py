@@ -2,9 +2,10 @@
 
     python notebooks/colab.py [OWNER]
 
-A clone does not know who hosts it, so the course comes without badges. This writes them into README.md and an install
-cell into every notebook; commit the change in your fork. OWNER is a name on GitHub, or OWNER/REPOSITORY; without it the
-address of the remote `origin` is taken, if it is on github.com. Where no address is known, badges and cells are removed.
+A clone does not know who hosts it, so the course comes without badges. This command writes them into README.md and an
+install cell into every notebook; commit the change in your fork. OWNER is a name on GitHub, or OWNER/REPOSITORY.
+Without it the address of the remote `origin` is taken, if it is on github.com. Where no address is known, badges and
+cells are removed.
 """
 
 import re

@@ -17,7 +17,7 @@ from nbconvert.exporters import HTMLExporter, SlidesExporter
 from traitlets.config import Config
 
 sys.path.insert(0, str(Path(__file__).parent))
-import colab  # noqa: E402
+import colab
 
 HERE = Path(__file__).parent
 REVEAL = "https://unpkg.com/reveal.js@4.6.1"

@@ -13,7 +13,7 @@ from PIL import Image
 
 from semidetr_lite import cli
 from semidetr_lite.data import digits
-from semidetr_lite.training import presets
+from semidetr_lite.training import demo, presets
 from semidetr_lite.training.checkpoint import load_state
 from semidetr_lite.training.train import Run, new_config
 from tests.test_train import SMALL
@@ -85,11 +85,17 @@ def trained(tmp_path_factory):
     return root
 
 
-def test_demo_trains_both_prints_the_table_and_writes_the_page(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(cli, "ARMS", {name: (method, start, 2) for name, (method, start, _) in cli.ARMS.items()})
+def test_demo_trains_all_prints_the_table_and_writes_the_page(monkeypatch, tmp_path, capsys):
+    short = {name: one._replace(steps=2) for name, one in demo.DEMO_RUNS.items()}
+    monkeypatch.setattr(demo, "DEMO_RUNS", short)
+
+    def one_after_the_other(names, out, seed, **changes):  # other processes would not know the small preset
+        return [demo.train_demo_run(name, out, seed, **changes) for name in names]
+
+    monkeypatch.setattr(cli, "train_side_by_side", one_after_the_other)
     assert run(monkeypatch, "demo", "--out", tmp_path) == 0
     printed = capsys.readouterr().out
-    assert "supervised" in printed and "semi-detr" in printed and "AP50" in printed
+    assert "supervised, same time" in printed and "Semi-DETR" in printed and "AP50" in printed
     assert "<html" in (tmp_path / "report.html").read_text()
     before = (tmp_path / "semi-detr/student.safetensors").stat().st_mtime_ns
     assert run(monkeypatch, "demo", "--out", tmp_path) == 0  # finished runs are not run again
