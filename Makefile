@@ -59,6 +59,13 @@ slides: $(INSTALLED)  ## the same as reveal.js slides, in build/slides
 checkpoints: $(INSTALLED)  ## train the notebooks' weights again (seed 0, about an hour)
 	$(PY) benchmarks/record_checkpoints.py
 
+.PHONY: pictures results
+pictures: $(INSTALLED)  ## the pictures of README.md and docs, in docs/pictures, from recorded runs; trains nothing
+	$(PY) docs/make_pictures.py
+
+results: $(INSTALLED)  ## the tables of README.md and docs/*.md, from recorded runs
+	$(PY) docs/make_results.py
+
 $(INSTALLED): pyproject.toml $(if $(ACTIVE),,| .venv/bin/pip)
 	$(PY) -m pip install $(PIP_ARGS) -e '.[dev]'
 	@touch $@
