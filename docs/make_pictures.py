@@ -20,6 +20,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.textpath import text_to_path
 from PIL import Image, ImageFilter
 
+from semidetr_lite import gallery
 from semidetr_lite.data import digits
 from semidetr_lite.data.views import map_boxes, strong_view
 from semidetr_lite.evaluate import box_errors
@@ -41,11 +42,12 @@ def read(file: Path) -> list[dict]:
 # ---- hero.png ------------------------------------------------------------------------------------
 
 
-def draw_hero() -> None:
-    """hero.png: supervised training, Semi-DETR and the truth side by side.
-
-    TO DO (lead): write PICTURES / "hero.png" from shipped weights with `semidetr_lite.gallery`.
-    """
+def draw_hero() -> Picture:
+    """Supervised training, Semi-DETR and the truth on the first three wide test scenes of three or more objects."""
+    found = gallery.detect_scenes()
+    wide = [index for index, image in enumerate(found.images) if image.shape[-1] > image.shape[-2]]
+    scenes = [index for index in wide if len(found.truths[index]["boxes"]) >= 3][:3]
+    return found.picture(scenes, score=0.3, title="")
 
 
 # ---- training.png --------------------------------------------------------------------------------
@@ -531,7 +533,7 @@ def draw_consistency(x: float, width: float) -> str:
 def main() -> None:
     """Draw every picture."""
     PICTURES.mkdir(exist_ok=True)
-    draw_hero()
+    (PICTURES / "hero.png").write_bytes(png(draw_hero(), dpi=gallery.SHARPNESS))
     (PICTURES / "method.svg").write_text(draw_method(), encoding="utf-8")
     curves = read(RECORDED / "ablation_curves.jsonl")
     (PICTURES / "training.png").write_bytes(png(plot_training(curves), dpi=200))
