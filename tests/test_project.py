@@ -99,6 +99,17 @@ def test_the_docs_explain_every_dependency_and_no_other():
     assert sorted(map(normalised, explained)) == sorted(map(normalised, needed))
 
 
+def test_the_citation_is_of_this_version_and_complete():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = project_table()
+    assert {"cff-version", "message", "authors"} <= set(citation)  # required, with the title
+    for key, ours in {"title": "name", "version": "version", "license": "license"}.items():
+        assert citation[key] == project[ours]
+    (paper,) = citation["references"]
+    assert {"type", "title", "authors"} <= set(paper) and "2307.08095" in paper["url"]
+    assert all(set(author) in ({"given-names", "family-names"}, {"name"}) for author in paper["authors"])
+
+
 @pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="README.md is not written yet")
 def test_ci_runs_the_test_command_of_the_readme():
     command = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()[-1]
