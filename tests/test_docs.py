@@ -22,7 +22,7 @@ PAGES = sorted(ROOT.glob("*.md")) + sorted(
     if not any(part.startswith(".") for part in page.relative_to(ROOT).parts)
 )
 FENCE = re.compile(r"^( *)```[^\n]*\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
-INLINE = re.compile(r"(`+)(.+?)\1")
+INLINE = re.compile(r"(`+)((?:(?!\n\n).)+?)\1", re.DOTALL)
 LINK = re.compile(
     r"\[[^\]]*\]\(\s*<?([^)\s>]+)[^)]*\)|^\[[^\]]+\]:\s*(\S+)|(?:src|href)=\"([^\"]+)\"",
     re.MULTILINE,
