@@ -93,11 +93,22 @@ def test_first_column_reads_the_named_table_only():
     assert first_column(markdown, "dependency") == ["a", "b", "c"]
 
 
-@pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="README.md is not written yet")
-def test_the_readme_explains_every_dependency_and_no_other():
-    explained = first_column((ROOT / "README.md").read_text(encoding="utf-8"), "dependency")
+def test_the_docs_explain_every_dependency_and_no_other():
+    page = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")
+    explained = first_column(page, "dependency")
     needed = [Requirement(line).name for line in project_table()["dependencies"]]
     assert sorted(map(normalised, explained)) == sorted(map(normalised, needed))
+
+
+def test_the_citation_is_of_this_version_and_complete():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = project_table()
+    assert {"cff-version", "message", "authors"} <= set(citation)  # required, with the title
+    for key, ours in {"title": "name", "version": "version", "license": "license"}.items():
+        assert citation[key] == project[ours]
+    (paper,) = citation["references"]
+    assert {"type", "title", "authors"} <= set(paper) and "2307.08095" in paper["url"]
+    assert all(set(author) in ({"given-names", "family-names"}, {"name"}) for author in paper["authors"])
 
 
 @pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="README.md is not written yet")
