@@ -12,6 +12,7 @@ from semidetr_lite.detectors.denoising import DenoisingTargets
 from semidetr_lite.detectors.transformer import Layers, stack_layers
 from semidetr_lite.losses import (
     LossWeights,
+    NumBoxes,
     denoising_loss,
     detection_loss,
     layer_loss,
@@ -328,6 +329,55 @@ def test_stack_layers_puts_the_encoder_last():
     part = layers.of_images(slice(1, None))
     assert part.logits.shape == (4, 1, 10, 4) and torch.equal(part.boxes, layers.boxes[:, 1:])
     assert not stack_layers(some_outputs(some_targets(1), encoder=False)).encoder
+
+
+# DETR's softmax
+
+
+def test_no_object_weighs_a_tenth_in_the_class_loss_of_detr():
+    """The weighted mean of -log softmax by a loop, alone and as a shard of a larger step."""
+    targets = some_targets(2, 0, 1)
+    logits, boxes = some_layer(targets, queries=6, classes=5)  # 4 classes and "no object"
+    padded = pad_targets(targets)
+    layers = Layers(logits[None], boxes[None], encoder=False, no_object=True)
+    assigned = torch.full((3, 6), -1)
+    assigned[0, 1], assigned[0, 4], assigned[2, 0] = 1, 0, 0
+    assignment = Assignment(assigned[None], (assigned[None] >= 0).float())
+    total = weights = 0.0
+    for image in range(3):
+        for query in range(6):
+            index = int(assigned[image, query])
+            label = int(targets[image]["labels"][index]) if index >= 0 else 4
+            weight = 1.0 if index >= 0 else 0.1
+            total -= weight * float(logits[image, query].log_softmax(-1)[label])
+            weights += weight
+    alone = detection_loss(layers, padded, assignment, "one_to_one")
+    assert alone["class"].item() == pytest.approx(total / weights, rel=1e-5)
+    assert weights == pytest.approx(3 + 15 * 0.1)
+    step = NumBoxes(images=8, matched=10, boxes=11, max_per_image=2, num_shards=2)
+    shard = detection_loss(layers, padded, assignment, "one_to_one", num_boxes=step)
+    assert shard["class"].item() == pytest.approx(total / ((10 + 0.1 * (8 * 6 - 10)) / 2), rel=1e-5)
+    twice = detection_loss(layers, padded, assignment, "one_to_one", LossWeights(class_weight=4.0))
+    assert twice["class"].item() == pytest.approx(2 * total / weights, rel=1e-5)
+
+
+# Numbers of boxes
+
+
+def test_boxes_are_counted_over_all_micro_batches():
+    first = np.array([[True, False, True, False], [False] * 4])
+    second = np.array([[True, True, True, False], [True, False, False, False]])
+    counted = reduce_num_boxes([first, second], num_queries=2)
+    # with 2 queries, the third box of an image finds no partner
+    assert counted == NumBoxes(images=4, matched=5, boxes=6, max_per_image=3, num_shards=2)
+    assert counted.normalizer(5) == 2.5 and counted.normalizer(0.2) == 0.5  # at least 1 in all
+    empty = reduce_num_boxes([np.zeros((2, 0), dtype=bool)], num_queries=2)
+    assert empty == NumBoxes(images=2, matched=0, boxes=0, max_per_image=0, num_shards=1)
+
+
+def test_loss_weights_scale():
+    assert LossWeights(2.0, 5.0, 3.0).scaled(4.0, 0.5) == LossWeights(8.0, 10.0, 6.0)
+    assert LossWeights().scaled(2.0) == LossWeights(4.0, 10.0, 4.0)
 
 
 # Denoising

@@ -1,6 +1,7 @@
 """One step of each method: what it may see, what it may move, what it costs, and its losses rebuilt by hand."""
 
 import copy
+import dataclasses
 import sys
 import traceback
 
@@ -32,6 +33,7 @@ from semidetr_lite.methods.mean_teacher import (
 from semidetr_lite.methods.semi_detr import SemiDETR
 from semidetr_lite.methods.supervised import Supervised
 from semidetr_lite.training.measure import watched_boxes
+from semidetr_lite.training.presets import PRESETS, make_method
 
 PARTS = ("class", "l1", "giou")
 SWITCH = 10  # the step at which stage two begins
@@ -205,6 +207,14 @@ def some_pseudo(batch: int = 3, max_boxes: int = 6, size=(64, 64)) -> PseudoBoxe
     scores = torch.rand(batch, max_boxes).sort(descending=True).values
     valid = torch.arange(max_boxes) < torch.tensor([max_boxes, max_boxes - 3, 0])[:batch, None]
     return PseudoBoxes(boxes, scores, torch.randint(0, 4, (batch, max_boxes)), valid)
+
+
+def test_a_box_at_the_score_threshold_is_confident():
+    scores = torch.tensor([[0.75, 0.5, 0.25], [0.5, 0.5, 0.0]])
+    valid = torch.tensor([[True, True, True], [True, False, True]])
+    pseudo = PseudoBoxes(torch.zeros(2, 3, 4), scores, torch.zeros(2, 3).long(), valid)
+    assert pseudo.above(0.5).tolist() == [[True, True, False], [True, False, False]]
+    assert pseudo.above(0.500001).tolist() == [[True, False, False], [False] * 3]
 
 
 @pytest.mark.parametrize("name", ["square", "mixed"])
@@ -754,6 +764,22 @@ def test_mined_boxes_are_targets_only_with_mined_targets(kind):
         losses[mined_targets] = method(batch, step)
         assert method.stats["pseudo_per_image"] == 0 < method.stats["mined_per_image"]
     assert losses[False]["pseudo/l1"] == 0 < losses[True]["pseudo/l1"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "in_stage_two"), [("coco-10pct-paper", True), ("coco-10pct", False)]
+)
+def test_the_paper_has_consistency_in_both_stages(preset, in_stage_two):
+    recipe = dataclasses.replace(PRESETS[preset], max_pseudo_boxes=12)
+    method = make_method("semi-detr", student(), recipe, steps=20, offset=0, seed=0).train()
+    batch = some_batch()
+    assert "consistency" in method(batch, 9)
+    losses = method(batch, 10)
+    assert method.stage(9) == "one_to_many" and method.stage(10) == "one_to_one"
+    assert ("consistency" in losses) == in_stage_two
+    if in_stage_two:
+        losses["consistency"].backward()
+        assert all(parameter.grad.any() for parameter in method.projector.parameters())
 
 
 def test_unknown_sets_and_rules_are_named():
