@@ -73,7 +73,7 @@ def test_other_detectors_train_too(name, method, splits, tmp_path):
 
 def test_semi_detr_needs_queries_that_are_boxes(splits, tmp_path):
     arguments = {"num_queries": 12, "dim": 32, "heads": 2, "hidden": 32, "backbone": "tiny", "level": 0}
-    with pytest.raises(UserError, match="semi-detr asks with boxes as queries.*DETR"):
+    with pytest.raises(UserError, match="semi-detr needs boxes as queries.*DETR"):
         Run(small(detector="detr", arguments=arguments), tmp_path / "run", splits=splits, workers=0)
 
 

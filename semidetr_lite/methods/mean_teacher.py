@@ -172,9 +172,9 @@ class TeacherStudent(nn.Module):
         """
         denoising = []
         num_images = sum(len(targets) for targets in views)
+        if self.student.denoising is None:
+            return denoising
         for target_set, targets in zip(target_sets, views, strict=False):
-            if self.student.denoising is None:
-                continue
             stream = RNG_STREAMS[target_set.name]
             generators = self.image_generators(step, stream, targets)
             made = self.student.denoising(*target_set.targets, generators)
@@ -318,12 +318,13 @@ class MeanTeacher(TeacherStudent):
         (images, truths), (strong_images, strong_views) = batch["labelled"], batch["strong"]
 
         # 1. Pseudo-labels: the teacher's boxes on the weak views, mapped to the strong views
-        labelled, pseudo, labels, confident, _ = prepared or self.prepare([batch], step)[0]
+        prepared = prepared or self.prepare([batch], step)[0]
+        labelled, pseudo, confident = prepared.labelled, prepared.pseudo, prepared.confident
         self.stats = {"pseudo_per_image": float(confident.sum() / len(strong_images))}
 
         # 2. One student pass over labelled and strong images, with denoising queries of both
-        views = [truths, strong_views]
-        denoising = self.make_denoising_queries([labelled, pseudo], views, step)
+        parts = [labelled, pseudo]
+        denoising = self.make_denoising_queries(parts, [truths, strong_views], step)
         groups = [queries.group for queries in denoising]
         outputs = self.student([*images, *strong_images], groups)
         layers = stack_layers(outputs)
@@ -343,12 +344,11 @@ class MeanTeacher(TeacherStudent):
                 costs=part_costs,
                 valid=part.valid,
             )
-            for part, part_costs in zip([labelled, pseudo], costs, strict=True)
+            for part, part_costs in zip(parts, costs, strict=True)
         ]
-        losses = detection_losses(layers, [labelled, pseudo], assignments, "one_to_one")
-        return losses | denoising_losses(outputs["groups"], denoising, [labelled, pseudo])
+        losses = detection_losses(layers, parts, assignments, "one_to_one")
+        return losses | denoising_losses(outputs["groups"], denoising, parts)
 
-    @torch.no_grad()
     def prepare(
         self, micro_batches: list[dict], step: int, keep_teacher: bool = False
     ) -> list[Prepared]:
@@ -383,6 +383,7 @@ class MeanTeacher(TeacherStudent):
         entries = zip(labelled, pseudo, predicted, confident, candidates, strict=True)
         return [Prepared(*entry) for entry in entries]
 
+    @torch.no_grad()
     def predict_pseudo_labels(self, micro_batch: dict, keep_teacher: bool) -> PseudoLabels:
         """The teacher's boxes on the weak views of a micro-batch, mapped to its strong views."""
         (images, weak_views), (_, strong_views) = micro_batch["weak"], micro_batch["strong"]
