@@ -44,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "data_scripts"))
 
 from semidetr_lite.detectors import deformable
 from semidetr_lite.errors import UserError
-from semidetr_lite.methods import mean_teacher, semi_detr
+from semidetr_lite.methods import mean_teacher, query_consistency, semi_detr
 from semidetr_lite.training.engine import micro_batches
 from semidetr_lite.training.presets import load_splits
 from semidetr_lite.training.train import Run, new_config
@@ -133,13 +133,16 @@ def watched(run: Run, clock: Clock):
         (run.optimizer, "step", "optimizer"),
         (method, "after_step", "EMA"),
     ]
-    places += [(torch.nn.utils, "clip_grad_norm_", "gradient norm"), (method, "decide", "matching")]
+    places += [(torch.nn.utils, "clip_grad_norm_", "gradient norm")]
+    matching = ("layer_costs", "copy_to_host", "matched_costs", "mine", "match_layers")
+    places += [(semi_detr, name, "matching") for name in matching]
     for who in ("student", "teacher"):
         detector = getattr(method, who)
         places += [(detector, "_project", f"{who} backbone"), (detector, "encode", f"{who} encoder")]
         places += [(detector, "decode", f"{who} decoder"), (detector, "decode_groups", f"{who} decoder, groups")]
-    places += [(semi_detr, "pseudo_boxes", "pseudo-boxes"), (semi_detr, "consistency_loss", "losses")]
-    places += [(mean_teacher, name, "losses") for name in ("detection_loss", "denoising_loss")]
+    places += [(mean_teacher, "select_pseudo_boxes", "pseudo-boxes")]
+    places += [(query_consistency, "consistency_loss", "losses")]
+    places += [(semi_detr, name, "losses") for name in ("detection_losses", "denoising_losses")]
     before = [(owner, name, vars(owner).get(name)) for owner, name, _ in places]
     for owner, name, part in places:
         setattr(owner, name, clock.timed(part, getattr(owner, name)))
@@ -233,7 +236,7 @@ def make_run(setup: str, stage: str, data: str, splits, options) -> Run:
     """A run of the recipe in one setup and stage."""
     precision, parts, *flags = setup.split(":")
     changes = {"precision": precision, "accumulate": int(parts), "one_to_many_share": STAGES[stage]}
-    changes |= dict.fromkeys(flags, True) | {"score_cut": 0.0, "most": options.pseudo}
+    changes |= dict.fromkeys(flags, True) | {"score_threshold": 0.0, "max_pseudo_boxes": options.pseudo}
     changes |= {"labelled_images": options.mix[0], "unlabelled_images": options.mix[1]} if options.mix else {}
     config = new_config("coco-10pct", data=data, steps=1000)
     if options.short_side:

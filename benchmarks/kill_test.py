@@ -26,7 +26,7 @@ SMALL = {
 }  # fmt: skip
 CHANGES = {
     "arguments": SMALL, "labelled_images": 2, "unlabelled_images": 2, "log_every": 2, "watch_every": 20,
-    "evaluate_every": 50, "evaluate_images": 4, "most": 8, "score_cut": 0.0, "cost_memory": 20,
+    "evaluate_every": 50, "evaluate_images": 4, "max_pseudo_boxes": 8, "score_threshold": 0.0, "cost_queue_size": 20,
 }  # fmt: skip
 
 

@@ -17,9 +17,10 @@ from tqdm import tqdm
 from semidetr_lite import load_detector
 from semidetr_lite.data import digits
 from semidetr_lite.data.batches import Batches
+from semidetr_lite.detectors.transformer import stack_layers
 from semidetr_lite.evaluate import evaluate
-from semidetr_lite.losses import detection_loss, layer_costs, stack_layers
-from semidetr_lite.matching import pad_targets
+from semidetr_lite.losses import detection_loss
+from semidetr_lite.matching import layer_costs, match_layers, pad_targets
 from semidetr_lite.training.checkpoint import save_weights
 from semidetr_lite.training.presets import PRESETS, make_detector
 from semidetr_lite.training.train import finish, new_config
@@ -86,7 +87,9 @@ def train_detr(config: dict, start: Path, out: Path) -> None:
         images, targets = batches[step]["labelled"]
         padded, layers = pad_targets(targets), stack_layers(detector(images))
         costs = layer_costs(layers, padded).numpy()
-        losses = detection_loss(layers, padded, "one_to_one", costs, padded.valid.numpy())
+        valid = padded.valid.numpy()
+        assignment = match_layers(layers, padded, "one_to_one", costs=costs, valid=valid)
+        losses = detection_loss(layers, padded, assignment, "one_to_one")
         optimizer.param_groups[0]["lr"] = 5e-4 * min(1, (step + 1) / 100, 3 * (steps - step) / steps)
         optimizer.zero_grad()
         sum(losses.values()).backward()

@@ -14,20 +14,19 @@ from contextlib import contextmanager
 
 import torch
 
-from semidetr_lite import losses
 from semidetr_lite.data.batches import Batches
-from semidetr_lite.methods import mean_teacher, semi_detr
+from semidetr_lite.methods import mean_teacher, semi_detr, supervised
 from semidetr_lite.training.train import Run, new_config
 
 TIMED = (
-    "detection_loss",
-    "denoising_loss",
-    "layer_costs",
-    "batched_cost",
     "stack_layers",
-    "one_transfer",
+    "layer_costs",
+    "copy_to_host",
     "matched_costs",
-    "reliable_threshold",
+    "mine",
+    "match_layers",
+    "detection_losses",
+    "denoising_losses",
 )
 
 
@@ -49,7 +48,7 @@ def counted(total: dict):
 
         return timed
 
-    for module in (losses, mean_teacher, semi_detr):
+    for module in (supervised, mean_teacher, semi_detr):
         for name in TIMED:
             if hasattr(module, name):
                 kept.append((module, name, getattr(module, name)))
@@ -77,7 +76,7 @@ def main() -> None:
     runs, loaders, times, shares = {}, {}, {}, {}
     for name, (method, changes) in stages.items():
         runs[name] = Run(
-            new_config(method=method, steps=10_000, score_cut=0.05, **changes), "unused", quiet=True, workers=0
+            new_config(method=method, steps=10_000, score_threshold=0.05, **changes), "unused", quiet=True, workers=0
         )
         recipe = runs[name].recipe
         loaders[name] = Batches(

@@ -386,7 +386,7 @@ def main() -> int:
         print(f"\n{said}; {RESUME_HINT}", file=sys.stderr)
         return status
     except RuntimeError as problem:
-        if not distributed.is_loss(problem):
+        if not distributed.is_peer_failure(problem):
             raise
         print(f"error: process {distributed.rank()} lost the others; {RESUME_HINT}", file=sys.stderr)
         return 1

@@ -1,7 +1,8 @@
-"""One run in several processes, which `torchrun` starts; with one process, every function here is the identity.
+"""One run in several processes, which `torchrun` starts; alone, a process is its own world.
 
-Each process takes its share of a step's images, and what a loss is divided by is that of all of them, so that the
-mean of the processes' losses (and gradients) is what one process would find with the whole batch.
+Each process takes its shard of a step's images, and every loss is divided by a number that counts
+the images or boxes of all processes. So the mean of the processes' losses (and gradients) is what
+one process would find with the whole batch.
 """
 
 import datetime
@@ -16,14 +17,14 @@ import torch.distributed as dist
 from semidetr_lite.errors import UserError
 
 
-def world() -> int:
+def world_size() -> int:
     """The number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """The number of this process; the first, 0, is the one that writes and prints."""
-    return dist.get_rank() if world() > 1 else 0
+    """The number of this process. Process 0 is the one that writes and prints."""
+    return dist.get_rank() if world_size() > 1 else 0
 
 
 def start() -> None:
@@ -32,7 +33,8 @@ def start() -> None:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # what the host knows never waits for a GPU
+    # values on the CPU are exchanged by gloo, so that they never synchronise with a GPU
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
     if rank():
         sys.stdout = open(os.devnull, "w")
@@ -40,39 +42,46 @@ def start() -> None:
 
 def stop() -> None:
     """Leave the other processes."""
-    if world() > 1:
+    if world_size() > 1:
         dist.destroy_process_group()
 
 
-def is_loss(problem: Exception) -> bool:
-    """Whether this is how the death of another process shows here."""
-    return world() > 1 and re.search("gloo|nccl|peer|connection", str(problem), re.IGNORECASE) is not None
+def is_peer_failure(problem: Exception) -> bool:
+    """Whether this exception is how the death of another process shows in this one."""
+    words = "gloo|nccl|peer|connection"
+    return world_size() > 1 and re.search(words, str(problem), re.IGNORECASE) is not None
 
 
-def share(count: int) -> range:
-    """Which of `count` things in a row are this process's: the parts differ by one at most."""
-    return range(count * rank() // world(), count * (rank() + 1) // world())
+def shard(count: int) -> range:
+    """Which of `count` items in a row are this process's; shards differ in length by at most 1."""
+    return range(count * rank() // world_size(), count * (rank() + 1) // world_size())
 
 
-def gather(value) -> list:
-    """The values of all processes, in their order; anything that can be pickled, kept on the host."""
-    found = [value] * world()
-    if world() > 1:
-        dist.all_gather_object(found, value)
-    return found
+def all_gather(value) -> list:
+    """The values of all processes, by rank; `value` is anything that can be pickled, on the CPU."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
-def mean(values: torch.Tensor) -> torch.Tensor:
-    """The mean over the processes, without gradient; a tensor of one shape in all of them."""
+def all_reduce_mean(values: torch.Tensor) -> torch.Tensor:
+    """The mean over the processes, without gradient; the shape is the same in all of them."""
     values = values.detach().clone()
-    if world() > 1:
+    if world_size() > 1:
         dist.all_reduce(values)
-    return values / world()
+    return values / world_size()
 
 
-def agree(what: str, *values) -> None:
-    """Raises UserError, in every process, if the values (by their repr) are not the same in all."""
-    found = gather(hashlib.sha256(repr(values).encode()).hexdigest())
-    other = next((number for number, digest in enumerate(found) if digest != found[0]), None)
+def assert_same_on_all_ranks(what: str, *values) -> None:
+    """Check that all processes were given the same `values`, compared by their repr.
+
+    Raises UserError, in every process, where they differ; `what` names them in its message.
+    """
+    digests = all_gather(hashlib.sha256(repr(values).encode()).hexdigest())
+    other = next((number for number, digest in enumerate(digests) if digest != digests[0]), None)
     if other is not None:
-        raise UserError(f"process {other} has other {what} than process 0: give all the same files and options")
+        raise UserError(
+            f"process {other} has other {what} than process 0: "
+            "give all processes the same files and options"
+        )

@@ -1,4 +1,4 @@
-"""The mixture against scikit-learn's own and against the rule in words; costs and their memory against loops."""
+"""The mixture against scikit-learn's own and against the rule in words; costs and their queue against loops."""
 
 import itertools
 import math
@@ -9,13 +9,14 @@ import pytest
 import torch
 from sklearn.mixture import GaussianMixture
 
+from semidetr_lite.matching import matched_costs
 from semidetr_lite.methods import cost_mining
-from semidetr_lite.methods.cost_mining import fit_mixture, matched_costs, reliable_threshold, remember
+from semidetr_lite.methods.cost_mining import fit_gmm, push_costs, reliable_threshold
 
 
-def some_costs(seed: int, cheap: int = 60, dear: int = 40) -> np.ndarray:
+def some_costs(seed: int, low: int = 60, high: int = 40) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    return np.concatenate([rng.normal(-1.5, 0.4, cheap), rng.normal(2.5, 0.8, dear)])
+    return np.concatenate([rng.normal(-1.5, 0.4, low), rng.normal(2.5, 0.8, high)])
 
 
 def threshold_in_words(costs: np.ndarray) -> float:
@@ -41,15 +42,15 @@ def test_threshold_equals_scikit_learns(seed):
         assert reliable_threshold(costs) == pytest.approx(threshold_in_words(costs), abs=1e-12)
 
 
-def test_threshold_lies_in_the_middle_of_the_cheap_ones():
+def test_threshold_lies_in_the_middle_of_the_low_costs():
     costs = some_costs(0, 600, 400)
     threshold = reliable_threshold(costs)
     assert threshold == pytest.approx(-1.5, abs=0.15) and threshold in costs
-    assert 0.2 < (costs <= threshold).mean() < 0.4  # about half of the cheap ones
+    assert 0.2 < (costs <= threshold).mean() < 0.4  # about half of the low costs
 
 
 def test_mixture_starts_at_the_extremes():
-    mixture = fit_mixture(np.array([-1.0, -0.9, 5.0, 5.2]))
+    mixture = fit_gmm(np.array([-1.0, -0.9, 5.0, 5.2]))
     assert mixture.means_.ravel() == pytest.approx([-0.95, 5.1], abs=1e-3)
     assert mixture.weights_ == pytest.approx([0.5, 0.5], abs=1e-3)
 
@@ -83,7 +84,7 @@ def test_tensors_arrays_and_shapes_are_the_same():
     assert reliable_threshold(costs.reshape(10, 10)) == reliable_threshold(costs)
 
 
-def test_when_nothing_belongs_to_the_cheap_gaussian_the_other_decides(monkeypatch):
+def test_when_nothing_belongs_to_the_gaussian_of_lower_cost_the_other_decides(monkeypatch):
     class Other:
         def predict(self, costs):
             return np.ones(len(costs), dtype=int)
@@ -91,7 +92,7 @@ def test_when_nothing_belongs_to_the_cheap_gaussian_the_other_decides(monkeypatc
         def score_samples(self, costs):
             return -np.abs(costs[:, 0] - 2.0)
 
-    monkeypatch.setattr(cost_mining, "fit_mixture", lambda costs: Other())
+    monkeypatch.setattr(cost_mining, "fit_gmm", lambda costs: Other())
     assert reliable_threshold(np.array([0.0, 1.9, 5.0])) == 1.9
 
 
@@ -103,7 +104,8 @@ def test_matched_costs_equal_the_best_permutation():
     for image in range(3):
         columns = np.flatnonzero(valid[image])
         best = min(
-            itertools.permutations(range(5), len(columns)), key=lambda rows, i=image, c=columns: costs[i][rows, c].sum()
+            itertools.permutations(range(5), len(columns)),
+            key=lambda rows, i=image, c=columns: costs[i][rows, c].sum(),
         )
         assert matched[image, columns] == pytest.approx(costs[image][best, columns])
 
@@ -114,12 +116,12 @@ def test_more_boxes_than_queries_leave_some_without_a_partner():
     assert np.isnan(matched).sum() == 1
 
 
-def test_the_memory_keeps_the_newest():
+def test_the_queue_keeps_the_newest_costs():
     past = torch.full((5,), torch.nan)
-    past = remember(past, np.array([1.0, np.nan, 2.0]))
+    past = push_costs(past, np.array([1.0, np.nan, 2.0]))
     assert past[3:].tolist() == [1, 2] and past[:3].isnan().all()
-    past = remember(past, np.array([3.0, 4.0, 5.0, 6.0]))
+    past = push_costs(past, np.array([3.0, 4.0, 5.0, 6.0]))
     assert past.tolist() == [2, 3, 4, 5, 6]
-    assert remember(past, np.arange(9.0)).tolist() == [4, 5, 6, 7, 8]
-    assert remember(past, np.array([np.nan])).tolist() == past.tolist()
-    assert remember(torch.zeros(0), np.array([1.0])).shape == (0,)
+    assert push_costs(past, np.arange(9.0)).tolist() == [4, 5, 6, 7, 8]
+    assert push_costs(past, np.array([np.nan])).tolist() == past.tolist()
+    assert push_costs(torch.zeros(0), np.array([1.0])).shape == (0,)

@@ -1,4 +1,4 @@
-"""Denoising: who sees whom by brute force, noise within its bounds, answers that fit their questions."""
+"""Denoising: who sees whom by brute force, noise within its bounds, targets that fit their queries."""
 
 import numpy as np
 import pytest
@@ -10,15 +10,18 @@ from semidetr_lite.detectors.denoising import Denoising, group_mask, noise_boxes
 
 
 @pytest.mark.parametrize(
-    ("sizes", "queries"), [([2, 2, 2], 4), ([3], 1), ([], 5), ([1, 4, 2, 2], 3), ([0, 2], 2), ([2], 0)]
+    ("sizes", "queries"),
+    [([2, 2, 2], 4), ([3], 1), ([], 5), ([1, 4, 2, 2], 3), ([0, 2], 2), ([2], 0)],
 )
 def test_groups_see_themselves_and_the_matching_queries_which_see_only_themselves(sizes, queries):
-    owner = [group for group, size in enumerate(sizes) for _ in range(size)] + ["matching"] * queries
+    owner = [group for group, size in enumerate(sizes) for _ in range(size)] + [
+        "matching"
+    ] * queries
     blocked = group_mask(sizes, queries)
     assert blocked.shape == (len(owner), len(owner)) and blocked.dtype == torch.bool
-    for row, asking in enumerate(owner):
+    for row, own in enumerate(owner):
         for column, seen in enumerate(owner):
-            assert blocked[row, column] == (seen not in (asking, "matching"))
+            assert blocked[row, column] == (seen not in (own, "matching"))
 
 
 # Noise
@@ -32,15 +35,22 @@ def some_boxes(*lead: int) -> torch.Tensor:
 def corner_shifts(noised: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
     """How far the four coordinates of the corners moved, in half sides."""
     half = boxes[..., 2:] / 2
-    corners = [torch.cat([b[..., :2] - b[..., 2:] / 2, b[..., :2] + b[..., 2:] / 2], -1) for b in (noised, boxes)]
+    corners = [
+        torch.cat([b[..., :2] - b[..., 2:] / 2, b[..., :2] + b[..., 2:] / 2], -1)
+        for b in (noised, boxes)
+    ]
     return (corners[0] - corners[1]) / torch.cat([half, half], -1)
 
 
 @pytest.mark.parametrize("amount", [0.4, 0.2])
 def test_positive_corners_move_less_than_the_amount_and_negative_ones_up_to_twice_as_far(amount):
-    boxes, chance = some_boxes(4000), torch.rand(4000, 8)
-    near = corner_shifts(noise_boxes(boxes, torch.zeros(4000, dtype=torch.bool), amount, chance), boxes)
-    far = corner_shifts(noise_boxes(boxes, torch.ones(4000, dtype=torch.bool), amount, chance), boxes)
+    boxes, noise = some_boxes(4000), torch.rand(4000, 8)
+    near = corner_shifts(
+        noise_boxes(boxes, torch.zeros(4000, dtype=torch.bool), amount, noise), boxes
+    )
+    far = corner_shifts(
+        noise_boxes(boxes, torch.ones(4000, dtype=torch.bool), amount, noise), boxes
+    )
     assert near.abs().max() <= amount + 1e-4
     assert amount - 1e-4 <= far.abs().min() and far.abs().max() <= 2 * amount + 1e-4
     for shifts in (near, far):
@@ -59,10 +69,12 @@ def test_noise_stays_in_the_image():
 
 def test_without_noise_a_box_stays():
     boxes = some_boxes(3)
-    assert torch.allclose(noise_boxes(boxes, torch.zeros(3, dtype=torch.bool), 0.4, torch.zeros(3, 8)), boxes)
+    assert torch.allclose(
+        noise_boxes(boxes, torch.zeros(3, dtype=torch.bool), 0.4, torch.zeros(3, 8)), boxes
+    )
 
 
-# Questions
+# Queries
 
 
 CLASSES = 6
@@ -76,8 +88,8 @@ def numbered(**arguments) -> Denoising:
 
 
 def some_targets(*counts: int):
-    most = max(counts)
-    valid = torch.arange(most) < torch.tensor(counts)[:, None]
+    max_targets = max(counts)
+    valid = torch.arange(max_targets) < torch.tensor(counts)[:, None]
     labels = torch.where(valid, torch.randint(0, CLASSES, valid.shape), 0)
     return torch.where(valid[..., None], some_boxes(*valid.shape), 0.0), labels, valid
 
@@ -86,32 +98,36 @@ def rngs(count: int, seed: int = 0) -> list[np.random.Generator]:
     return [np.random.default_rng([seed, image]) for image in range(count)]
 
 
-def test_layout_of_questions_and_answers():
+def test_layout_of_denoising_queries_and_targets():
     boxes, labels, valid = some_targets(3, 1, 0)
-    group, answers = numbered(queries=7, label_noise=0.0)(boxes, labels, valid, rngs(3))
+    group, targets = numbered(queries=7, label_noise=0.0)(boxes, labels, valid, rngs(3))
     assert group.copies == 2  # 7 // 3
     assert group.content.shape == (3, 12, 4) and group.boxes.shape == (3, 12, 4)
     # copies, positive before negative, targets
-    assert answers.targets[0].tolist() == [0, 1, 2, -1, -1, -1] * 2
-    assert answers.targets[1].tolist() == [0, -1, -1, -1, -1, -1] * 2
-    assert answers.targets[2].tolist() == [-1] * 12
+    assert targets.assigned[0].tolist() == [0, 1, 2, -1, -1, -1] * 2
+    assert targets.assigned[1].tolist() == [0, -1, -1, -1, -1, -1] * 2
+    assert targets.assigned[2].tolist() == [-1] * 12
     assert (
-        answers.valid[0].all() and answers.valid[1].tolist() == [True, False, False] * 4 and not answers.valid[2].any()
+        targets.valid[0].all()
+        and targets.valid[1].tolist() == [True, False, False] * 4
+        and not targets.valid[2].any()
     )
-    assert torch.equal(group.valid, answers.valid)
+    assert torch.equal(group.valid, targets.valid)
     shown = group.content[..., 0]
     assert shown[0].tolist() == labels[0].tolist() * 4
-    assert shown[1].tolist() == [labels[1, 0].item(), CLASSES, CLASSES] * 4  # the last row fills up
+    assert (
+        shown[1].tolist() == [labels[1, 0].item(), CLASSES, CLASSES] * 4
+    )  # the last row is that of the padding
     assert torch.equal(shown, group.content[..., 3])
 
 
-def test_questions_lie_where_their_answers_say():
+def test_denoising_queries_lie_near_their_targets():
     boxes, labels, valid = some_targets(3, 2)
-    group, answers = numbered(queries=60)(boxes, labels, valid, rngs(2))
+    group, targets = numbered(queries=60)(boxes, labels, valid, rngs(2))
     for image in range(2):
         shifts = corner_shifts(group.boxes[image], boxes[image].repeat(2 * group.copies, 1)).abs()
-        positive = answers.targets[image] >= 0
-        negative = answers.valid[image] & ~positive
+        positive = targets.assigned[image] >= 0
+        negative = targets.valid[image] & ~positive
         assert shifts[positive].max() <= 0.4 + 1e-4 and shifts[negative].min() >= 0.4 - 1e-4
         assert positive.sum() == negative.sum() == group.copies * int(valid[image].sum())
 
@@ -119,12 +135,14 @@ def test_questions_lie_where_their_answers_say():
 @pytest.mark.parametrize("rate", [0.25, 0.5])
 def test_labels_are_drawn_anew_at_about_the_rate(rate):
     boxes, labels, valid = some_targets(5, 5)
-    group, answers = numbered(queries=3000, label_noise=rate)(boxes, labels, valid, rngs(2))
+    group, targets = numbered(queries=3000, label_noise=rate)(boxes, labels, valid, rngs(2))
     shown, true = group.content[..., 0], labels.repeat(1, 2 * group.copies)
     assert shown.max() < CLASSES and shown.min() >= 0
     changed = (shown != true).float()
-    for part in (changed[answers.targets >= 0], changed[answers.targets < 0]):
-        assert part.mean().item() == pytest.approx(rate * (CLASSES - 1) / CLASSES, abs=0.02)  # one in C falls on itself
+    for part in (changed[targets.assigned >= 0], changed[targets.assigned < 0]):
+        assert part.mean().item() == pytest.approx(
+            rate * (CLASSES - 1) / CLASSES, abs=0.02
+        )  # one in C falls on itself
     wrong = shown[(shown != true) & (true == true[0, 0])].long().bincount(minlength=CLASSES).float()
     others = wrong[torch.arange(CLASSES) != int(true[0, 0])]
     assert (others / others.sum() - 1 / (CLASSES - 1)).abs().max() < 0.06  # all wrong labels alike
@@ -136,22 +154,28 @@ def test_number_of_copies():
         assert group.copies == copies and group.content.shape[1] == 2 * copies * most
 
 
-def test_no_box_no_question():
-    empty = torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.int64), torch.zeros(2, 0, dtype=torch.bool)
+def test_no_box_no_query():
+    empty = (
+        torch.zeros(2, 0, 4),
+        torch.zeros(2, 0, dtype=torch.int64),
+        torch.zeros(2, 0, dtype=torch.bool),
+    )
     assert numbered()(*empty, rngs(2)) is None
 
 
-def test_the_same_generators_ask_the_same():
+def test_the_same_generators_give_the_same_queries():
     targets = some_targets(3, 2)
     denoising = Denoising(CLASSES, dim=4, queries=12)
     first, again, other = (denoising(*targets, rngs(2, seed))[0] for seed in (1, 1, 2))
     assert torch.equal(first.boxes, again.boxes) and torch.equal(first.content, again.content)
     assert not torch.equal(first.boxes, other.boxes)
-    # an image keeps its questions whatever lies beside it
+    # an image keeps its queries whatever lies beside it
     boxes, labels, valid = (entry.clone() for entry in targets)
     boxes[1, :2], labels[1] = some_boxes(2), 0
     beside, _ = denoising(boxes, labels, valid, rngs(2, 1))
-    assert torch.equal(first.boxes[0], beside.boxes[0]) and torch.equal(first.content[0], beside.content[0])
+    assert torch.equal(first.boxes[0], beside.boxes[0]) and torch.equal(
+        first.content[0], beside.content[0]
+    )
 
 
 def test_label_embeddings_are_trained():
@@ -159,4 +183,6 @@ def test_label_embeddings_are_trained():
     boxes, labels, valid = some_targets(2, 1)
     denoising(boxes, labels, valid, rngs(2))[0].content.sum().backward()
     used = set(labels[valid].tolist()) | {CLASSES}
-    assert {row for row in range(CLASSES + 1) if denoising.labels.weight.grad[row].abs().sum() > 0} == used
+    assert {
+        row for row in range(CLASSES + 1) if denoising.labels.weight.grad[row].abs().sum() > 0
+    } == used

@@ -19,10 +19,10 @@ from semidetr_lite import distributed
 from semidetr_lite.data import digits
 from semidetr_lite.data.splits import Splits, Subset, Unlabelled
 from semidetr_lite.detectors.backbone import Tiny
-from semidetr_lite.detectors.denoising import Answers
+from semidetr_lite.detectors.denoising import DenoisingTargets
 from semidetr_lite.detectors.detr import DETR
 from semidetr_lite.errors import Stopped, UserError
-from semidetr_lite.losses import Count, denoising_loss
+from semidetr_lite.losses import NumBoxes, denoising_loss
 from semidetr_lite.matching import PaddedTargets
 from semidetr_lite.methods.mean_teacher import MeanTeacher
 from semidetr_lite.training.engine import Engine
@@ -31,9 +31,19 @@ from semidetr_lite.training.train import Run
 
 KINDS = ["supervised", "mean teacher", "stage one", "stage two", "detr"]
 # labelled objects an image; how many pseudo-boxes: what the second process has nothing of
-CASES = {"all": ((3, 1, 0, 2), 0.55), "no label there": ((3, 1, 0, 0), 0.55), "no box there": ((2, 4, 1, 3), None)}
+CASES = {
+    "all": ((3, 1, 0, 2), 0.55),
+    "no label there": ((3, 1, 0, 0), 0.55),
+    "no box there": ((2, 4, 1, 3), None),
+}
 CASES["none at all"] = ((0, 0, 0, 0), 1.1)
-EXACT = {"supervised": "", "mean teacher": "", "detr": "", "stage two": "", "stage one": "labelled denoising"}
+EXACT = {
+    "supervised": "",
+    "mean teacher": "",
+    "detr": "",
+    "stage two": "",
+    "stage one": "labelled denoising",
+}
 
 
 def method_and_batch(kind: str, case: str):
@@ -41,35 +51,57 @@ def method_and_batch(kind: str, case: str):
     counts, cut = CASES[case]
     if kind == "detr":
         torch.manual_seed(3)
-        sizes = {"dim": 16, "heads": 2, "hidden": 16, "encoder_layers": 1, "decoder_layers": 2, "level": 0}
+        sizes = {
+            "dim": 16,
+            "heads": 2,
+            "hidden": 16,
+            "encoder_layers": 1,
+            "decoder_layers": 2,
+            "level": 0,
+        }
         student = DETR(4, 8, backbone=Tiny((8, 8, 16, 16, 16)), **sizes)
-        method, step = MeanTeacher(student, score_cut=(cut or 0.55) - 0.25).train(), 3
+        method, step = MeanTeacher(student, score_threshold=(cut or 0.55) - 0.25).train(), 3
     else:
-        method, step = make(kind, **({} if kind == "supervised" else {"score_cut": cut or 0.55}))
+        method, step = make(
+            kind, **({} if kind == "supervised" else {"score_threshold": cut or 0.55})
+        )
     batch = some_batch(counts, sizes=((64, 64),) * 4, weak_sizes=((64, 64),) * 4)
     for _, targets in batch.values():
         for position, target in enumerate(targets):
             target["position"] = position
-    if cut is None and kind != "supervised":  # the views of the others show nothing of what the teacher saw
+    if (
+        cut is None and kind != "supervised"
+    ):  # the views of the others show nothing of what the teacher saw
         for target in batch["strong"][1][1:]:
-            target["matrix"] = target["matrix"] + torch.tensor([[0, 0, 1e4], [0, 0, 1e4], [0, 0, 0]])
+            target["matrix"] = target["matrix"] + torch.tensor(
+                [[0, 0, 1e4], [0, 0, 1e4], [0, 0, 0]]
+            )
     return method, step, batch
 
 
-def step_of(kind: str, case: str, parts: int = 1, look: bool = True) -> tuple[dict, dict]:
+def step_of(kind: str, case: str, parts: int = 1, together: bool = True) -> tuple[dict, dict]:
     """Losses and gradients of this process's share of a step, reduced over all."""
     method, step, batch = method_and_batch(kind, case)
     batch = {
-        name: ([images[i] for i in distributed.share(4)], [targets[i] for i in distributed.share(4)])
+        name: (
+            [images[i] for i in distributed.shard(4)],
+            [targets[i] for i in distributed.shard(4)],
+        )
         for name, (images, targets) in batch.items()
     }
-    if not look:
-        together = method.look_ahead
-        method.look_ahead = lambda parts, step: [together([part], step)[0] for part in parts]
-    engine, values = Engine(method, Recipe({}, None, 1, accumulate=parts * distributed.world())), {}
+    if not together:
+        prepare = method.prepare
+        method.prepare = lambda parts, step: [prepare([part], step)[0] for part in parts]
+    engine, values = (
+        Engine(method, Recipe({}, None, 1, accumulate=parts * distributed.world_size())),
+        {},
+    )
     for losses, found in engine.losses(batch, step):
         sum(losses.values()).backward()
-        values = {name: values.get(name, 0) + value for name, value in zip(losses, found.tolist(), strict=True)}
+        values = {
+            name: values.get(name, 0) + value
+            for name, value in zip(losses, found.tolist(), strict=True)
+        }
     values |= {name: value for name, value in method.stats.items() if name == "cost_threshold"}
     gradients = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
     return values, gradients
@@ -78,32 +110,53 @@ def step_of(kind: str, case: str, parts: int = 1, look: bool = True) -> tuple[di
 def few_digits() -> Splits:
     train = digits.DigitScenes("train", 12)
     few = Subset(digits.DigitScenes("test", 6), range(6))
-    return Splits(Subset(train, range(4)), Unlabelled(train, range(4, 12)), few, few, digits.CATEGORIES, flip=False)
+    return Splits(
+        Subset(train, range(4)),
+        Unlabelled(train, range(4, 12)),
+        few,
+        few,
+        digits.CATEGORIES,
+        flip=False,
+    )
 
 
 def run(out, **how) -> dict:
-    return Run(small(steps=4, score_cut=0.0, log_every=1), out, splits=few_digits(), quiet=True, workers=0, **how).go()
+    return Run(
+        small(steps=4, score_threshold=0.0, log_every=1),
+        out,
+        splits=few_digits(),
+        quiet=True,
+        workers=0,
+        **how,
+    ).go()
 
 
 def skipping(rank: int, out: Path) -> tuple:
     """A loss of the second process alone is not finite in the second step: a loss of each, the weights' sum."""
-    run = Run(small("supervised", steps=3, log_every=9), out, splits=few_digits(), quiet=True, workers=0)
+    run = Run(
+        small("supervised", steps=3, log_every=9), out, splits=few_digits(), quiet=True, workers=0
+    )
     forward, train_step, seen = run.method.forward, run.train_step, []
 
-    def spoiled(batch, step):
+    def spoiled(batch, step, prepared=None):
         return {
-            name: loss * (torch.nan if (step, rank) == (1, 1) else 1) for name, loss in forward(batch, step).items()
+            name: loss * (torch.nan if (step, rank) == (1, 1) else 1)
+            for name, loss in forward(batch, step, prepared).items()
         }
 
     run.method.forward, run._measure = spoiled, dict
     run.train_step = lambda batch: seen.append(train_step(batch)) or seen[-1]
     run.go()
-    return [losses["labelled/class"] for losses in seen], sum(p.double().sum() for p in run.method.parameters()).item()
+    return [losses["labelled/class"] for losses in seen], sum(
+        p.double().sum() for p in run.method.parameters()
+    ).item()
 
 
 def stopping(rank: int, out: Path) -> tuple:
     """The second process alone gets SIGTERM in the second step: the step at which each stops, and what it says."""
-    run = Run(small("supervised", steps=9, log_every=9), out, splits=few_digits(), quiet=True, workers=0)
+    run = Run(
+        small("supervised", steps=9, log_every=9), out, splits=few_digits(), quiet=True, workers=0
+    )
     real = run.train_step
 
     def train_step(batch):
@@ -121,15 +174,20 @@ def stopping(rank: int, out: Path) -> tuple:
 
 def process(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2
+    )
     found = {(kind, case): step_of(kind, case) for kind in KINDS for case in CASES}
     found["parts"] = {kind: step_of(kind, "all", parts=2) for kind in KINDS}
     try:
-        distributed.agree("images", rank)
+        distributed.assert_same_on_all_ranks("images", rank)
     except UserError as problem:
         found["other split"] = str(problem)
     run(folder / "two")
-    found["skipped"], found["stopped"] = skipping(rank, folder / "skipped"), stopping(rank, folder / "stopped")
+    found["skipped"], found["stopped"] = (
+        skipping(rank, folder / "skipped"),
+        stopping(rank, folder / "stopped"),
+    )
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -164,27 +222,33 @@ def test_two_processes_find_the_losses_and_gradients_of_one(kind, case, both):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_parts_are_exact_for_one_to_one_and_denoising(kind, both):
-    expected, apart = step_of(kind, "all"), step_of(kind, "all", parts=2, look=False)
+    expected, apart = step_of(kind, "all"), step_of(kind, "all", parts=2, together=False)
     assert_same(step_of(kind, "all", parts=2), expected, EXACT[kind])
     assert_same(both[0][0]["parts"][kind], expected, EXACT[kind])  # 2 processes of 2 parts
-    name = next(name for name in expected[0] if name.startswith(EXACT[kind]) and name.endswith("l1"))
+    name = next(
+        name for name in expected[0] if name.startswith(EXACT[kind]) and name.endswith("l1")
+    )
     assert apart[0][name] != pytest.approx(expected[0][name], rel=1e-3)  # each divided by its own
 
 
-def test_a_part_divides_its_questions_by_those_of_the_whole_step():
+def test_a_micro_batch_divides_its_denoising_loss_by_the_queries_of_the_whole_step():
     logits, boxes = torch.randn(1, 12, 4), torch.rand(1, 12, 4)
-    layer = {"pred_logits": logits, "pred_boxes": boxes}
-    targets = PaddedTargets(torch.rand(1, 2, 4), torch.tensor([[0, 3]]), torch.ones(1, 2, dtype=torch.bool))
-    asked = torch.tensor([[0, 1, -1, -1] * 3])  # 3 copies of 2 boxes, positive and negative
-    answers = Answers(asked, torch.ones(1, 12, dtype=torch.bool))
-    own, whole = (denoising_loss({**layer, "aux_outputs": []}, answers, targets, count=count)
-                  for count in (None, Count(4, 5, 10, 2, 2)))  # fmt: skip
-    for name, loss in own.items():  # 6 of the 30 questions, which two shares ask
-        assert whole[name].item() == pytest.approx(loss.item() * 6 / (30 / 2), rel=1e-5)
+    outputs = {"pred_logits": logits, "pred_boxes": boxes, "aux_outputs": []}
+    valid = torch.ones(1, 2, dtype=torch.bool)
+    targets = PaddedTargets(torch.rand(1, 2, 4), torch.tensor([[0, 3]]), valid)
+    assigned = torch.tensor([[0, 1, -1, -1] * 3])  # 3 groups of 2 boxes, positive and negative
+    denoising_targets = DenoisingTargets(assigned, torch.ones(1, 12, dtype=torch.bool))
+    whole_step = NumBoxes(images=4, matched=5, boxes=10, max_per_image=2, num_shards=2)
+    alone = denoising_loss(outputs, denoising_targets, targets)
+    shared = denoising_loss(outputs, denoising_targets, targets, num_boxes=whole_step)
+    for name, loss in alone.items():  # 6 of the 30 positive queries, which two shards divide by
+        assert shared[name].item() == pytest.approx(loss.item() * 6 / (30 / 2), rel=1e-5)
 
 
 def test_a_process_with_other_images_is_named(both):
-    assert {found["other split"].split(":")[0] for found in both[0]} == {"process 1 has other images than process 0"}
+    assert {found["other split"].split(":")[0] for found in both[0]} == {
+        "process 1 has other images than process 0"
+    }
 
 
 def test_a_run_of_two_processes_is_that_of_one_and_goes_on_as_one(both, tmp_path):
@@ -195,8 +259,12 @@ def test_a_run_of_two_processes_is_that_of_one_and_goes_on_as_one(both, tmp_path
     for ours, theirs in zip(*lines, strict=True):
         assert theirs["losses"] == pytest.approx(ours["losses"], rel=1e-3, abs=1e-4)
         assert theirs["pseudo_per_image"] == ours["pseudo_per_image"] > 0
-    assert lines[1][-1]["test"]["teacher"] == pytest.approx(lines[0][-1]["test"]["teacher"], abs=1e-3, nan_ok=True)
-    assert sorted(path.name for path in both[1].iterdir()) == sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert lines[1][-1]["test"]["teacher"] == pytest.approx(
+        lines[0][-1]["test"]["teacher"], abs=1e-3, nan_ok=True
+    )
+    assert sorted(path.name for path in both[1].iterdir()) == sorted(
+        path.name for path in (tmp_path / "one").iterdir()
+    )
 
 
 def test_a_loss_that_is_not_finite_in_one_process_is_skipped_by_all(both):
@@ -235,10 +303,23 @@ sys.exit(cli.main())
 def test_a_process_that_dies_ends_the_job_with_a_message_and_it_resumes_on_one(tmp_path):
     script, out = tmp_path / "train.py", tmp_path / "run"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, out]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        script,
+        out,
+    ]
     began = time.perf_counter()
     ended = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert ended.returncode == 1 and time.perf_counter() - began < 60
     assert f"Signal {signal.SIGKILL.value} (SIGKILL)" in ended.stderr

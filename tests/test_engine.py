@@ -45,24 +45,32 @@ def assert_close(ours, theirs, rel: float) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpointing_gives_the_same_gradients_and_runs_layers_twice(kind, monkeypatch):
     calls, real = [], deformable.FeedForward.forward
-    monkeypatch.setattr(deformable.FeedForward, "forward", lambda self, x: calls.append(self) or real(self, x))
+    monkeypatch.setattr(
+        deformable.FeedForward, "forward", lambda self, x: calls.append(self) or real(self, x)
+    )
     plain, first = run(kind), len(calls)
     assert_close(run(kind, checkpointing=True), plain, 1e-5)
     assert first < len(calls) - first <= 2 * first
 
 
-@pytest.mark.parametrize("options", [{"channels_last": True}, {"compile": True}, {"precision": "tf32"}])
+@pytest.mark.parametrize(
+    "options", [{"channels_last": True}, {"compile": True}, {"precision": "tf32"}]
+)
 @pytest.mark.parametrize("kind", ["supervised", "stage one"])
 def test_other_options_change_only_the_rounding(kind, options, monkeypatch):
     compiled = []
     real = functools.partial(torch.compile, backend="eager")  # without a compiler of C++
-    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or real(function))
+    monkeypatch.setattr(
+        torch, "compile", lambda function: compiled.append(function) or real(function)
+    )
     assert_close(run(kind, **options), run(kind), 1e-3)
     assert bool(compiled) == ("compile" in options)
     if "channels_last" in options:
         made, _ = engine(kind, **options)
         weight = made.method.student.backbone.stages[1][0].weight
-        assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+        assert (
+            weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -93,14 +101,24 @@ def test_bfloat16_is_close_and_keeps_costs_losses_and_places_in_full_precision(k
     assert {kinds[0] for kinds in places} == {torch.float32}
     seen.clear(), places.clear()
     values, gradients = run(kind, precision="bfloat16")
-    assert set(places) == {(torch.bfloat16, torch.float32, torch.float32)} and asked == {torch.float32}
-    assert seen and all(layers.logits.dtype == layers.boxes.dtype == torch.float32 for layers in seen)
+    assert set(places) == {(torch.bfloat16, torch.float32, torch.float32)} and asked == {
+        torch.float32
+    }
+    assert seen and all(
+        layers.logits.dtype == layers.boxes.dtype == torch.float32 for layers in seen
+    )
     # pseudo-boxes of a random teacher lie near the cut, so that rounding decides which are kept
-    steady = [name for name in values if kind == "supervised" or name.startswith("labelled denoising")]
+    steady = [
+        name for name in values if kind == "supervised" or name.startswith("labelled denoising")
+    ]
     assert values != plain[0]
-    assert [values[name] for name in steady] == pytest.approx([plain[0][name] for name in steady], rel=0.1)
+    assert [values[name] for name in steady] == pytest.approx(
+        [plain[0][name] for name in steady], rel=0.1
+    )
     if kind == "supervised":
-        ours, theirs = (torch.cat([g[name].flatten() for name in plain[1]]) for g in (gradients, plain[1]))
+        ours, theirs = (
+            torch.cat([g[name].flatten() for name in plain[1]]) for g in (gradients, plain[1])
+        )
         assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0) > 0.95
     assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
 
@@ -108,13 +126,17 @@ def test_bfloat16_is_close_and_keeps_costs_losses_and_places_in_full_precision(k
 def test_on_a_cpu_bfloat16_has_to_be_asked_for():
     assert engine("supervised")[0].precision == "float32"
     assert engine("supervised", precision="bfloat16")[0].precision == "bfloat16"
-    with pytest.raises(UserError, match="no precision called 'half': choose from auto, float32, tf32, bfloat16"):
+    with pytest.raises(
+        UserError, match="no precision called 'half': choose from auto, float32, tf32, bfloat16"
+    ):
         engine("supervised", precision="half")
 
 
 def test_a_state_is_the_same_with_every_option():
     plain, _ = engine("stage one")
-    dressed, _ = engine("stage one", checkpointing=True, precision="bfloat16", channels_last=True, compile=True)
+    dressed, _ = engine(
+        "stage one", checkpointing=True, precision="bfloat16", channels_last=True, compile=True
+    )
     dressed.method.load_state_dict(plain.method.state_dict())
     assert dressed.method.state_dict().keys() == plain.method.state_dict().keys()
 
@@ -129,8 +151,8 @@ def test_the_rehearsal_has_the_most_of_everything_and_changes_nothing(kind, part
     before = {key: value.clone() for key, value in made.method.state_dict().items()}
     seen, real = [], made.method.forward
 
-    def forward(batch, step):
-        losses = real(batch, step)
+    def forward(batch, step, prepared=None):
+        losses = real(batch, step, prepared)
         seen.append((batch, set(losses), dict(made.method.stats)))
         return losses
 
@@ -139,15 +161,24 @@ def test_the_rehearsal_has_the_most_of_everything_and_changes_nothing(kind, part
     assert len(seen) == 2 * parts
     for batch, losses, stats in seen:
         assert all(
-            image.shape == (3, 64, 96) for images, _ in (batch[name] for name in ("labelled",)) for image in images
+            image.shape == (3, 64, 96)
+            for images, _ in (batch[name] for name in ("labelled",))
+            for image in images
         )
-        assert all(len(target["boxes"]) == 9 for target in batch["labelled"][1]) and "labelled denoising/l1" in losses
-        assert kind == "supervised" or stats["pseudo_per_image"] == 12  # `most` of the method
+        assert (
+            all(len(target["boxes"]) == 9 for target in batch["labelled"][1])
+            and "labelled denoising/l1" in losses
+        )
+        assert (
+            kind == "supervised" or stats["pseudo_per_image"] == 12
+        )  # `max_pseudo_boxes` of the method
     names = set.union(*(losses for _, losses, _ in seen))
     assert kind != "stage one" or {"consistency", "pseudo denoising/l1"} <= names  # both stages
     after = made.method.state_dict()
-    assert all(torch.equal(after[key].nan_to_num(), value.nan_to_num()) for key, value in before.items())
-    assert made.method.stats == {} and "look" not in vars(made.method)
+    assert all(
+        torch.equal(after[key].nan_to_num(), value.nan_to_num()) for key, value in before.items()
+    )
+    assert made.method.stats == {} and "predict_pseudo_labels" not in vars(made.method)
     assert all(parameter.grad is None for parameter in made.method.parameters())
 
 
@@ -155,7 +186,11 @@ def test_a_run_rehearses_with_the_largest_size_of_its_views(tmp_path, monkeypatc
     asked = []
     monkeypatch.setattr(Engine, "rehearse", lambda self, *how: asked.append(how))
     Run(small("supervised"), tmp_path / "a", workers=0).rehearse()
-    views = {**new_config("coco-10pct")["recipe"]["views"], "short_sides": [48, 64], "long_side": 80}
+    views = {
+        **new_config("coco-10pct")["recipe"]["views"],
+        "short_sides": [48, 64],
+        "long_side": 80,
+    }
     Run(small("mean-teacher", views=views), tmp_path / "b", workers=0).rehearse()
     assert [how[0] for how in asked] in ([(96, 128), (64, 80)], [(128, 96), (64, 80)])
     assert [how[1:] for how in asked] == [(2, 0, 8), (2, 2, 8)]
@@ -185,7 +220,11 @@ def test_a_run_without_memory_ends_with_a_line(tmp_path, monkeypatch):
 
 def test_the_commands_options_reach_the_recipe(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(cli, "Run", lambda config, *_, **__: made.append(make_recipe(config)) or pytest.skip.Exception)
+    monkeypatch.setattr(
+        cli,
+        "Run",
+        lambda config, *_, **__: made.append(make_recipe(config)) or pytest.skip.Exception,
+    )
     for options in ({}, {"accumulate": 4, "precision": "tf32", "checkpointing": True}):
         with pytest.raises(AttributeError):  # there is no run
             cli.train(tmp_path / "run", preset="coco-10pct", **options)

@@ -190,9 +190,9 @@ def average_of_a_run(start, moves, momentum, alias=False):
     return teacher
 
 
-def carried(found, matrix, size, score_cut, drop=True):
+def to_strong_view(found, matrix, size, score_threshold, drop=True):
     boxes, keep = mapped_boxes(found["boxes"], matrix, size)
-    keep = (keep if drop else True) & (found["scores"] >= score_cut)
+    keep = (keep if drop else True) & (found["scores"] >= score_threshold)
     return {"boxes": boxes[keep], "labels": found["labels"][keep]}
 
 
@@ -240,11 +240,11 @@ def em_steps_by_hand(costs, steps, floor=1e-5):
     return state
 
 
-def mined_by_loops(costs, scores, valid, threshold, score_cut, strict=False):
+def mined_by_loops(costs, scores, valid, threshold, score_threshold, strict=False):
     confident, mined = np.zeros(costs.shape, bool), np.zeros(costs.shape, bool)
     for place in np.argwhere(valid):
         place = tuple(place)
-        confident[place] = scores[place] >= score_cut
+        confident[place] = scores[place] >= score_threshold
         mined[place] = costs[place] < threshold if strict else costs[place] <= threshold
     return confident, mined, confident | mined
 
@@ -308,7 +308,7 @@ ANSWERS = {
     "dino.select": (selected, functools.partial(selected, score=sum)),
     "mean_teacher.ema_update": (averaged_by_name, lambda old, new, m: averaged_by_name(old, new, 1 - m)),
     "mean_teacher.average": (average_of_a_run, functools.partial(average_of_a_run, alias=True)),
-    "mean_teacher.carried": (carried, functools.partial(carried, drop=False)),
+    "mean_teacher.to_strong_view": (to_strong_view, functools.partial(to_strong_view, drop=False)),
     "denoising.group_mask": (blocks, functools.partial(blocks, transposed=True)),
     "query_consistency.consistency_loss": (
         consistency_by_loops,

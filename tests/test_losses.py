@@ -8,20 +8,28 @@ import torch
 from torchvision.ops import generalized_box_iou, sigmoid_focal_loss
 
 from semidetr_lite.boxes import to_model, to_pixels
-from semidetr_lite.detectors.denoising import Answers
+from semidetr_lite.detectors.denoising import DenoisingTargets
+from semidetr_lite.detectors.transformer import Layers, stack_layers
 from semidetr_lite.losses import (
-    Layers,
     LossWeights,
+    NumBoxes,
     denoising_loss,
-    dense_loss,
     detection_loss,
-    layer_costs,
     layer_loss,
+    loss_from_assignment,
     quality_focal_loss,
-    stack_layers,
+    reduce_num_boxes,
     to_host,
 )
-from semidetr_lite.matching import one_to_many, one_to_one, pad_targets
+from semidetr_lite.matching import (
+    Assignment,
+    PaddedTargets,
+    layer_costs,
+    match_layers,
+    one_to_many,
+    one_to_one,
+    pad_targets,
+)
 
 STAGES = ["one_to_many", "one_to_one"]
 SIZES = [(60, 90), (90, 60), (70, 70), (64, 32)]
@@ -31,15 +39,28 @@ def some_targets(*counts: int, classes: int = 4) -> list[dict]:
     targets = []
     for count, size in zip(counts, SIZES):
         boxes = torch.cat([torch.rand(count, 2) * 0.6 + 0.2, torch.rand(count, 2) * 0.35 + 0.05], 1)
-        targets.append({"boxes": to_pixels(boxes, size), "labels": torch.randint(0, classes, (count,)), "size": size})
+        targets.append(
+            {
+                "boxes": to_pixels(boxes, size),
+                "labels": torch.randint(0, classes, (count,)),
+                "size": size,
+            }
+        )
     return targets
 
 
-def some_layer(targets: list[dict], queries: int = 10, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
-    logits, boxes = torch.randn(len(targets), queries, classes), torch.rand(len(targets), queries, 4) * 0.4 + 0.2
+def some_layer(
+    targets: list[dict], queries: int = 10, classes: int = 4
+) -> tuple[torch.Tensor, torch.Tensor]:
+    logits, boxes = (
+        torch.randn(len(targets), queries, classes),
+        torch.rand(len(targets), queries, 4) * 0.4 + 0.2,
+    )
     for row, target in enumerate(targets):
         if len(target["boxes"]):
-            near = to_model(target["boxes"], target["size"])[torch.randint(0, len(target["boxes"]), (queries,))]
+            near = to_model(target["boxes"], target["size"])[
+                torch.randint(0, len(target["boxes"]), (queries,))
+            ]
             boxes[row] = (near + 0.05 * torch.randn(queries, 4)).clamp(0.02, 0.98)
     return logits, boxes
 
@@ -65,7 +86,9 @@ def class_loss(logit: float, y: float, stage: str) -> float:
     return 0.25 * (1 - p) ** 2 * -math.log(p) if y else 0.75 * p**2 * -math.log(1 - p)
 
 
-def layer_by_loop(logits, pred_boxes, targets, stage: str, candidates: int = 13, weights=(2, 5, 2)) -> dict:
+def layer_by_loop(
+    logits, pred_boxes, targets, stage: str, candidates: int = 13, weights=(2, 5, 2)
+) -> dict:
     totals, quality_sum = {"class": 0.0, "l1": 0.0, "giou": 0.0}, 0.0
     for image, target in enumerate(targets):
         if stage == "one_to_many":
@@ -82,13 +105,23 @@ def layer_by_loop(logits, pred_boxes, targets, stage: str, candidates: int = 13,
             quality_sum += float(quality)
         for row, wishes in zip(logits[image].tolist(), wanted.tolist()):
             totals["class"] += sum(class_loss(logit, y, stage) for logit, y in zip(row, wishes))
-    return {name: weight * value / max(1.0, quality_sum) for (name, value), weight in zip(totals.items(), weights)}
+    return {
+        name: weight * value / max(1.0, quality_sum)
+        for (name, value), weight in zip(totals.items(), weights)
+    }
 
 
 def same_losses(ours: dict, theirs: dict, rel: float = 2e-4) -> None:
     assert list(ours) == ["class", "l1", "giou"]
     for name, value in ours.items():
         assert value.item() == pytest.approx(float(theirs[name]), rel=rel, abs=1e-5), name
+
+
+def matched_loss(layers: Layers, padded: PaddedTargets, stage: str, candidates: int = 13) -> dict:
+    """The detection loss of what match_layers assigns."""
+    costs, valid = layer_costs(layers, padded).numpy(), padded.valid.numpy()
+    assignment = match_layers(layers, padded, stage, candidates, costs, valid)
+    return detection_loss(layers, padded, assignment, stage)
 
 
 def added(losses: list[dict]) -> dict:
@@ -106,7 +139,10 @@ def test_quality_focal_loss_equals_its_closed_form(gamma):
         p = 1 / (1 + math.exp(-logit))
         expected += abs(y - p) ** gamma * cross_entropy(p, y)
     assert quality_focal_loss(logits, quality, gamma).item() == pytest.approx(expected, rel=1e-5)
-    assert quality_focal_loss(torch.logit(torch.full((2, 2), 0.3)), torch.full((2, 2), 0.3)).item() < 1e-9
+    assert (
+        quality_focal_loss(torch.logit(torch.full((2, 2), 0.3)), torch.full((2, 2), 0.3)).item()
+        < 1e-9
+    )
 
 
 def test_class_losses_are_finite_at_extreme_logits():
@@ -135,7 +171,9 @@ def test_one_to_one_class_loss_is_torchvisions_focal_loss():
 def test_layer_loss_equals_a_slow_reference(stage, counts):
     targets = some_targets(*counts)
     logits, boxes = some_layer(targets)
-    same_losses(layer_loss(logits, boxes, targets, stage), layer_by_loop(logits, boxes, targets, stage))
+    same_losses(
+        layer_loss(logits, boxes, targets, stage), layer_by_loop(logits, boxes, targets, stage)
+    )
 
 
 def test_layer_loss_takes_candidates_and_weights():
@@ -145,7 +183,7 @@ def test_layer_loss_takes_candidates_and_weights():
     same_losses(few, layer_by_loop(logits, boxes, targets, "one_to_many", candidates=2))
     assert few["class"] != layer_loss(logits, boxes, targets, "one_to_many")["class"]
     for stage in STAGES:
-        ours = layer_loss(logits, boxes, targets, stage, weights=LossWeights(1.0, 10.0, 3.0))
+        ours = layer_loss(logits, boxes, targets, stage, loss_weights=LossWeights(1.0, 10.0, 3.0))
         same_losses(ours, layer_by_loop(logits, boxes, targets, stage, weights=(1, 10, 3)))
 
 
@@ -155,8 +193,12 @@ def test_normalisers_are_those_of_the_whole_batch(stage):
     targets = some_targets(1, 8)
     logits, boxes = some_layer(targets, queries=20)
     together = layer_loss(logits, boxes, targets, stage)
-    apart = [layer_loss(logits[i : i + 1], boxes[i : i + 1], targets[i : i + 1], stage) for i in range(2)]
-    assert together["l1"].item() != pytest.approx(sum(loss["l1"].item() for loss in apart) / 2, rel=1e-2)
+    apart = [
+        layer_loss(logits[i : i + 1], boxes[i : i + 1], targets[i : i + 1], stage) for i in range(2)
+    ]
+    assert together["l1"].item() != pytest.approx(
+        sum(loss["l1"].item() for loss in apart) / 2, rel=1e-2
+    )
     twice = layer_loss(torch.cat([logits] * 2), torch.cat([boxes] * 2), targets * 2, stage)
     same_losses(twice, together)  # a batch beside itself has twice the sum and twice the normaliser
 
@@ -179,7 +221,9 @@ def test_without_any_target_only_the_class_loss_is_left(stage):
 def test_an_empty_image_beside_others_has_finite_gradients(stage):
     targets = some_targets(3, 0, 1)
     logits, boxes = some_layer(targets)
-    boxes[1, :2] = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 1e-6, 1e-6]])  # as empty as boxes get
+    boxes[1, :2] = torch.tensor(
+        [[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 1e-6, 1e-6]]
+    )  # as empty as boxes get
     logits.requires_grad_(), boxes.requires_grad_()
     sum(layer_loss(logits, boxes, targets, stage).values()).backward()
     assert logits.grad.isfinite().all() and boxes.grad.isfinite().all()
@@ -192,10 +236,16 @@ def test_crowd_regions_are_nobodys_target(stage):
     with_crowd = some_targets(4, 2)
     with_crowd[0]["crowd"] = torch.tensor([False, True, False, True])
     without = [dict(target) for target in with_crowd]
-    without[0] = {**without[0], "boxes": with_crowd[0]["boxes"][::2], "labels": with_crowd[0]["labels"][::2]}
+    without[0] = {
+        **without[0],
+        "boxes": with_crowd[0]["boxes"][::2],
+        "labels": with_crowd[0]["labels"][::2],
+    }
     del without[0]["crowd"]
     logits, boxes = some_layer(with_crowd)
-    same_losses(layer_loss(logits, boxes, with_crowd, stage), layer_loss(logits, boxes, without, stage))
+    same_losses(
+        layer_loss(logits, boxes, with_crowd, stage), layer_loss(logits, boxes, without, stage)
+    )
 
 
 # All layers
@@ -208,19 +258,29 @@ def class_agnostic(targets: list[dict]) -> list[dict]:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("encoder", [True, False])
 @pytest.mark.parametrize("counts", [(3, 0, 5), (0, 0)])
-def test_detection_loss_is_the_sum_over_layers_with_a_class_agnostic_encoder(stage, encoder, counts):
+def test_detection_loss_is_the_sum_over_layers_with_a_class_agnostic_encoder(
+    stage, encoder, counts
+):
     targets = some_targets(*counts)
     outputs, padded = some_outputs(targets, encoder=encoder), pad_targets(targets)
     layers = stack_layers(outputs)
-    costs, valid = layer_costs(layers, padded).numpy(), padded.valid.numpy()
     dicts = [*outputs["aux_outputs"], outputs]
-    expected = [layer_loss(layer["pred_logits"], layer["pred_boxes"], targets, stage, candidates=4) for layer in dicts]
+    expected = [
+        layer_loss(layer["pred_logits"], layer["pred_boxes"], targets, stage, candidates=4)
+        for layer in dicts
+    ]
     if encoder:
         proposals = outputs["encoder"]
         expected.append(
-            layer_loss(proposals["pred_logits"], proposals["pred_boxes"], class_agnostic(targets), stage, candidates=4)
+            layer_loss(
+                proposals["pred_logits"],
+                proposals["pred_boxes"],
+                class_agnostic(targets),
+                stage,
+                candidates=4,
+            )
         )
-    losses = detection_loss(layers, padded, stage, costs, valid, candidates=4)
+    losses = matched_loss(layers, padded, stage, candidates=4)
     same_losses(losses, added(expected))
     sum(losses.values()).backward()
     assert all(layer["pred_logits"].grad.isfinite().all() for layer in dicts)
@@ -232,22 +292,31 @@ def test_only_the_first_channel_of_the_encoder_ever_gets_a_positive():
     for stage in STAGES:
         outputs, padded = some_outputs(targets), pad_targets(targets)
         layers = stack_layers(outputs)
-        detection_loss(layers, padded, stage, layer_costs(layers, padded).numpy(), padded.valid.numpy())[
-            "class"
-        ].backward()
-        pulled_up = [(layer["pred_logits"].grad < 0).any(1).any(0).tolist() for layer in (outputs, outputs["encoder"])]
+        matched_loss(layers, padded, stage)["class"].backward()
+        pulled_up = [
+            (layer["pred_logits"].grad < 0).any(1).any(0).tolist()
+            for layer in (outputs, outputs["encoder"])
+        ]
         assert pulled_up == [[False, False, True, False], [True, False, False, False]]
 
 
-def test_dense_loss_of_stacked_layers_is_the_sum_of_its_layers():
+def test_loss_of_stacked_layers_is_the_sum_of_its_layers():
     targets = some_targets(3, 1)
     padded, pairs = pad_targets(targets), [some_layer(targets) for _ in range(3)]
     logits, boxes = (torch.stack(entries) for entries in zip(*pairs))
     assigned = torch.randint(-1, 1, (3, 2, 10))  # each query the first target or none
     for stage in STAGES:
-        quality = torch.rand(3, 2, 10) * (assigned >= 0) if stage == "one_to_many" else (assigned >= 0).float()
-        alone = [dense_loss(logits[i], boxes[i], padded, assigned[i], quality[i], stage) for i in range(3)]
-        same_losses(dense_loss(logits, boxes, padded, assigned, quality, stage), added(alone))
+        quality = (
+            torch.rand(3, 2, 10) * (assigned >= 0)
+            if stage == "one_to_many"
+            else (assigned >= 0).float()
+        )
+        together = loss_from_assignment(logits, boxes, padded, Assignment(assigned, quality), stage)
+        alone = []
+        for i in range(3):
+            assignment = Assignment(assigned[i], quality[i])
+            alone.append(loss_from_assignment(logits[i], boxes[i], padded, assignment, stage))
+        same_losses(together, added(alone))
 
 
 def test_stack_layers_puts_the_encoder_last():
@@ -257,21 +326,72 @@ def test_stack_layers_puts_the_encoder_last():
     order = [*outputs["aux_outputs"], outputs, outputs["encoder"]]
     for place, layer in enumerate(order):
         assert torch.equal(layers.boxes[place], layer["pred_boxes"])
-    part = layers.rows(slice(1, None))
+    part = layers.of_images(slice(1, None))
     assert part.logits.shape == (4, 1, 10, 4) and torch.equal(part.boxes, layers.boxes[:, 1:])
     assert not stack_layers(some_outputs(some_targets(1), encoder=False)).encoder
+
+
+# DETR's softmax
+
+
+def test_no_object_weighs_a_tenth_in_the_class_loss_of_detr():
+    """The weighted mean of -log softmax by a loop, alone and as a shard of a larger step."""
+    targets = some_targets(2, 0, 1)
+    logits, boxes = some_layer(targets, queries=6, classes=5)  # 4 classes and "no object"
+    padded = pad_targets(targets)
+    layers = Layers(logits[None], boxes[None], encoder=False, no_object=True)
+    assigned = torch.full((3, 6), -1)
+    assigned[0, 1], assigned[0, 4], assigned[2, 0] = 1, 0, 0
+    assignment = Assignment(assigned[None], (assigned[None] >= 0).float())
+    total = weights = 0.0
+    for image in range(3):
+        for query in range(6):
+            index = int(assigned[image, query])
+            label = int(targets[image]["labels"][index]) if index >= 0 else 4
+            weight = 1.0 if index >= 0 else 0.1
+            total -= weight * float(logits[image, query].log_softmax(-1)[label])
+            weights += weight
+    alone = detection_loss(layers, padded, assignment, "one_to_one")
+    assert alone["class"].item() == pytest.approx(total / weights, rel=1e-5)
+    assert weights == pytest.approx(3 + 15 * 0.1)
+    step = NumBoxes(images=8, matched=10, boxes=11, max_per_image=2, num_shards=2)
+    shard = detection_loss(layers, padded, assignment, "one_to_one", num_boxes=step)
+    assert shard["class"].item() == pytest.approx(total / ((10 + 0.1 * (8 * 6 - 10)) / 2), rel=1e-5)
+    twice = detection_loss(layers, padded, assignment, "one_to_one", LossWeights(class_weight=4.0))
+    assert twice["class"].item() == pytest.approx(2 * total / weights, rel=1e-5)
+
+
+# Numbers of boxes
+
+
+def test_boxes_are_counted_over_all_micro_batches():
+    first = np.array([[True, False, True, False], [False] * 4])
+    second = np.array([[True, True, True, False], [True, False, False, False]])
+    counted = reduce_num_boxes([first, second], num_queries=2)
+    # with 2 queries, the third box of an image finds no partner
+    assert counted == NumBoxes(images=4, matched=5, boxes=6, max_per_image=3, num_shards=2)
+    assert counted.normalizer(5) == 2.5 and counted.normalizer(0.2) == 0.5  # at least 1 in all
+    empty = reduce_num_boxes([np.zeros((2, 0), dtype=bool)], num_queries=2)
+    assert empty == NumBoxes(images=2, matched=0, boxes=0, max_per_image=0, num_shards=1)
+
+
+def test_loss_weights_scale():
+    assert LossWeights(2.0, 5.0, 3.0).scaled(4.0, 0.5) == LossWeights(8.0, 10.0, 6.0)
+    assert LossWeights().scaled(2.0) == LossWeights(4.0, 10.0, 4.0)
 
 
 # Denoising
 
 
-def test_denoising_loss_equals_a_loop_over_questions():
+def test_denoising_loss_equals_a_loop_over_queries():
     targets = some_targets(2, 1, 0)
     padded = pad_targets(targets)
     outputs = some_outputs(targets, layers=2, encoder=False)
-    asked = torch.full((3, 10), -1)
-    asked[0, :8] = torch.tensor([0, 1, -1, -1, 0, 1, -1, -1])  # two copies of positives and negatives
-    asked[1, :8] = torch.tensor([0, -1, -1, -1, 0, -1, -1, -1])
+    assigned = torch.full((3, 10), -1)
+    assigned[0, :8] = torch.tensor(
+        [0, 1, -1, -1, 0, 1, -1, -1]
+    )  # two copies of positives and negatives
+    assigned[1, :8] = torch.tensor([0, -1, -1, -1, 0, -1, -1, -1])
     valid = torch.zeros(3, 10, dtype=torch.bool)
     valid[0, :8] = True
     valid[1, [0, 2, 4, 6]] = True
@@ -279,26 +399,34 @@ def test_denoising_loss_equals_a_loop_over_questions():
     for layer in (outputs["aux_outputs"][0], outputs):
         for image, target in enumerate(targets):
             for query in range(10):
-                index = int(asked[image, query])
+                index = int(assigned[image, query])
                 if not valid[image, query]:
                     continue
                 for label, logit in enumerate(layer["pred_logits"][image, query].tolist()):
                     y = float(index >= 0 and label == int(target["labels"][index]))
                     expected["class"] += 2 * class_loss(logit, y, "one_to_one") / 6
                 if index >= 0:
-                    box, truth = layer["pred_boxes"][image, query], to_model(target["boxes"][index], target["size"])
+                    box, truth = (
+                        layer["pred_boxes"][image, query],
+                        to_model(target["boxes"][index], target["size"]),
+                    )
                     pair = to_pixels(torch.stack([box, truth]), (1, 1))
                     expected["l1"] += 5 * (box - truth).abs().sum().item() / 6
                     expected["giou"] += 2 * (1 - generalized_box_iou(pair[:1], pair[1:])).item() / 6
-    same_losses(denoising_loss(outputs, Answers(asked, valid), padded), expected)
+    same_losses(denoising_loss(outputs, DenoisingTargets(assigned, valid), padded), expected)
 
 
-def test_questions_that_only_fill_up_have_no_influence():
+def test_padded_denoising_queries_have_no_influence():
     targets = some_targets(1, 1)
     outputs, padded = some_outputs(targets, layers=1, encoder=False), pad_targets(targets)
-    answers = Answers(torch.tensor([[0, -1] * 5, [0] + [-1] * 9]), torch.tensor([[True] * 10, [True] + [False] * 9]))
-    sum(denoising_loss(outputs, answers, padded).values()).backward()
-    assert (outputs["pred_logits"].grad[1, 1:] == 0).all() and (outputs["pred_boxes"].grad[1, 1:] == 0).all()
+    denoising_targets = DenoisingTargets(
+        torch.tensor([[0, -1] * 5, [0] + [-1] * 9]),
+        torch.tensor([[True] * 10, [True] + [False] * 9]),
+    )
+    sum(denoising_loss(outputs, denoising_targets, padded).values()).backward()
+    assert (outputs["pred_logits"].grad[1, 1:] == 0).all() and (
+        outputs["pred_boxes"].grad[1, 1:] == 0
+    ).all()
     assert (outputs["pred_logits"].grad[1, :1] != 0).all()
 
 

@@ -35,7 +35,9 @@ def some_predictions(queries: int, target: dict, classes: int = 4, lead=(), nois
     boxes = torch.rand(*lead, queries, 4) * 0.4 + 0.2
     if len(target["boxes"]):
         near = to_model(target["boxes"], target["size"])
-        boxes = near[torch.randint(0, len(near), (*lead, queries))] + noise * torch.randn(*lead, queries, 4)
+        boxes = near[torch.randint(0, len(near), (*lead, queries))] + noise * torch.randn(
+            *lead, queries, 4
+        )
     return logits, boxes.clamp(0.02, 0.98)
 
 
@@ -58,7 +60,12 @@ def cost_by_loop(logits, pred_boxes, target, kind: str) -> list[list[float]]:
                 p = 1 / (1 + math.exp(-logits[q, label]))
                 price = 0.25 * (1 - p) ** 2 * -math.log(p) - 0.75 * p**2 * -math.log(1 - p)
             x1, y1, x2, y2 = target["boxes"][t].tolist()
-            truth = [(x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height]
+            truth = [
+                (x1 + x2) / 2 / width,
+                (y1 + y2) / 2 / height,
+                (x2 - x1) / width,
+                (y2 - y1) / height,
+            ]
             l1 = sum(abs(float(a) - b) for a, b in zip(pred_boxes[q], truth))
             row.append(2 * price + 5 * l1 - 2 * float(giou[q, t]))
         rows.append(row)
@@ -83,8 +90,13 @@ def test_matching_cost_equals_its_closed_form(kind):
 def test_matching_cost_takes_its_weights():
     target = some_target(2)
     logits, boxes = some_predictions(5, target)
-    parts = [matching_cost(logits, boxes, target, "focal", *weights) for weights in ((1, 0, 0), (0, 1, 0), (0, 0, 1))]
-    assert torch.allclose(matching_cost(logits, boxes, target), 2 * parts[0] + 5 * parts[1] + 2 * parts[2], atol=1e-5)
+    parts = [
+        matching_cost(logits, boxes, target, "focal", *weights)
+        for weights in ((1, 0, 0), (0, 1, 0), (0, 0, 1))
+    ]
+    assert torch.allclose(
+        matching_cost(logits, boxes, target), 2 * parts[0] + 5 * parts[1] + 2 * parts[2], atol=1e-5
+    )
 
 
 def test_cost_of_a_perfect_and_sure_query_is_lowest():
@@ -119,7 +131,12 @@ def test_one_to_one_equals_the_best_of_all_permutations(queries, count):
                 best = min(best, sum(float(cost[q, t]) for q, t in zip(chosen, order)))
         match = one_to_one(logits, boxes, target)
         assert float(cost[match.queries, match.targets].sum()) == pytest.approx(best, abs=1e-4)
-        assert len(match.queries) == len(set(match.queries.tolist())) == len(set(match.targets.tolist())) == pairs
+        assert (
+            len(match.queries)
+            == len(set(match.queries.tolist()))
+            == len(set(match.targets.tolist()))
+            == pairs
+        )
         assert match.queries.tolist() == sorted(match.queries.tolist())
         assert match.quality.tolist() == [1.0] * pairs
 
@@ -155,10 +172,15 @@ def test_assign_one_to_one_of_a_batch_equals_image_by_image():
 # One-to-many
 
 
-def one_to_many_by_loop(scores, iou, labels, candidates: int, alpha: float = 1.0, beta: float = 6.0):
+def one_to_many_by_loop(
+    scores, iou, labels, candidates: int, alpha: float = 1.0, beta: float = 6.0
+):
     """The rules one by one. scores[q][c], iou[q][t], labels[t] -> (target or -1, quality) of every query."""
     queries, count = len(scores), len(labels)
-    m = [[scores[q][labels[t]] ** alpha * iou[q][t] ** beta for t in range(count)] for q in range(queries)]
+    m = [
+        [scores[q][labels[t]] ** alpha * iou[q][t] ** beta for t in range(count)]
+        for q in range(queries)
+    ]
     wanted_by: list[list[int]] = [[] for _ in range(queries)]
     for t in range(count):
         by_quality = sorted(range(queries), key=lambda q: -m[q][t])
@@ -185,7 +207,9 @@ def one_to_many_by_loop(scores, iou, labels, candidates: int, alpha: float = 1.0
 def loop_on(logits, boxes, target, candidates: int, **exponents):
     iou = box_iou(to_pixels(boxes, target["size"]).double(), target["boxes"].double())
     scores = logits.double().sigmoid()
-    return one_to_many_by_loop(scores.tolist(), iou.tolist(), target["labels"].tolist(), candidates, **exponents)
+    return one_to_many_by_loop(
+        scores.tolist(), iou.tolist(), target["labels"].tolist(), candidates, **exponents
+    )
 
 
 def check_one_to_many(match, owner, quality):
@@ -234,13 +258,21 @@ def test_a_query_wanted_twice_goes_to_the_higher_overlap_not_to_the_higher_quali
 
 def test_equal_overlaps_go_to_the_lower_target_index():
     box = [10.0, 10, 30, 30]
-    target = {"boxes": torch.tensor([[50.0, 10, 60, 20], box, box]), "labels": torch.tensor([0, 1, 0]), "size": SIZE}
+    target = {
+        "boxes": torch.tensor([[50.0, 10, 60, 20], box, box]),
+        "labels": torch.tensor([0, 1, 0]),
+        "size": SIZE,
+    }
     query = to_model(torch.tensor([box, box]), SIZE)
     assert one_to_many(torch.zeros(2, 2), query, target).targets.tolist() == [1, 1]
 
 
 def test_only_overlapping_queries_are_taken():
-    target = {"boxes": torch.tensor([[10.0, 10, 30, 30]]), "labels": torch.tensor([0]), "size": SIZE}
+    target = {
+        "boxes": torch.tensor([[10.0, 10, 30, 30]]),
+        "labels": torch.tensor([0]),
+        "size": SIZE,
+    }
     query = to_model(torch.tensor([[50.0, 40, 60, 50], [12, 12, 28, 30], [30, 10, 40, 30]]), SIZE)
     match = one_to_many(torch.zeros(3, 1), query, target, candidates=13)
     assert match.queries.tolist() == [1]
@@ -257,14 +289,19 @@ def test_one_to_many_without_targets():
 def test_one_to_many_lets_no_gradient_through():
     target = some_target(2)
     logits, boxes = some_predictions(6, target)
-    assert not one_to_many(logits.requires_grad_(), boxes.requires_grad_(), target).quality.requires_grad
+    assert not one_to_many(
+        logits.requires_grad_(), boxes.requires_grad_(), target
+    ).quality.requires_grad
 
 
 # Batches
 
 
 def some_batch(counts, queries: int = 12, layers: int = 2):
-    targets = [some_target(count, size=size) for count, size in zip(counts, [(60, 90), (90, 60), (70, 70), (64, 32)])]
+    targets = [
+        some_target(count, size=size)
+        for count, size in zip(counts, [(60, 90), (90, 60), (70, 70), (64, 32)])
+    ]
     pairs = [some_predictions(queries, target, lead=(layers,)) for target in targets]
     return torch.stack([p[0] for p in pairs], 1), torch.stack([p[1] for p in pairs], 1), targets
 
@@ -284,11 +321,15 @@ def test_batched_cost_equals_image_by_image():
 @pytest.mark.parametrize("candidates", [4, 13])
 def test_batched_one_to_many_equals_image_by_image(candidates):
     logits, boxes, targets = some_batch([3, 0, 5, 1])
-    assigned, quality = assign_one_to_many(logits, boxes, pad_targets(targets), candidates=candidates)
+    assigned, quality = assign_one_to_many(
+        logits, boxes, pad_targets(targets), candidates=candidates
+    )
     assert assigned.shape == quality.shape == (2, 4, 12)
     for layer in range(2):
         for image, target in enumerate(targets):
-            match = one_to_many(logits[layer, image], boxes[layer, image], target, candidates=candidates)
+            match = one_to_many(
+                logits[layer, image], boxes[layer, image], target, candidates=candidates
+            )
             expected = torch.full((12,), -1)
             expected[match.queries] = match.targets
             assert torch.equal(assigned[layer, image], expected)
@@ -308,7 +349,9 @@ def test_boxes_that_are_not_valid_are_nobodys_target():
     assigned, quality = assign_one_to_many(logits, boxes, whole._replace(valid=valid), candidates=4)
     places, fewer = assign_one_to_many(logits, boxes, pad_targets(kept), candidates=4)
     columns = valid.long().argsort(descending=True, stable=True)[:, :3].expand(2, -1, -1)
-    assert torch.equal(assigned, torch.where(places >= 0, columns.gather(-1, places.clamp(min=0)), -1))
+    assert torch.equal(
+        assigned, torch.where(places >= 0, columns.gather(-1, places.clamp(min=0)), -1)
+    )
     assert torch.allclose(quality, fewer)
 
 
@@ -329,11 +372,20 @@ def test_pad_targets_converts_fills_up_and_leaves_crowds_out():
         "labels": torch.tensor([2, 1, 3]),
     }
     first |= {"size": (60, 90), "crowd": torch.tensor([False, True, False])}
-    second = {"boxes": torch.tensor([[10.0, 20, 30, 40]]), "labels": torch.tensor([1]), "size": (100, 50)}
+    second = {
+        "boxes": torch.tensor([[10.0, 20, 30, 40]]),
+        "labels": torch.tensor([1]),
+        "size": (100, 50),
+    }
     padded = pad_targets([first, second])
-    assert padded.labels.tolist() == [[2, 3], [1, 0]] and padded.valid.tolist() == [[True, True], [True, False]]
+    assert padded.labels.tolist() == [[2, 3], [1, 0]] and padded.valid.tolist() == [
+        [True, True],
+        [True, False],
+    ]
     assert torch.allclose(padded.boxes[0, 1], torch.tensor([13.5 / 90, 9 / 60, 9 / 90, 6 / 60]))
-    assert torch.allclose(padded.boxes[1], torch.tensor([[20 / 50, 30 / 100, 20 / 50, 20 / 100], [0.0] * 4]))
+    assert torch.allclose(
+        padded.boxes[1], torch.tensor([[20 / 50, 30 / 100, 20 / 50, 20 / 100], [0.0] * 4])
+    )
     only_crowd = {**first, "crowd": torch.ones(3, dtype=torch.bool)}
     assert pad_targets([only_crowd]).valid.shape == (1, 0)
     assert pad_targets([]).boxes.shape == (0, 0, 4)

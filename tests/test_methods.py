@@ -1,6 +1,7 @@
 """One step of each method: what it may see, what it may move, what it costs, and its losses rebuilt by hand."""
 
 import copy
+import dataclasses
 import sys
 import traceback
 
@@ -15,24 +16,24 @@ from semidetr_lite.data.views import map_boxes
 from semidetr_lite.detectors.backbone import Tiny
 from semidetr_lite.detectors.detr import DETR
 from semidetr_lite.detectors.dino import DINO
-from semidetr_lite.device import to_device, to_host
+from semidetr_lite.detectors.transformer import stack_layers
+from semidetr_lite.device import copy_to_host, to_device, to_host
 from semidetr_lite.errors import UserError
-from semidetr_lite.losses import detection_loss, layer_costs, layer_loss, stack_layers
-from semidetr_lite.matching import matching_cost, one_to_one, pad_targets
-from semidetr_lite.methods.cost_mining import reliable_threshold
+from semidetr_lite.losses import detection_loss, layer_loss, pad_to
+from semidetr_lite.matching import layer_costs, match_layers, matching_cost, one_to_one, pad_targets
+from semidetr_lite.methods.cost_mining import above_mean_plus_std, reliable_threshold
 from semidetr_lite.methods.mean_teacher import (
-    Averaged,
     MeanTeacher,
     PseudoBoxes,
+    TeacherStudent,
     ema_momentum,
     ema_update,
-    filled_up,
-    one_transfer,
-    pseudo_boxes,
+    select_pseudo_boxes,
 )
-from semidetr_lite.methods.semi_detr import SemiDETR, above_mean_and_deviation
+from semidetr_lite.methods.semi_detr import SemiDETR
 from semidetr_lite.methods.supervised import Supervised
 from semidetr_lite.training.measure import watched_boxes
+from semidetr_lite.training.presets import PRESETS, make_method
 
 PARTS = ("class", "l1", "giou")
 SWITCH = 10  # the step at which stage two begins
@@ -57,15 +58,21 @@ def student(queries: int = 8) -> DINO:
     return detector
 
 
-def make(kind: str, **changes) -> tuple[Averaged, int]:
+def make(kind: str, **changes) -> tuple[TeacherStudent, int]:
     """A method with a teacher of its own, and a step for it."""
     torch.manual_seed(1)
     if kind == "supervised":
         method = Supervised(student())
     elif kind == "mean teacher":
-        method = MeanTeacher(student(), **{"score_cut": 0.55, "most": 12, **changes})
+        method = MeanTeacher(
+            student(), **{"score_threshold": 0.55, "max_pseudo_boxes": 12, **changes}
+        )
     else:
-        method = SemiDETR(student(), one_to_many_steps=SWITCH, **{"score_cut": 0.55, "most": 12, **changes})
+        method = SemiDETR(
+            student(),
+            one_to_many_steps=SWITCH,
+            **{"score_threshold": 0.55, "max_pseudo_boxes": 12, **changes},
+        )
     shaken(method.teacher, 0.02)
     return method.train(), STAGES["one_to_one" if kind == "stage two" else "one_to_many"]
 
@@ -79,7 +86,9 @@ def affine(first, second) -> torch.Tensor:
     return torch.tensor([first, second, [0.0, 0, 1]])
 
 
-def some_batch(counts=(3, 1), sizes=((64, 64),) * 2, weak_sizes=((64, 64),) * 3, strong_sizes=None) -> dict:
+def some_batch(
+    counts=(3, 1), sizes=((64, 64),) * 2, weak_sizes=((64, 64),) * 3, strong_sizes=None
+) -> dict:
     """Labelled images with `counts` objects; unlabelled ones whose strong view is mirrored, shifted and resized."""
     torch.manual_seed(2)
     truths = [some_target(count, size) for count, size in zip(counts, sizes)]
@@ -91,7 +100,9 @@ def some_batch(counts=(3, 1), sizes=((64, 64),) * 2, weak_sizes=((64, 64),) * 3,
         for name, matrix, shape in (("weak", weak, size), ("strong", strong, strong_size)):
             truth = {**some_target(2, shape), "matrix": matrix}
             views[name][0].append(torch.rand(3, *shape))
-            views[name][1].append({"size": shape, "image_id": number, "matrix": matrix, "truth": truth})
+            views[name][1].append(
+                {"size": shape, "image_id": number, "matrix": matrix, "truth": truth}
+            )
     return {"labelled": ([torch.rand(3, *size) for size in sizes], truths), **views}
 
 
@@ -113,12 +124,16 @@ BATCHES = {
 
 def test_ema_momentum():
     assert [ema_momentum(step) for step in (0, 1, 2, 3)] == pytest.approx([0, 1 / 2, 2 / 3, 3 / 4])
-    assert ema_momentum(998) == pytest.approx(1 - 1 / 999) and ema_momentum(999) == pytest.approx(0.999)
+    assert ema_momentum(998) == pytest.approx(1 - 1 / 999) and ema_momentum(999) == pytest.approx(
+        0.999
+    )
     assert ema_momentum(10**6) == 0.999 and ema_momentum(50, ceiling=0.9) == 0.9
 
 
 def test_ema_update_equals_its_closed_form_with_buffers():
-    teacher, pupil = (torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)) for _ in range(2))
+    teacher, pupil = (
+        torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)) for _ in range(2)
+    )
     first, momentum, values = copy.deepcopy(teacher), 0.9, []
     for _ in range(5):
         shaken(pupil, 1.0)
@@ -136,18 +151,29 @@ def test_ema_update_equals_its_closed_form_with_buffers():
 
 
 def test_while_the_momentum_rises_the_teacher_is_the_mean_of_all_students():
-    method = Supervised(student(), ema_ceiling=1.0)
-    weight, history = method.student.class_head.weight, [method.student.class_head.weight.detach().clone()]
+    method = Supervised(student(), ema_decay=1.0)
+    weight, history = (
+        method.student.class_head.weight,
+        [method.student.class_head.weight.detach().clone()],
+    )
     for step in range(6):
         shaken(method.student.class_head, 1.0)
         history.append(weight.detach().clone())
         method.after_step(step)
-        assert torch.allclose(method.teacher.class_head.weight, torch.stack(history).mean(0), atol=1e-5)
+        assert torch.allclose(
+            method.teacher.class_head.weight, torch.stack(history).mean(0), atol=1e-5
+        )
 
 
 def test_a_new_method_has_an_equal_teacher_that_stays_as_it_is_in_training():
-    for method in (Supervised(student()), MeanTeacher(student()), SemiDETR(student(), one_to_many_steps=SWITCH)):
-        pairs = zip(method.student.state_dict().values(), method.teacher.state_dict().values(), strict=True)
+    for method in (
+        Supervised(student()),
+        MeanTeacher(student()),
+        SemiDETR(student(), one_to_many_steps=SWITCH),
+    ):
+        pairs = zip(
+            method.student.state_dict().values(), method.teacher.state_dict().values(), strict=True
+        )
         assert all(torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in pairs)
         assert not any(parameter.requires_grad for parameter in method.teacher.parameters())
         for mode in (True, False, True):
@@ -157,45 +183,62 @@ def test_a_new_method_has_an_equal_teacher_that_stays_as_it_is_in_training():
 
 
 def test_everything_a_resume_needs_is_in_the_state():
-    method, step = make("stage one", cost_memory=40)
+    method, step = make("stage one", cost_queue_size=40)
     method(some_batch(), step)
-    other, _ = make("stage one", cost_memory=40)
+    other, _ = make("stage one", cost_queue_size=40)
     other.load_state_dict(method.state_dict())
-    assert other.past_costs.isfinite().any()
+    assert other.cost_queue.isfinite().any()
     ours, theirs = method(some_batch(), step + 1), other(some_batch(), step + 1)
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert ours.keys() == theirs.keys() and all(
+        torch.equal(ours[name], theirs[name]) for name in ours
+    )
 
 
 # Pseudo-boxes
 
 
-def some_pseudo(batch: int = 3, most: int = 6, size=(64, 64)) -> PseudoBoxes:
-    boxes = to_pixels(torch.cat([torch.rand(batch, most, 2), torch.rand(batch, most, 2) * 0.3 + 0.05], -1), size)
-    scores = torch.rand(batch, most).sort(descending=True).values
-    valid = torch.arange(most) < torch.tensor([most, most - 3, 0])[:batch, None]
-    return PseudoBoxes(boxes, scores, torch.randint(0, 4, (batch, most)), valid)
+def some_pseudo(batch: int = 3, max_boxes: int = 6, size=(64, 64)) -> PseudoBoxes:
+    boxes = to_pixels(
+        torch.cat(
+            [torch.rand(batch, max_boxes, 2), torch.rand(batch, max_boxes, 2) * 0.3 + 0.05], -1
+        ),
+        size,
+    )
+    scores = torch.rand(batch, max_boxes).sort(descending=True).values
+    valid = torch.arange(max_boxes) < torch.tensor([max_boxes, max_boxes - 3, 0])[:batch, None]
+    return PseudoBoxes(boxes, scores, torch.randint(0, 4, (batch, max_boxes)), valid)
+
+
+def test_a_box_at_the_score_threshold_is_confident():
+    scores = torch.tensor([[0.75, 0.5, 0.25], [0.5, 0.5, 0.0]])
+    valid = torch.tensor([[True, True, True], [True, False, True]])
+    pseudo = PseudoBoxes(torch.zeros(2, 3, 4), scores, torch.zeros(2, 3).long(), valid)
+    assert pseudo.above(0.5).tolist() == [[True, True, False], [True, False, False]]
+    assert pseudo.above(0.500001).tolist() == [[True, False, False], [False] * 3]
 
 
 @pytest.mark.parametrize("name", ["square", "mixed"])
-def test_boxes_are_carried_one_by_one(name):
+def test_boxes_are_mapped_to_the_strong_view_one_by_one(name):
     batch = some_batch(**BATCHES[name])
     weak, strong = batch["weak"][1], batch["strong"][1]
     pseudo = some_pseudo(len(weak))
     pseudo.boxes[0, 1] += 200.0  # out of view
-    carried = pseudo.carried(weak, strong)
+    carried = pseudo.to_strong_view(weak, strong)
     assert torch.equal(carried.labels, pseudo.labels)
     for image, (first, second) in enumerate(zip(weak, strong)):
         transfer = second["matrix"] @ torch.linalg.inv(first["matrix"])
         for place in range(6):
             box, keep = map_boxes(pseudo.boxes[image, place : place + 1], transfer, second["size"])
-            assert torch.allclose(carried.boxes[image, place], to_model(box, second["size"])[0], atol=1e-5)
+            assert torch.allclose(
+                carried.boxes[image, place], to_model(box, second["size"])[0], atol=1e-5
+            )
             assert carried.valid[image, place] == (pseudo.valid[image, place] & keep[0])
     assert not carried.valid[0, 1] and carried.valid[0].any()
 
 
 def test_pseudo_boxes_are_the_teachers_detections():
     teacher, images = student().eval(), torch.rand(3, 3, 64, 64)
-    found = pseudo_boxes(teacher(images), torch.full((3, 2), 64), most=5, nms=0.2)
+    found = select_pseudo_boxes(teacher(images), torch.full((3, 2), 64), max_boxes=5, nms=0.2)
     assert found.boxes.shape == (3, 5, 4)
     for image, answer in enumerate(teacher.detect(images, score=0.01, top=15, nms=0.2)):
         count = min(5, len(answer["boxes"]))
@@ -207,26 +250,34 @@ def test_pseudo_boxes_are_the_teachers_detections():
 
 
 def test_a_score_of_a_hundredth_is_the_least():
-    outputs = {"pred_logits": torch.tensor([[[0.5], [0.011], [0.009]]]).logit(), "pred_boxes": torch.rand(1, 3, 4)}
-    assert pseudo_boxes(outputs, torch.tensor([[64, 64]]), 3, 1.0).valid.tolist() == [[True, True, False]]
+    outputs = {
+        "pred_logits": torch.tensor([[[0.5], [0.011], [0.009]]]).logit(),
+        "pred_boxes": torch.rand(1, 3, 4),
+    }
+    assert select_pseudo_boxes(outputs, torch.tensor([[64, 64]]), 3, 1.0).valid.tolist() == [
+        [True, True, False]
+    ]
 
 
-def test_above_mean_and_deviation_equals_a_loop():
+def test_above_mean_plus_std_equals_a_loop():
     pseudo = some_pseudo(3, 9)
-    found = above_mean_and_deviation(pseudo)
+    found = above_mean_plus_std(pseudo.scores, pseudo.valid)
     for image in range(3):
         scores = pseudo.scores[image][pseudo.valid[image]]
         cut = scores.mean() + scores.std() if len(scores) else torch.inf
-        expected = [bool(ok) and score >= cut for ok, score in zip(pseudo.valid[image], pseudo.scores[image])]
+        expected = [
+            bool(ok) and score >= cut
+            for ok, score in zip(pseudo.valid[image], pseudo.scores[image])
+        ]
         assert found[image].tolist() == expected
     assert found.sum(1).tolist()[2] == 0 < found.sum()
 
 
-def test_one_box_alone_has_no_deviation_and_is_not_kept():
-    """As in the released code, where the deviation of one score is not a number."""
+def test_one_score_alone_has_no_standard_deviation_and_is_not_kept():
+    """As in the released code, where the standard deviation of one score is not a number."""
     pseudo = some_pseudo(1, 4)
     pseudo.valid[0] = torch.tensor([True, False, False, False])
-    assert not above_mean_and_deviation(pseudo).any()
+    assert not above_mean_plus_std(pseudo.scores, pseudo.valid).any()
 
 
 # A step
@@ -252,7 +303,9 @@ def test_a_step_has_finite_losses_that_reach_the_student_only(kind, name):
     sum(losses.values()).backward()
     assert all(parameter.grad is None for parameter in method.teacher.parameters())
     taught = ["backbone", "encoder", "decoder", "class_head", "proposal_class"]
-    taught += ["box_head", "proposal_box"] if name != "no object at all" or kind != "supervised" else []
+    taught += (
+        ["box_head", "proposal_box"] if name != "no object at all" or kind != "supervised" else []
+    )
     for key, parameter in method.student.named_parameters():
         if key.startswith(tuple(taught)):
             assert parameter.grad.isfinite().all() and parameter.grad.any(), key
@@ -263,7 +316,10 @@ def test_a_step_has_finite_losses_that_reach_the_student_only(kind, name):
 def test_weights_multiply_their_part_of_the_losses():
     batch = some_batch()
     for kind in ("mean teacher", "stage one", "stage two"):
-        (method, step), (other, _) = make(kind, unlabelled_weight=1.0), make(kind, unlabelled_weight=3.0)
+        (method, step), (other, _) = (
+            make(kind, unlabelled_weight=1.0),
+            make(kind, unlabelled_weight=3.0),
+        )
         ours, theirs = method(batch, step), other(batch, step)
         for name in ours:
             factor = 1.0 if name.startswith("labelled") else 3.0
@@ -274,20 +330,27 @@ def test_weights_multiply_their_part_of_the_losses():
         for name in ours:
             factor = 0.25 if name.startswith("pseudo") and name.endswith(("/l1", "/giou")) else 1.0
             assert theirs[name].item() == pytest.approx(factor * ours[name].item(), rel=1e-4), name
-    (method, step), (other, _) = make("stage one", consistency_weight=1.0), make("stage one", consistency_weight=5.0)
-    assert other(batch, step)["consistency"].item() == pytest.approx(5 * method(batch, step)["consistency"].item())
+    (method, step), (other, _) = (
+        make("stage one", consistency_weight=1.0),
+        make("stage one", consistency_weight=5.0),
+    )
+    assert other(batch, step)["consistency"].item() == pytest.approx(
+        5 * method(batch, step)["consistency"].item()
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_no_pseudo_label_at_all(kind):
-    method, step = make(kind, score_cut=1.1)
+    method, step = make(kind, score_threshold=1.1)
     losses = method(some_batch(), step)
     assert method.stats["pseudo_per_image"] == 0
     assert losses["pseudo/l1"] == losses["pseudo/giou"] == 0 < losses["pseudo/class"]
     assert "pseudo denoising/class" not in losses
     total = sum(losses.values())
     total.backward()
-    assert total.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in method.parameters())
+    assert total.isfinite() and all(
+        p.grad is None or p.grad.isfinite().all() for p in method.parameters()
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
@@ -304,19 +367,24 @@ def test_a_teacher_that_sees_nothing(kind):
     sum(losses.values()).backward()
 
 
-def best_carried_score(method, batch) -> float:
+def best_score_in_view(method, batch) -> float:
     """The highest score of a pseudo-box that the strong views still hold."""
     (images, weak), (_, strong) = batch["weak"], batch["strong"]
     with torch.no_grad():
-        pseudo = pseudo_boxes(method.teacher(images), torch.tensor([t["size"] for t in weak]), method.most, method.nms)
-    return pseudo.scores[pseudo.carried(weak, strong).valid].max().item()
+        pseudo = select_pseudo_boxes(
+            method.teacher(images),
+            torch.tensor([t["size"] for t in weak]),
+            method.max_pseudo_boxes,
+            method.nms,
+        )
+    return pseudo.scores[pseudo.to_strong_view(weak, strong).valid].max().item()
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_one_pseudo_label(kind):
     method, step = make(kind)
     batch = some_batch()
-    method.score_cut = best_carried_score(method, batch)
+    method.score_threshold = best_score_in_view(method, batch)
     losses = method(batch, step)
     assert method.stats["pseudo_per_image"] == pytest.approx(1 / 3)
     assert losses["pseudo/l1"] > 0 or kind == "stage one"  # where no query may overlap it
@@ -328,8 +396,13 @@ def test_more_candidates_and_more_pseudo_boxes_than_queries():
         torch.manual_seed(0)
         changes = {} if kind == "mean teacher" else {"candidates": 13, "one_to_many_steps": SWITCH}
         cls = MeanTeacher if kind == "mean teacher" else SemiDETR
-        method = cls(student(queries=3), score_cut=0.0, most=50, nms=1.0, **changes)
-        losses = method(some_batch(counts=(6, 2)), STAGES["one_to_one" if kind == "stage two" else "one_to_many"])
+        method = cls(
+            student(queries=3), score_threshold=0.0, max_pseudo_boxes=50, nms=1.0, **changes
+        )
+        losses = method(
+            some_batch(counts=(6, 2)),
+            STAGES["one_to_one" if kind == "stage two" else "one_to_many"],
+        )
         assert all(loss.isfinite() for loss in losses.values())
 
 
@@ -362,7 +435,9 @@ def test_a_step_is_a_function_of_its_weights_batch_and_number(kind):
         results.append(method(some_batch(), first + step))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
     changed = {name for name in results[0] if not torch.equal(results[0][name], results[2][name])}
-    assert changed and all("denoising" in name for name in changed)  # new noise, everything else as before
+    assert changed and all(
+        "denoising" in name for name in changed
+    )  # new noise, everything else as before
 
 
 # Losses rebuilt by hand
@@ -378,20 +453,28 @@ def test_the_labelled_part_is_that_of_supervised_training(kind, name):
     (supervised, _), (method, step) = make("supervised"), make(kind)
     batch = some_batch(**BATCHES[name])
     expected = labelled_only(supervised(batch, step))
-    assert len(expected) == 6 and labelled_only(method(batch, step)) == pytest.approx(expected, rel=1e-4)
+    assert len(expected) == 6 and labelled_only(method(batch, step)) == pytest.approx(
+        expected, rel=1e-4
+    )
 
 
-def targets_by_hand(method, batch, cut: float) -> list[dict]:
-    """The teacher's detections over the cut, image by image, carried into the strong views."""
+def targets_by_hand(method, batch, threshold: float) -> list[dict]:
+    """The teacher's detections of at least this score, mapped to the strong views one by one."""
     targets = []
     for image, weak, strong in zip(batch["weak"][0], batch["weak"][1], batch["strong"][1]):
-        answer = method.teacher.detect(image, score=0.01, top=3 * method.most, nms=method.nms)[0]
-        boxes, scores, labels = (answer[key][: method.most] for key in ("boxes", "scores", "labels"))
-        good = scores >= method.score_cut
+        answer = method.teacher.detect(
+            image, score=0.01, top=3 * method.max_pseudo_boxes, nms=method.nms
+        )[0]
+        boxes, scores, labels = (
+            answer[key][: method.max_pseudo_boxes] for key in ("boxes", "scores", "labels")
+        )
+        good = scores >= method.score_threshold
         if isinstance(method, SemiDETR) and len(scores) > 1:
             good |= scores >= scores.mean() + scores.std()
-        boxes, keep = map_boxes(boxes, strong["matrix"] @ torch.linalg.inv(weak["matrix"]), strong["size"])
-        good &= keep & (scores >= cut)
+        boxes, keep = map_boxes(
+            boxes, strong["matrix"] @ torch.linalg.inv(weak["matrix"]), strong["size"]
+        )
+        good &= keep & (scores >= threshold)
         targets.append({"boxes": boxes[good], "labels": labels[good], "size": strong["size"]})
     return targets
 
@@ -420,7 +503,7 @@ def test_losses_equal_those_of_targets_made_by_hand(kind, name):
         assert losses[f"labelled/{part}"].item() == pytest.approx(by_hand[part], rel=1e-3)
     if kind == "supervised":
         return
-    targets = targets_by_hand(method, batch, cut=0.55)
+    targets = targets_by_hand(method, batch, threshold=0.55)
     count = sum(len(target["boxes"]) for target in targets)
     assert count > 1 and method.stats["pseudo_per_image"] == pytest.approx(count / len(targets))
     by_hand = losses_by_hand(method.student, batch["strong"][0], targets, stage)
@@ -433,169 +516,270 @@ def test_losses_equal_those_of_targets_made_by_hand(kind, name):
 
 def test_stages_switch_at_their_step():
     method, _ = make("stage one")
-    assert [method.stage(step) for step in (0, SWITCH - 1, SWITCH, 99)] == ["one_to_many"] * 2 + ["one_to_one"] * 2
+    assert [method.stage(step) for step in (0, SWITCH - 1, SWITCH, 99)] == ["one_to_many"] * 2 + [
+        "one_to_one"
+    ] * 2
     for step, nms in ((SWITCH - 1, 0.6), (SWITCH, None)):
         method.after_step(step)
         assert method.student.nms == method.teacher.nms == nms
 
 
-def spied(method) -> dict:
-    """Notes which boxes the consistency asks for."""
-    noted, consistency = {}, method.consistency
+def watched_groups(method) -> dict[str, list]:
+    """The consistency queries of each step from now on, as both detectors get them: lists of groups."""
+    groups = {"student": [], "teacher": []}
+    for name, noted in groups.items():
+        detector = getattr(method, name)
 
-    def spy(ours, theirs, pseudo, carried, weak, asked):
-        noted["asked"], noted["pseudo"], noted["carried"] = asked, pseudo, carried
-        return consistency(ours, theirs, pseudo, carried, weak, asked)
+        def decode_groups(memory, outputs, given, noted=noted, real=detector.decode_groups):
+            noted.extend(given)
+            return real(memory, outputs, given)
 
-    method.consistency = spy
-    return noted
+        detector.decode_groups = decode_groups
+    return groups
+
+
+def queries_per_image(groups: dict[str, list], images: int = 3) -> list[int]:
+    """How many consistency queries each image of the last step has; without any, nothing is decoded."""
+    return groups["student"][-1].valid.sum(1).tolist() if groups["student"] else [0] * images
+
+
+def assert_queries_lie_at(groups: dict[str, list], targets: list[dict]) -> None:
+    """The student's consistency queries are the boxes of these targets, in any order."""
+    group = groups["student"][-1]
+    for boxes, valid, target in zip(group.boxes, group.valid, targets, strict=True):
+        found, expected = (
+            sorted(rows.tolist())
+            for rows in (boxes[valid], to_model(target["boxes"], target["size"]))
+        )
+        assert len(found) == len(expected)
+        assert np.allclose(found, expected, atol=1e-4) or not found
 
 
 @pytest.mark.parametrize("past", [[], [-9.0, -8.9, -8.8, 0.5]])
 def test_mined_are_the_boxes_that_cost_the_last_layer_no_more_than_the_threshold(past):
-    method, step = make("stage one", cost_memory=50, score_cut=0.9)
+    method, step = make("stage one", cost_queue_size=50, score_threshold=0.9)
     batch = some_batch()
     if past:
-        method.past_costs[-len(past) :] = torch.tensor(past)
-    noted = spied(method)
+        method.cost_queue[-len(past) :] = torch.tensor(past)
+    groups = watched_groups(method)
     method(batch, step)
-    outputs, targets = method.student(batch["strong"][0]), targets_by_hand(method, batch, cut=0.0)
+    outputs, targets = (
+        method.student(batch["strong"][0]),
+        targets_by_hand(method, batch, threshold=0.0),
+    )
     costs = []
     for image, target in enumerate(targets):
-        logits, boxes = outputs["pred_logits"][image].detach(), outputs["pred_boxes"][image].detach()
+        logits, boxes = (
+            outputs["pred_logits"][image].detach(),
+            outputs["pred_boxes"][image].detach(),
+        )
         match = one_to_one(logits, boxes, target)
-        cost, own = matching_cost(logits, boxes, target), torch.full((len(target["boxes"]),), torch.nan)
+        cost, own = (
+            matching_cost(logits, boxes, target),
+            torch.full((len(target["boxes"]),), torch.nan),
+        )
         own[match.targets] = cost[match.queries, match.targets]
         costs.append(own)
     threshold = reliable_threshold(np.concatenate([past, *costs]))
     assert method.stats["cost_threshold"] == pytest.approx(threshold, abs=1e-3)
     expected = [int((own <= threshold).sum()) for own in costs]
-    assert noted["asked"].sum(1).tolist() == expected
+    assert queries_per_image(groups) == expected
+    if not past:
+        mined = [
+            {**target, "boxes": target["boxes"][own <= threshold]}
+            for target, own in zip(targets, costs)
+        ]
+        assert_queries_lie_at(groups, mined)
     assert method.stats["pseudo_per_image"] == 0 and sum(expected) == pytest.approx(
         3 * method.stats["mined_per_image"]
     )
     assert (sum(expected) == 0) if past else 0 < sum(expected) < sum(map(len, costs))
-    kept = method.past_costs[method.past_costs.isfinite()]
-    assert torch.allclose(kept[len(past) :].sort().values, torch.cat(costs).sort().values, atol=1e-3)
+    kept = method.cost_queue[method.cost_queue.isfinite()]
+    assert torch.allclose(
+        kept[len(past) :].sort().values, torch.cat(costs).sort().values, atol=1e-3
+    )
 
 
-def nothing_is_cheap(method):
-    """Fill the memory of costs so that no box is mined."""
-    method.past_costs.fill_(torch.nan)
-    method.past_costs[-40:] = torch.linspace(-9.0, -8.0, 40)
+def nothing_costs_little(method):
+    """Fill the queue of costs so that no box is mined."""
+    method.cost_queue.fill_(torch.nan)
+    method.cost_queue[-40:] = torch.linspace(-9.0, -8.0, 40)
     return method
 
 
-def test_confident_boxes_are_asked_for_whatever_they_cost():
-    method, step = make("stage one", cost_memory=50, score_cut=0.0)
-    noted = spied(nothing_is_cheap(method))
-    method(some_batch(), step)
+def test_confident_boxes_become_consistency_queries_whatever_they_cost():
+    method, step = make("stage one", cost_queue_size=50, score_threshold=0.0)
+    groups, batch = watched_groups(nothing_costs_little(method)), some_batch()
+    method(batch, step)
     assert method.stats["mined_per_image"] == 0 < method.stats["pseudo_per_image"]
-    assert np.array_equal(noted["asked"], noted["carried"].valid.numpy())
+    targets = targets_by_hand(method, batch, threshold=0.0)
+    assert queries_per_image(groups) == [len(target["boxes"]) for target in targets]
+    assert_queries_lie_at(groups, targets)
 
 
 @pytest.mark.parametrize("boxes", ["both", "confident", "mined", "none"])
-def test_consistency_asks_for_the_boxes_it_is_told_to(boxes):
-    method, step = make("stage one", cost_memory=50, score_cut=0.8, consistency_boxes=boxes)
-    both, _ = make("stage one", cost_memory=50, score_cut=0.8)
-    noted, everything, batch = spied(method), spied(both), some_batch()
+def test_consistency_is_trained_on_the_boxes_that_its_argument_names(boxes):
+    method, step = make(
+        "stage one", cost_queue_size=50, score_threshold=0.8, consistency_boxes=boxes
+    )
+    both, _ = make("stage one", cost_queue_size=50, score_threshold=0.8)
+    groups, everything, batch = watched_groups(method), watched_groups(both), some_batch()
     losses = method(batch, step)
     assert ("consistency" in losses) == (boxes != "none")
     both(batch, step)
-    asked, stats = everything["asked"].sum() / 3, both.stats
+    union, stats = sum(queries_per_image(everything)) / 3, both.stats
     assert 0 < stats["mined_per_image"] and 0 < stats["pseudo_per_image"]
-    assert stats["mined_per_image"] + stats["pseudo_per_image"] == pytest.approx(asked)  # no box is counted twice
-    expected = {"both": asked, "confident": stats["pseudo_per_image"]}
+    assert stats["mined_per_image"] + stats["pseudo_per_image"] == pytest.approx(
+        union
+    )  # no box is counted twice
+    queries = sum(queries_per_image(groups)) / 3
     if boxes == "mined":  # some of these are confident as well
-        assert stats["mined_per_image"] <= noted["asked"].sum() / 3 < asked
-        return
-    if boxes != "none":
-        assert noted["asked"].sum() / 3 == pytest.approx(expected[boxes])
+        assert stats["mined_per_image"] <= queries < union
+    else:
+        expected = {"both": union, "confident": stats["pseudo_per_image"], "none": 0}
+        assert queries == pytest.approx(expected[boxes])
 
 
 def test_a_box_that_is_mined_and_confident_is_counted_once():
-    method, step = make("stage one", score_cut=0.0, mining="top", mined_top=2)
+    method, step = make("stage one", score_threshold=0.0, mining="top_k", mining_top_k=2)
     method(some_batch(), step)
     assert method.stats["mined_per_image"] == 0 < method.stats["pseudo_per_image"]
 
 
-@pytest.mark.parametrize("mining", ["top", "deviation", "none"])
+@pytest.mark.parametrize("mining", ["top_k", "mean_std", "none"])
 def test_other_rules_of_mining_equal_a_loop(mining):
-    method, step = make("stage one", score_cut=0.99, mining=mining, mined_top=2, most=6)
-    noted, batch = spied(method), some_batch()
+    method, step = make(
+        "stage one", score_threshold=0.99, mining=mining, mining_top_k=2, max_pseudo_boxes=6
+    )
+    groups, batch = watched_groups(method), some_batch()
     method(batch, step)
-    pseudo = pseudo_boxes(method.teacher(batch["weak"][0]), torch.tensor([t["size"] for t in batch["weak"][1]]), 6, 0.6)
+    queries = queries_per_image(groups)
+    pseudo = select_pseudo_boxes(
+        method.teacher(batch["weak"][0]),
+        torch.tensor([t["size"] for t in batch["weak"][1]]),
+        6,
+        0.6,
+    )
     _, kept = map_all(pseudo.boxes, batch)
     for image, scores in enumerate(pseudo.scores):
         scores, inside = scores[pseudo.valid[image]], kept[image][pseudo.valid[image]]
         chosen = {
-            "top": torch.arange(len(scores)) < 2,
-            "deviation": scores >= scores.mean() + scores.std(),
+            "top_k": torch.arange(len(scores)) < 2,
+            "mean_std": scores >= scores.mean() + scores.std(),
             "none": torch.zeros(len(scores), dtype=torch.bool),
         }[mining]
-        assert noted["asked"][image].sum() == (chosen & inside).sum()
+        assert queries[image] == (chosen & inside).sum()
     assert (method.stats["mined_per_image"] > 0) == (mining != "none")
 
 
-@pytest.mark.parametrize("mining", ["mixture", "top", "deviation", "none"])
+@pytest.mark.parametrize("mining", ["gmm", "top_k", "mean_std", "none"])
 def test_the_watched_boxes_are_those_of_the_step(mining):
     """Images that are their own views: what pseudo_boxes.jsonl says is what the step decided."""
-    method, step = make("stage one", mining=mining, cost_memory=50, mined_top=2, score_cut=0.8)
+    method, step = make(
+        "stage one", mining=mining, cost_queue_size=50, mining_top_k=2, score_threshold=0.8
+    )
     images, targets = some_batch()["strong"]
-    targets = [{**target, "matrix": torch.eye(3), "image_id": place} for place, target in enumerate(targets)]
-    batch, scenes = {**some_batch(), "weak": (images, targets), "strong": (images, targets)}, list(zip(images, targets))
+    targets = [
+        {**target, "matrix": torch.eye(3), "image_id": place}
+        for place, target in enumerate(targets)
+    ]
+    batch, scenes = (
+        {**some_batch(), "weak": (images, targets), "strong": (images, targets)},
+        list(zip(images, targets)),
+    )
     before = any(any(line["mined"]) for line in watched_boxes(method, scenes, 0))
-    assert before == (mining in ("top", "deviation"))  # there is no threshold yet
+    assert before == (mining in ("top_k", "mean_std"))  # there is no threshold yet
     method(batch, step)
-    method.stats["cost_threshold"] += 1e-5  # it is the cost of one of the boxes, found in a batch here and alone below
+    method.stats["cost_threshold"] += (
+        1e-5  # it is the cost of one of the boxes, found in a batch here and alone below
+    )
     lines = watched_boxes(method, scenes, step)
-    kept, mined = (np.concatenate([line[name] for line in lines]).astype(bool) for name in ("kept", "mined"))
+    kept, mined = (
+        np.concatenate([line[name] for line in lines]).astype(bool) for name in ("kept", "mined")
+    )
     assert kept.sum() / len(images) == pytest.approx(method.stats["pseudo_per_image"])
     assert (mined & ~kept).sum() / len(images) == pytest.approx(method.stats["mined_per_image"])
     assert any(any(line["mined"]) for line in lines) == (mining != "none")
-    for line in lines:  # what is neither kept nor minable has no price
+    for line in lines:  # what is neither kept nor a candidate has no cost
         scores = torch.tensor(line["scores"])
-        minable = scores >= scores.mean() + scores.std()
-        if mining == "top":
-            minable = torch.arange(len(scores)) < 2
-        asked = (scores >= method.score_cut) | (minable & (mining != "none"))
-        priced = torch.tensor([cost is not None for cost in line["cost"]])
-        assert priced.sum() == min(asked.sum(), method.student.num_queries) and not (priced & ~asked).any()
+        candidates = scores >= scores.mean() + scores.std()
+        if mining == "top_k":
+            candidates = torch.arange(len(scores)) < 2
+        matched = (scores >= method.score_threshold) | (candidates & (mining != "none"))
+        with_cost = torch.tensor([cost is not None for cost in line["cost"]])
+        assert (
+            with_cost.sum() == min(matched.sum(), method.student.num_queries)
+            and not (with_cost & ~matched).any()
+        )
 
 
 @pytest.mark.parametrize("no_object", [True, False])
 def test_watched_boxes_cost_what_their_detector_matches_by(no_object):
     torch.manual_seed(0)
-    sizes = {"num_queries": 6, "dim": 16, "heads": 2, "hidden": 32, "encoder_layers": 1, "decoder_layers": 2}
-    method = MeanTeacher(shaken(DETR(4, **sizes, backbone="tiny", no_object=no_object)), score_cut=0.0, most=4, nms=1.0)
+    sizes = {
+        "num_queries": 6,
+        "dim": 16,
+        "heads": 2,
+        "hidden": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+    }
+    method = MeanTeacher(
+        shaken(DETR(4, **sizes, backbone="tiny", no_object=no_object)),
+        score_threshold=0.0,
+        max_pseudo_boxes=4,
+        nms=1.0,
+    )
     image, size = torch.rand(3, 64, 96), (64, 96)
     (line,) = watched_boxes(method, [(image, {"image_id": 7})], 3)
     outputs, boxes = method.student([image]), torch.tensor(line["boxes"])
     target = {"boxes": boxes, "labels": torch.tensor(line["labels"]), "size": size}
     kind = {"class_cost": "softmax", "class_weight": 1.0} if no_object else {}
-    costs = matching_cost(outputs["pred_logits"][0], outputs["pred_boxes"][0], target, **kind).detach()
+    costs = matching_cost(
+        outputs["pred_logits"][0], outputs["pred_boxes"][0], target, **kind
+    ).detach()
     queries, columns = linear_sum_assignment(costs)
     assert len(boxes) > 1 and line["mined"] == [False] * len(boxes)
-    assert np.array(line["cost"])[columns] == pytest.approx(costs[queries, columns].numpy(), abs=0.02)  # rounded boxes
+    assert np.array(line["cost"])[columns] == pytest.approx(
+        costs[queries, columns].numpy(), abs=0.02
+    )  # rounded boxes
 
 
 def map_all(boxes, batch):
     """Boxes (B, K, 4) of the weak views in the strong ones."""
     pairs = list(zip(batch["weak"][1], batch["strong"][1]))
     moves = [strong["matrix"] @ torch.linalg.inv(weak["matrix"]) for weak, strong in pairs]
-    found = [map_boxes(own, move, strong["size"]) for own, move, (_, strong) in zip(boxes, moves, pairs)]
+    found = [
+        map_boxes(own, move, strong["size"]) for own, move, (_, strong) in zip(boxes, moves, pairs)
+    ]
     return [boxes for boxes, _ in found], [keep for _, keep in found]
 
 
 @pytest.mark.parametrize("kind", ["stage one", "stage two"])
-def test_mined_boxes_are_targets_only_if_told_so(kind):
-    names = {"score_cut": 0.99, "mining": "top", "mined_top": 2}  # nothing is confident
+def test_mined_boxes_are_targets_only_with_mined_targets(kind):
+    names = {"score_threshold": 0.99, "mining": "top_k", "mining_top_k": 2}  # nothing is confident
     batch, losses = some_batch(), {}
-    for told in (False, True):
-        method, step = make(kind, mined_targets=told, **names)
-        losses[told] = method(batch, step)
+    for mined_targets in (False, True):
+        method, step = make(kind, mined_targets=mined_targets, **names)
+        losses[mined_targets] = method(batch, step)
         assert method.stats["pseudo_per_image"] == 0 < method.stats["mined_per_image"]
     assert losses[False]["pseudo/l1"] == 0 < losses[True]["pseudo/l1"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "in_stage_two"), [("coco-10pct-paper", True), ("coco-10pct", False)]
+)
+def test_the_paper_has_consistency_in_both_stages(preset, in_stage_two):
+    recipe = dataclasses.replace(PRESETS[preset], max_pseudo_boxes=12)
+    method = make_method("semi-detr", student(), recipe, steps=20, offset=0, seed=0).train()
+    batch = some_batch()
+    assert "consistency" in method(batch, 9)
+    losses = method(batch, 10)
+    assert method.stage(9) == "one_to_many" and method.stage(10) == "one_to_one"
+    assert ("consistency" in losses) == in_stage_two
+    if in_stage_two:
+        losses["consistency"].backward()
+        assert all(parameter.grad.any() for parameter in method.projector.parameters())
 
 
 def test_unknown_sets_and_rules_are_named():
@@ -606,47 +790,49 @@ def test_unknown_sets_and_rules_are_named():
 
 def test_equal_views_and_networks_agree_completely():
     torch.manual_seed(0)
-    method, batch = SemiDETR(student(), one_to_many_steps=SWITCH, score_cut=0.5), some_batch()
+    method, batch = SemiDETR(student(), one_to_many_steps=SWITCH, score_threshold=0.5), some_batch()
     batch["strong"] = batch["weak"]
     assert method(batch, 0)["consistency"].item() < 1e-6
     shaken(method.teacher, 0.05)
     assert method(batch, 0)["consistency"].item() > 1e-3
 
 
-def test_both_decoders_are_asked_at_the_box_in_their_own_view():
-    method, step = make("stage one")
-    asked = {}
-    for name in ("student", "teacher"):
-        detector = getattr(method, name)
-
-        def spy(memory, outputs, groups, name=name, decode=detector.decode_groups):
-            asked.setdefault(name, []).append(groups[0])
-            return decode(memory, outputs, groups)
-
-        detector.decode_groups = spy
-    noted, batch = spied(method), some_batch()
+def test_both_decoders_get_one_content_at_the_box_in_their_own_view():
+    method, step = make("stage one", score_threshold=0.0)
+    groups, batch = watched_groups(method), some_batch()
     method(batch, step)
-    ours, theirs = asked["student"][-1], asked["teacher"][-1]
-    assert torch.equal(ours.content, theirs.content) and torch.equal(ours.valid, theirs.valid)
-    assert ours.valid.sum(1).tolist() == noted["asked"].sum(1).tolist() and ours.valid.any()
-    for image, row in enumerate(torch.from_numpy(noted["asked"])):
-        weak = to_model(noted["pseudo"].boxes[image][row], batch["weak"][1][image]["size"])
-        assert torch.allclose(theirs.boxes[image][theirs.valid[image]], weak, atol=1e-6)
-        strong = noted["carried"].boxes[image][row]
-        assert torch.allclose(ours.boxes[image][ours.valid[image]], strong, atol=1e-6)
+    student_group, teacher_group = groups["student"][-1], groups["teacher"][-1]
+    assert torch.equal(student_group.content, teacher_group.content)
+    assert torch.equal(student_group.valid, teacher_group.valid)
+    sizes = torch.tensor([target["size"] for target in batch["weak"][1]])
+    pseudo = select_pseudo_boxes(method.teacher(batch["weak"][0]), sizes, 12, method.nms)
+    strong_boxes, kept = map_all(pseudo.boxes, batch)
+    for image in range(3):
+        keep = pseudo.valid[image] & kept[image]  # every box is confident
+        assert keep.any()
+        weak = to_model(pseudo.boxes[image][keep], batch["weak"][1][image]["size"])
+        strong = to_model(strong_boxes[image][keep], batch["strong"][1][image]["size"])
+        assert torch.allclose(
+            teacher_group.boxes[image][teacher_group.valid[image]], weak, atol=1e-6
+        )
+        assert torch.allclose(
+            student_group.boxes[image][student_group.valid[image]], strong, atol=1e-6
+        )
 
 
-def test_consistency_is_a_mean_over_questions_whatever_slots_they_fill():
-    method, step = make("stage one", cost_memory=50, score_cut=0.7)
-    noted, batch = spied(nothing_is_cheap(method)), some_batch()
+def test_consistency_is_a_mean_over_queries_whatever_the_padding():
+    method, step = make("stage one", cost_queue_size=50, score_threshold=0.7)
+    groups, batch = watched_groups(nothing_costs_little(method)), some_batch()
     whole = method(batch, step)["consistency"].item()
-    counts = noted["asked"].sum(1).tolist()
-    assert len(set(counts)) > 1 and min(counts) > 0  # some slots only fill up
+    counts = queries_per_image(groups)
+    assert len(set(counts)) > 1 and min(counts) > 0  # some slots are padding
     expected = 0.0
     for image, count in enumerate(counts):
-        alone = {view: ([batch[view][0][image]], [batch[view][1][image]]) for view in ("weak", "strong")}
-        loss = nothing_is_cheap(method)({**batch, **alone}, step)["consistency"].item()
-        assert noted["asked"].sum() == count
+        alone = {
+            view: ([batch[view][0][image]], [batch[view][1][image]]) for view in ("weak", "strong")
+        }
+        loss = nothing_costs_little(method)({**batch, **alone}, step)["consistency"].item()
+        assert queries_per_image(groups) == [count]
         expected += count * loss / sum(counts)
     assert whole == pytest.approx(expected, rel=1e-3)
 
@@ -659,11 +845,35 @@ def tensors_in(tree) -> list[torch.Tensor]:
         return [tree]
     if isinstance(tree, dict):
         tree = list(tree.values())
-    return [tensor for part in tree for tensor in tensors_in(part)] if isinstance(tree, list | tuple) else []
+    return (
+        [tensor for part in tree for tensor in tensors_in(part)]
+        if isinstance(tree, list | tuple)
+        else []
+    )
 
 
-READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__", "__contains__"}
-READS |= {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "equal", "allclose", "bincount"}
+READS = {
+    "item",
+    "tolist",
+    "numpy",
+    "cpu",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+    "__array__",
+    "__contains__",
+}
+READS |= {
+    "nonzero",
+    "argwhere",
+    "masked_select",
+    "unique",
+    "unique_consecutive",
+    "equal",
+    "allclose",
+    "bincount",
+}
 
 
 class Accelerator(TorchFunctionMode):
@@ -691,13 +901,20 @@ class Accelerator(TorchFunctionMode):
         moved = any(isinstance(entry, torch.device) for entry in (*args, *kwargs.values()))
         if there and (name in READS or masked or found):
             self.note(self.reads, name)
-        numbers = name == "new_tensor" and there or name in ("tensor", "as_tensor") and moved and not there
+        numbers = (
+            name == "new_tensor"
+            and there
+            or name in ("tensor", "as_tensor")
+            and moved
+            and not there
+        )
         waiting = name == "to" and not on(args[0]) and (moved or any(map(on, given[1:])))
         waiting = waiting and not kwargs.get("non_blocking")
         index = args[1] if name in ("__getitem__", "__setitem__") else ()
         index = index if isinstance(index, tuple) else (index,)
         listed = there and any(
-            isinstance(i, list) or isinstance(i, torch.Tensor) and i.dim() and not on(i) for i in index
+            isinstance(i, list) or isinstance(i, torch.Tensor) and i.dim() and not on(i)
+            for i in index
         )
         if numbers or waiting or listed:
             self.note(self.sends, name)
@@ -706,7 +923,11 @@ class Accelerator(TorchFunctionMode):
             result = result.view_as(result)  # a tensor of its own, on the host
             result.on_device = False
         elif there or moved:
-            if moved and isinstance(result, torch.Tensor) and any(result is tensor for tensor in given):
+            if (
+                moved
+                and isinstance(result, torch.Tensor)
+                and any(result is tensor for tensor in given)
+            ):
                 result = result.view_as(result)  # what stays on the host is not the same thing
             for tensor in tensors_in(result):
                 tensor.on_device = True
@@ -715,7 +936,11 @@ class Accelerator(TorchFunctionMode):
     @staticmethod
     def note(where: list[str], name: str) -> None:
         """The line of ours that called a function of torch."""
-        line = next(f for f in reversed(traceback.extract_stack()[:-2]) if "torch" not in f.filename.split("/"))
+        line = next(
+            f
+            for f in reversed(traceback.extract_stack()[:-2])
+            if "torch" not in f.filename.split("/")
+        )
         where.append(f"{line.filename.rsplit('/', 1)[-1]}:{line.lineno} {name}: {line.line}")
 
 
@@ -757,7 +982,13 @@ def test_the_played_accelerator_notes_reads_and_sends():
             read()
         assert len(watch.reads) == 1, number
     with Accelerator(layer) as watch:
-        inside[torch.tensor([1, 0])], inside.topk(1), torch.where(inside > 0, inside, 0.0), inside.max(), host.tolist()
+        (
+            inside[torch.tensor([1, 0])],
+            inside.topk(1),
+            torch.where(inside > 0, inside, 0.0),
+            inside.max(),
+            host.tolist(),
+        )
     assert watch.reads == []
     sends = [
         lambda: torch.tensor([1, 0], device=device),
@@ -777,7 +1008,7 @@ def test_the_played_accelerator_notes_reads_and_sends():
 
 @pytest.mark.parametrize("name", ["square", "mixed"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_waits_for_the_device_where_it_decides_alone(kind, name, monkeypatch):
+def test_a_step_synchronises_where_it_decides_alone(kind, name, monkeypatch):
     """How many boxes the teacher gave, which are denoised beside the matching queries, and then the matching."""
     method, step = make(kind)
     batch, calls = some_batch(**BATCHES[name]), []
@@ -787,7 +1018,9 @@ def test_a_step_waits_for_the_device_where_it_decides_alone(kind, name, monkeypa
         return to_host(values)
 
     for module in list(sys.modules.values()):
-        if getattr(module, "__name__", "").startswith("semidetr_lite") and hasattr(module, "to_host"):
+        if getattr(module, "__name__", "").startswith("semidetr_lite") and hasattr(
+            module, "to_host"
+        ):
             monkeypatch.setattr(module, "to_host", counted)
     with Accelerator(method) as watch:
         method(batch, step)
@@ -797,33 +1030,40 @@ def test_a_step_waits_for_the_device_where_it_decides_alone(kind, name, monkeypa
     assert elsewhere == [] and len(watch.reads) == waits and watch.sends == []
 
 
-def test_suppressing_the_boxes_of_a_large_batch_does_not_wait_for_the_device():
-    """With many boxes torchvision's suppression goes class by class, and waits at each."""
-    outputs = torch.nn.ParameterDict({"pred_logits": torch.randn(32, 90, 4), "pred_boxes": torch.rand(32, 90, 4)})
+def test_nms_of_a_large_batch_does_not_synchronise():
+    """With many boxes torchvision's NMS goes class by class, and synchronises at each."""
+    outputs = torch.nn.ParameterDict(
+        {"pred_logits": torch.randn(32, 90, 4), "pred_boxes": torch.rand(32, 90, 4)}
+    )
     with Accelerator(outputs) as watch, torch.no_grad():
-        pseudo_boxes(outputs, torch.full((32, 2), 64), 100, 0.6)
+        select_pseudo_boxes(outputs, torch.full((32, 2), 64), 100, 0.6)
     assert watch.reads == []
 
 
-def test_one_transfer_gives_every_tensor_back_in_its_shape():
-    tensors = [torch.randn(2, 3, requires_grad=True), torch.tensor([[True], [False]]), torch.zeros(0, 4)]
+def test_copy_to_host_gives_every_tensor_back_in_its_shape():
+    tensors = [
+        torch.randn(2, 3, requires_grad=True),
+        torch.tensor([[True], [False]]),
+        torch.zeros(0, 4),
+    ]
     tensors.append(torch.tensor(5.0))
-    pieces = one_transfer(*tensors)
+    pieces = copy_to_host(*tensors)
     for piece, tensor in zip(pieces, tensors, strict=True):
         assert isinstance(piece, np.ndarray) and piece.shape == tuple(tensor.shape)
         assert piece.tolist() == tensor.tolist()
     assert pieces[1].dtype == bool
 
 
-def test_columns_that_fill_up_do_not_matter():
+def test_padded_columns_do_not_matter():
     method, _ = make("mean teacher")
     batch = some_batch(counts=(3, 1))
     images, truths = batch["labelled"]
     layers, padded = stack_layers(method.student(images)), pad_targets(truths)
-    wide = filled_up(padded, 7)
+    wide = pad_to(padded, 7)
     found = []
     for targets in (padded, wide):
         costs, valid = layer_costs(layers, targets).numpy(), targets.valid.numpy()
-        found.append(detection_loss(layers, targets, "one_to_one", costs, valid))
+        assignment = match_layers(layers, targets, "one_to_one", costs=costs, valid=valid)
+        found.append(detection_loss(layers, targets, assignment, "one_to_one"))
     for part in PARTS:
         assert found[0][part].item() == pytest.approx(found[1][part].item(), rel=1e-5)

@@ -18,9 +18,14 @@ def test_consistency_loss_equals_two_minus_two_cosines_over_the_channels():
     valid = torch.tensor([[True, True, False, True], [True, False, False, False]])
     expected = 0.0
     for ours, theirs in zip(student, teacher):
-        cosines = [F.cosine_similarity(ours[b, n], theirs[b, n], dim=0) for b, n in valid.nonzero().tolist()]
+        cosines = [
+            F.cosine_similarity(ours[b, n], theirs[b, n], dim=0)
+            for b, n in valid.nonzero().tolist()
+        ]
         expected += sum((2 - 2 * cosine) / 6 for cosine in cosines) / len(cosines)
-    assert consistency_loss(student, teacher, valid).item() == pytest.approx(float(expected), rel=1e-4)
+    assert consistency_loss(student, teacher, valid).item() == pytest.approx(
+        float(expected), rel=1e-4
+    )
 
 
 def test_lengths_do_not_count_and_equal_directions_cost_nothing():
@@ -37,7 +42,9 @@ def test_slots_that_only_fill_up_have_no_influence():
     for layer in student:
         layer.requires_grad_()
     loss = consistency_loss(student, teacher, valid)
-    changed = [torch.where(valid[..., None], layer, torch.randn_like(layer) * 9) for layer in teacher]
+    changed = [
+        torch.where(valid[..., None], layer, torch.randn_like(layer) * 9) for layer in teacher
+    ]
     assert torch.equal(consistency_loss(student, changed, valid), loss)
     shorter = [[layer[:, :2] for layer in layers] for layers in (student, teacher)]
     assert consistency_loss(*shorter, valid[:, :2]).item() == pytest.approx(loss.item(), rel=1e-6)
@@ -49,7 +56,9 @@ def test_slots_that_only_fill_up_have_no_influence():
 def test_no_gradient_reaches_the_teacher():
     student, teacher = [[layer.requires_grad_() for layer in some_layers()] for _ in range(2)]
     consistency_loss(student, teacher, torch.ones(2, 4, dtype=torch.bool)).backward()
-    assert all(layer.grad is not None for layer in student) and all(layer.grad is None for layer in teacher)
+    assert all(layer.grad is not None for layer in student) and all(
+        layer.grad is None for layer in teacher
+    )
 
 
 def test_no_question_costs_nothing():
@@ -70,7 +79,10 @@ def reader(dim: int = 2) -> Projector:
     return projector
 
 
-SHAPES, STRIDES = [(16, 24), (8, 12), (4, 6)], [(8.0, 8.0), (16.0, 16.0), (32.0, 32.0)]  # of an image of 128 x 192
+SHAPES, STRIDES = (
+    [(16, 24), (8, 12), (4, 6)],
+    [(8.0, 8.0), (16.0, 16.0), (32.0, 32.0)],
+)  # of an image of 128 x 192
 
 
 @pytest.mark.parametrize("strides", [STRIDES, [(4.0, 8.0), (8.0, 16.0), (16.0, 32.0)]])
@@ -88,15 +100,21 @@ def test_a_box_reads_its_own_place(strides):
         x1, y1, x2, y2 = box.tolist()
         for row in range(7):
             for column in range(7):
-                assert cells[0, row, column].item() == pytest.approx(x1 + (column + 0.5) * (x2 - x1) / 7, abs=1e-2)
-                assert cells[1, row, column].item() == pytest.approx(y1 + (row + 0.5) * (y2 - y1) / 7, abs=1e-2)
+                assert cells[0, row, column].item() == pytest.approx(
+                    x1 + (column + 0.5) * (x2 - x1) / 7, abs=1e-2
+                )
+                assert cells[1, row, column].item() == pytest.approx(
+                    y1 + (row + 0.5) * (y2 - y1) / 7, abs=1e-2
+                )
 
 
 def test_a_box_reads_the_level_of_its_size():
     features = [torch.full((1, 2, *shape), float(level)) for level, shape in enumerate(SHAPES)]
     sides = [5.0, 40, 55, 57, 80, 111, 113, 160]
     boxes = torch.tensor([[10.0, 8, 10 + side, 8 + side * 0.64] for side in sides])
-    found = reader()(features, STRIDES, torch.zeros(len(sides), dtype=torch.int64), boxes)[:, 0, 3, 3]
+    found = reader()(features, STRIDES, torch.zeros(len(sides), dtype=torch.int64), boxes)[
+        :, 0, 3, 3
+    ]
     expected = [min(max(math.floor(math.log2(0.8 * side / 56 + 1e-6)), 0), 2) for side in sides]
     assert found.tolist() == pytest.approx(expected) and set(expected) == {0, 1}
     large = torch.tensor([[0.0, 0, 1000, 900]])
@@ -105,7 +123,10 @@ def test_a_box_reads_the_level_of_its_size():
 
 
 def test_every_box_reads_its_own_image():
-    features = [torch.stack([torch.full((2, *shape), float(image)) for image in range(3)]) for shape in SHAPES]
+    features = [
+        torch.stack([torch.full((2, *shape), float(image)) for image in range(3)])
+        for shape in SHAPES
+    ]
     boxes = torch.tensor([[10.0, 10, 60, 60]]).expand(4, 4)
     found = reader()(features, STRIDES, torch.tensor([2, 0, 1, 2]), boxes)
     assert found[:, 0, 3, 3].tolist() == [2, 0, 1, 2]
@@ -129,4 +150,8 @@ def test_queries_of_a_batch_equal_one_by_one_in_training_mode_too():
 def test_an_empty_box_gives_a_finite_query():
     features = [torch.randn(1, 8, *shape) for shape in SHAPES]
     boxes = torch.tensor([[10.0, 10, 10, 10], [20.0, 20, 10, 10]])
-    assert Projector(8, hidden=16)(features, STRIDES, torch.zeros(2, dtype=torch.int64), boxes).isfinite().all()
+    assert (
+        Projector(8, hidden=16)(features, STRIDES, torch.zeros(2, dtype=torch.int64), boxes)
+        .isfinite()
+        .all()
+    )

@@ -29,7 +29,7 @@ SMALL = {
     "log_every": 2,
     "evaluate_every": 4,
     "evaluate_images": 4,
-    "most": 8,
+    "max_pseudo_boxes": 8,
 }
 
 
@@ -61,7 +61,7 @@ def test_other_detectors_train_too(name, method, splits, tmp_path):
     shared = {"num_queries": 12, "dim": 32, "heads": 2, "hidden": 32, "encoder_layers": 1, "decoder_layers": 2}
     further = {} if name == "detr" else {"levels": 3, "points": 2, "anchor_size": 0.1}
     arguments = {**shared, "backbone": "tiny", **further, **FORMS[name]}
-    config = small(method, detector=name, arguments=arguments, score_cut=0.0)
+    config = small(method, detector=name, arguments=arguments, score_threshold=0.0)
     last = go(config, tmp_path / "run", splits)
     assert all(math.isfinite(value) for value in last["losses"].values()) and set(last["test"]) == {
         "student",
@@ -73,12 +73,12 @@ def test_other_detectors_train_too(name, method, splits, tmp_path):
 
 def test_semi_detr_needs_queries_that_are_boxes(splits, tmp_path):
     arguments = {"num_queries": 12, "dim": 32, "heads": 2, "hidden": 32, "backbone": "tiny", "level": 0}
-    with pytest.raises(UserError, match="semi-detr asks with boxes as queries.*DETR"):
+    with pytest.raises(UserError, match="semi-detr needs boxes as queries.*DETR"):
         Run(small(detector="detr", arguments=arguments), tmp_path / "run", splits=splits, workers=0)
 
 
 def test_accumulated_parts_keep_the_mix_and_give_the_gradient_of_the_whole(splits, tmp_path):
-    config = small("mean-teacher", labelled_images=2, unlabelled_images=4, score_cut=0.0)
+    config = small("mean-teacher", labelled_images=2, unlabelled_images=4, score_threshold=0.0)
     whole, parted = (
         Run({**config, "recipe": {**config["recipe"], "accumulate": parts}}, tmp_path / "x", splits=splits, workers=0)
         for parts in (1, 2)
@@ -101,7 +101,7 @@ def test_accumulated_parts_keep_the_mix_and_give_the_gradient_of_the_whole(split
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_step_waits_for_the_device_once_a_part_and_twice_more(parts, splits, tmp_path):
     """For how many pseudo-boxes all parts have, then in each for its matching, at the end for losses and norm."""
-    config = small(labelled_images=2, unlabelled_images=4, score_cut=0.0, accumulate=parts)
+    config = small(labelled_images=2, unlabelled_images=4, score_threshold=0.0, accumulate=parts)
     run = Run(config, tmp_path / "x", splits=splits, workers=0)
     batch = next(iter(run._loader()))
     with Accelerator(run.method) as watch:
@@ -131,7 +131,7 @@ def test_every_preset_makes_a_recipe_and_builds_its_detectors(preset):
 
 @pytest.mark.parametrize("method", ["supervised", "mean-teacher", "semi-detr"])
 def test_a_run_leaves_every_file_and_figure(method, splits, tmp_path):
-    last = go(small(method, score_cut=0.0), tmp_path / "run", splits)
+    last = go(small(method, score_threshold=0.0), tmp_path / "run", splits)
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4] and lines[-1]["step"] == last["step"]
     assert all(math.isfinite(value) for line in lines for value in line["losses"].values())

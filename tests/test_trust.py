@@ -19,9 +19,11 @@ import kill_test
 from kill_test import differences, lines, same
 
 from semidetr_lite.errors import Stopped, UserError
-from semidetr_lite.matching import hungarian
-from semidetr_lite.methods.cost_mining import matched_costs, reliable_threshold
-from semidetr_lite.methods.mean_teacher import Averaged
+from semidetr_lite.matching import hungarian, matched_costs
+from semidetr_lite.methods.cost_mining import reliable_threshold
+from semidetr_lite.methods.mean_teacher import MeanTeacher, TeacherStudent
+from semidetr_lite.methods.semi_detr import SemiDETR
+from semidetr_lite.methods.supervised import Supervised
 from semidetr_lite.training import checkpoint, train
 from semidetr_lite.training.train import Run, replay
 from tests.test_train import go, small, splits  # noqa: F401  (a fixture)
@@ -50,7 +52,7 @@ def whole(splits, tmp_path_factory):  # noqa: F811
 
 
 def settings(method: str = "semi-detr", **changes) -> dict:
-    return small(method, **{"steps": STEPS, "score_cut": 0.0, "watch_every": 2, "cost_memory": 20, **changes})
+    return small(method, **{"steps": STEPS, "score_threshold": 0.0, "watch_every": 2, "cost_queue_size": 20, **changes})
 
 
 def interrupt(monkeypatch, place, name: str, turn: int, act=None, after: bool = False):
@@ -76,7 +78,7 @@ def die():
 PLACES = {
     "in a step": (Run, "train_step", 3, False),
     "before anything was saved": (Run, "train_step", 1, False),
-    "between optimizer and average": (Averaged, "after_step", 4, False),
+    "between optimizer and average": (TeacherStudent, "after_step", 4, False),
     "before a log line": (train, "append_lines", 2, False),
     "between the two logs": (train, "append_lines", 3, False),
     "between log and checkpoint": (Run, "save", 1, False),
@@ -246,19 +248,17 @@ def spoil(monkeypatch, steps, what=torch.nan):
 
 
 def change_denoising(monkeypatch, steps, change):
-    """The losses of denoising in these steps, changed."""
-    ask, denoise, now = Averaged.questions, Averaged.denoise, []
+    """The losses of a method's denoising queries in these steps, changed."""
+    for method in (Supervised, MeanTeacher, SemiDETR):
+        real = method.forward
 
-    def asked(self, boxes, batch, step):
-        now[:] = [step]
-        return ask(self, boxes, batch, step)
+        def forward(self, batch, step, prepared=None, real=real):
+            losses = real(self, batch, step, prepared)
+            ours = {name for name in losses if " denoising/" in name}
+            changed = change({name: losses[name] for name in ours}) if step in steps else {}
+            return {**losses, **changed}
 
-    def changed(self, *arguments):
-        losses = denoise(self, *arguments)
-        return change(losses) if now[0] in steps else losses
-
-    monkeypatch.setattr(Averaged, "questions", asked)
-    monkeypatch.setattr(Averaged, "denoise", changed)
+        monkeypatch.setattr(method, "forward", forward)
 
 
 def test_a_loss_that_is_not_finite_skips_the_step_and_can_be_replayed(splits, tmp_path, monkeypatch, capsys):  # noqa: F811
@@ -274,7 +274,7 @@ def test_a_loss_that_is_not_finite_skips_the_step_and_can_be_replayed(splits, tm
     monkeypatch.setattr(Run, "train_step", watched)
     run.go()
     changed = [key for key in states[0] if not same(states[1][key], states[2][key])]
-    assert set(changed) <= {"past_costs", "pseudo_counts"}, "a skipped step changes no weights"
+    assert set(changed) <= {"cost_queue", "pseudo_boxes_per_class"}, "a skipped step changes no weights"
     assert not same(states[2]["student.class_head.weight"], states[3]["student.class_head.weight"])
     said = capsys.readouterr().err
     assert "warning: step 2: loss 'labelled denoising/class' is inf, so it is skipped" in said and "bad_step.pt" in said
@@ -286,8 +286,9 @@ def test_a_loss_that_is_not_finite_skips_the_step_and_can_be_replayed(splits, tm
 
 def test_a_gradient_that_is_not_finite_skips_the_step(splits, tmp_path, monkeypatch, capsys):  # noqa: F811
     def spoiled(losses):
-        zero = losses["class"] * 0
-        return {**losses, "class": losses["class"] + (zero.sqrt() - zero.sqrt().detach())}
+        name = "labelled denoising/class"
+        zero = losses[name] * 0
+        return {**losses, name: losses[name] + (zero.sqrt() - zero.sqrt().detach())}
 
     change_denoising(monkeypatch, [1], spoiled)
     go(settings("supervised"), tmp_path / "run", splits)
@@ -344,8 +345,8 @@ def alarms(counts, method="mean-teacher", steps=400) -> str | None:
     made = train.presets.make_method(method, student, train.make_recipe(small()), 10, 0, 0)
     labels = torch.tensor([label for label, count in enumerate(counts) for _ in range(count)], dtype=torch.int64)
     for _ in range(steps):
-        made.count_pseudo(labels, torch.ones_like(labels), 2)
-    return made.alarm()
+        made.update_pseudo_box_stats(labels, torch.ones_like(labels), 2)
+    return made.collapse_warning()
 
 
 def test_the_alarm_tells_a_collapsed_teacher_from_others():
@@ -356,8 +357,8 @@ def test_the_alarm_tells_a_collapsed_teacher_from_others():
 
 
 def test_the_alarm_is_a_line_in_the_log_and_on_the_screen(splits, tmp_path, monkeypatch, capsys):  # noqa: F811
-    run = Run(settings(score_cut=2.0), tmp_path / "run", splits=splits, workers=0)
-    run.method.pseudo_counts.fill_(1e-4)
+    run = Run(settings(score_threshold=2.0), tmp_path / "run", splits=splits, workers=0)
+    run.method.pseudo_boxes_per_class.fill_(1e-4)
     run.go()
     assert all("no pseudo-boxes for long" in line["alarm"] for line in lines(tmp_path / "run" / "log.jsonl"))
     assert "ALARM: no pseudo-boxes for long" in capsys.readouterr().out
@@ -366,9 +367,10 @@ def test_the_alarm_is_a_line_in_the_log_and_on_the_screen(splits, tmp_path, monk
 @pytest.mark.parametrize("method", ["mean-teacher", "semi-detr"])
 def test_the_pseudo_boxes_counted_are_those_learned_from(method, splits, tmp_path):  # noqa: F811
     run = Run(settings(method), tmp_path / "run", splits=splits, quiet=True, workers=0)
-    run.method.pseudo_counts.zero_()
+    run.method.pseudo_boxes_per_class.zero_()
     run.train_step(next(iter(run._loader())))
-    assert float(run.method.pseudo_counts.sum()) == pytest.approx(0.02 * 8, rel=0.3)  # `most` in an image, few lost
-    run.method.score_cut = 2.0
+    count = float(run.method.pseudo_boxes_per_class.sum())
+    assert count == pytest.approx(0.02 * 8, rel=0.3)  # `max_pseudo_boxes` per image, few lost
+    run.method.score_threshold = 2.0
     run.train_step(next(iter(run._loader())))
-    assert float(run.method.pseudo_counts.sum()) < 0.02 * 8
+    assert float(run.method.pseudo_boxes_per_class.sum()) < 0.02 * 8

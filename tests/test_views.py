@@ -23,6 +23,7 @@ from semidetr_lite.data.views import (
     warp,
     weak_view,
 )
+from semidetr_lite.training.presets import PRESETS
 
 STILL = ViewSettings(flip=False, strong_shift=0.0, strong_rotation=0.0, strong_shear=0.0, patches=0)
 
@@ -301,6 +302,22 @@ def test_a_box_travels_from_the_weak_to_the_strong_view_by_their_matrices(colour
         transfer = strong["matrix"] @ torch.linalg.inv(weak["matrix"])
         carried, keep = map_boxes(weak["truth"]["boxes"], transfer, strong["size"])
         assert keep.all() and torch.allclose(carried, strong["truth"]["boxes"], atol=1e-3)
+
+
+def test_strong_views_of_the_digits_preset_have_a_zoom_of_their_own():
+    """Rotation and shear change no area by more than 2 %, so the matrix tells the zoom."""
+    settings, size = PRESETS["digits"].views, (96, 96)
+    zooms = {}
+    for view in (strong_view, labelled_view, weak_view):
+        matrices = []
+        for seed in range(150):
+            generator = np.random.default_rng(seed)
+            target = {"size": size, "boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long()}
+            matrices.append(view(torch.zeros(3, *size), target, generator, settings)[1]["matrix"])
+        zooms[view] = torch.stack([torch.det(matrix[:2, :2]).abs().sqrt() for matrix in matrices])
+    assert 0.64 < zooms[strong_view].min() < 0.7 and 1.4 < zooms[strong_view].max() < 1.53
+    assert 0.849 < zooms[labelled_view].min() and zooms[labelled_view].max() < 1.181
+    assert 0.949 < zooms[weak_view].min() and zooms[weak_view].max() < 1.001
 
 
 def test_strong_geometry_keeps_to_its_limits():

@@ -54,14 +54,14 @@ CHANGES = {
         "giou_weight": 0.0,
     },
     "views": {"scene": 1, "strength": 3.0, "seed": 1},
-    "threshold": {"score_cut": 0.9, "truth": False},
+    "threshold": {"score_threshold": 0.9, "truth": False},
     "momentum": {"momentum": 0.99, "ramp": True},
     "consistency": {"scene": 1, "object": 1, "layer": 1},
     "mixture": {"checkpoint": "late", "samples": 3, "em_steps": 1, "truth": False},
     "attention": {"scene": 1, "query": 5, "layer": 3},
     "denoising": {"scene": 1, "box_noise": 1.0, "questions": 40, "seed": 1},
     "run": {"image": 0, "start": 200, "truth": False},
-    "detectors": {"detector": "supervised", "score_cut": 0.9, "truth": False},
+    "detectors": {"detector": "supervised", "score_threshold": 0.9, "truth": False},
     "recorded": {"percent": 100.0, "quantity": "duplicates", "supervised": False, "semi-detr": False},
     "points": {"scene": 1, "query": 5, "layer": 3, "head": 2},
 }
@@ -232,10 +232,10 @@ def test_a_higher_cut_keeps_fewer_boxes(explorers):
     explorer = explorers["threshold"]
     counts = []
     for cut in (0.1, 0.5, 0.9):
-        explorer.controls["score_cut"].value = cut
+        explorer.controls["score_threshold"].value = cut
         figure = explorer.figures()[0]
         counts.append(sum(patch.get_gid() in ("hit", "false_alarm") for ax in figure.axes for patch in ax.patches))
-    explorer.controls["score_cut"].value = 0.4
+    explorer.controls["score_threshold"].value = 0.4
     assert counts == sorted(counts, reverse=True) and np.ptp(counts) > 0
 
 

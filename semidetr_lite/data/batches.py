@@ -73,9 +73,9 @@ class Batches(torch.utils.data.Dataset):
     ):
         if unlabelled and not len(splits.unlabelled):
             raise UserError("no unlabelled image: give a folder of them (--unlabelled), or label less than 100 percent")
-        if distributed.world() > min(labelled, unlabelled or labelled):
-            raise UserError(f"{distributed.world()} processes for {labelled} labelled images a step: start fewer")
-        self.shares = {LABELLED: distributed.share(labelled), WEAK: distributed.share(unlabelled)}
+        if distributed.world_size() > min(labelled, unlabelled or labelled):
+            raise UserError(f"{distributed.world_size()} processes for {labelled} labelled images a step: start fewer")
+        self.shares = {LABELLED: distributed.shard(labelled), WEAK: distributed.shard(unlabelled)}
         self.splits, self.seed = splits, seed
         self.skip_unreadable, self.skipped = skip_unreadable, set()
         self.views = replace(views, flip=views.flip and splits.flip)

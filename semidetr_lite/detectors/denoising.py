@@ -1,8 +1,12 @@
-"""Contrastive denoising (DINO, section 3.3): easy questions whose answers are known, beside the matching queries.
+"""Contrastive denoising (DINO, section 3.3): extra queries with known targets, beside the matching
+queries.
 
-Every true box is asked for several times: once lightly shifted, with a label that may be wrong (answer: the box), and
-once shifted further (answer: nothing here). The questions form groups that neither see each
-other nor are seen by the matching queries.
+Every target box gives several pairs of denoising queries. The positive query is the box, slightly
+shifted, with a label that may be wrong; its target is the box. The negative query is shifted
+further; its target is "no object". The queries form groups that do not see each other and that the
+matching queries do not see.
+
+Shapes: B images, T targets, N denoising queries, D channels.
 """
 
 from typing import NamedTuple
@@ -15,17 +19,22 @@ from semidetr_lite.detectors.transformer import QueryGroup
 from semidetr_lite.device import to_device
 
 
-class Answers(NamedTuple):
-    """What a denoising group should say."""
+class DenoisingTargets(NamedTuple):
+    """What denoising queries are trained towards."""
 
-    targets: torch.Tensor  # (B, N) index of the target asked for, -1 where the answer is "nothing"
-    valid: torch.Tensor  # (B, N) bool, False = filled up to the longest image
+    assigned: torch.Tensor  # (B, N) index of the target; -1 for a negative query and for padding
+    valid: torch.Tensor  # (B, N) bool, False in the padding
 
 
 def group_mask(sizes: list[int], queries: int) -> torch.Tensor:
-    """Who may not see whom: (N, N) bool, True = blocked, the groups first, then the matching queries.
+    """The attention mask of denoising groups: (N, N) bool, True = blocked.
 
-    A group copy sees itself and the matching queries; the matching queries see only themselves.
+    The groups come first, then the matching queries. A group sees itself and the matching queries;
+    the matching queries see only themselves.
+
+    Args:
+        sizes: the number of queries of each group.
+        queries: the number of matching queries.
     """
     total = sum(sizes)
     blocked = torch.zeros(total + queries, total + queries, dtype=torch.bool)
@@ -38,60 +47,83 @@ def group_mask(sizes: list[int], queries: int) -> torch.Tensor:
 
 
 class Denoising(nn.Module):
-    """Makes denoising groups.
+    """Makes denoising queries from target boxes; its label embeddings are trained.
 
     Args:
         num_classes, dim: C and D of the detector.
-        queries: about how many positive questions an image gets; copies = max(1, queries // most targets of an image).
-        label_noise: chance that a question carries a random label (released code: 0.5 x 0.5).
-        box_noise: largest shift of a corner, as a share of half the box's side, for positives; negatives shift by one
-            to two times that.
+        queries: about how many positive queries an image gets: there are
+            max(1, queries // T) groups, T being the most targets of an image.
+        label_noise: probability that a query has a random label (released code: 0.5 x 0.5).
+        box_noise: the largest shift of a positive corner, as a fraction of half the box's side;
+            negative corners shift by one to two times that.
     """
 
     def __init__(
-        self, num_classes: int, dim: int, queries: int = 100, label_noise: float = 0.25, box_noise: float = 0.4
+        self,
+        num_classes: int,
+        dim: int,
+        queries: int = 100,
+        label_noise: float = 0.25,
+        box_noise: float = 0.4,
     ):
         super().__init__()
-        self.labels = nn.Embedding(num_classes + 1, dim)  # the last row fills up
+        self.labels = nn.Embedding(num_classes + 1, dim)  # the last row is that of the padding
         self.queries, self.label_noise, self.box_noise = queries, label_noise, box_noise
 
-    def forward(self, boxes, labels, valid, rngs: list[np.random.Generator]) -> tuple[QueryGroup, Answers] | None:
-        """The questions for a batch, or None if it holds no box.
+    def forward(
+        self,
+        boxes: torch.Tensor,
+        labels: torch.Tensor,
+        valid: torch.Tensor,
+        generators: list[np.random.Generator],
+    ) -> tuple[QueryGroup, DenoisingTargets] | None:
+        """The denoising queries of a batch and their targets, or None if T is 0.
 
         Args:
             boxes, labels, valid: (B, T, 4) cxcywh in [0, 1], (B, T), (B, T) bool.
-            rngs: a generator for each of the B images.
+            generators: of random numbers, one per image.
         """
-        batch, most = labels.shape
-        if most == 0:
+        batch, max_targets = labels.shape
+        if max_targets == 0:
             return None
-        copies = max(1, self.queries // most)
-        # (B, copies, positive | negative, T) -> (B, N)
-        layout = (batch, copies, 2, most)
-        chance = np.stack([rng.random((*layout[1:], 10), dtype=np.float32) for rng in rngs])
-        chance = to_device(torch.from_numpy(chance), boxes.device)
-        entries = (boxes, labels, valid)
-        boxes, labels, valid = (entry[:, None, None].expand(*layout, *entry.shape[2:]) for entry in entries)
+        groups = max(1, self.queries // max_targets)
+        layout = (batch, groups, 2, max_targets)  # of N: group, positive or negative, target
+        noise = np.stack([rng.random((*layout[1:], 10), dtype=np.float32) for rng in generators])
+        noise = to_device(torch.from_numpy(noise), boxes.device)  # uniform in [0, 1)
+        boxes = boxes[:, None, None].expand(*layout, 4)
+        labels = labels[:, None, None].expand(layout)
+        valid = valid[:, None, None].expand(layout)
         negative = torch.arange(2, device=boxes.device).bool().view(1, 1, 2, 1).expand(layout)
-        noised = noise_boxes(boxes, negative, self.box_noise, chance[..., :8])
-        classes = self.labels.num_embeddings - 1
-        random = (chance[..., 9] * classes).long().clamp(max=classes - 1)
-        labels = torch.where(chance[..., 8] < self.label_noise, random, labels)
-        labels = torch.where(valid, labels, classes)
-        index = torch.arange(most, device=boxes.device).expand(layout)
-        answers = Answers(torch.where(valid & ~negative, index, -1).flatten(1), valid.flatten(1))
-        return QueryGroup(self.labels(labels.flatten(1)), noised.flatten(1, 3), copies, answers.valid), answers
+        noised_boxes = noise_boxes(boxes, negative, self.box_noise, noise[..., :8])
+        num_classes = self.labels.num_embeddings - 1
+        random_labels = (noise[..., 9] * num_classes).long().clamp(max=num_classes - 1)
+        labels = torch.where(noise[..., 8] < self.label_noise, random_labels, labels)
+        labels = torch.where(valid, labels, num_classes)
+        index = torch.arange(max_targets, device=boxes.device).expand(layout)
+        assigned = torch.where(valid & ~negative, index, -1)
+        targets = DenoisingTargets(assigned.flatten(1), valid.flatten(1))
+        content = self.labels(labels.flatten(1))
+        return QueryGroup(content, noised_boxes.flatten(1, 3), groups, targets.valid), targets
 
 
-def noise_boxes(boxes: torch.Tensor, negative: torch.Tensor, amount: float, chance: torch.Tensor) -> torch.Tensor:
-    """Shift both corners of cxcywh boxes (..., 4) by up to `amount` half sides; by `amount` to twice that where
-    `negative` (...).
+def noise_boxes(
+    boxes: torch.Tensor, negative: torch.Tensor, amount: float, noise: torch.Tensor
+) -> torch.Tensor:
+    """Boxes with both corners shifted at random, clamped to the image: (..., 4) cxcywh in [0, 1].
 
-    `chance` (..., 8) is uniform in [0, 1): how far each of the four coordinates moves, and in which direction.
+    Args:
+        boxes: (..., 4) cxcywh in [0, 1].
+        negative: (...) bool. The corners of these shift by `amount` to twice `amount`, in half
+            sides of the box; all others by up to `amount`.
+        amount: see above.
+        noise: (..., 8) uniform in [0, 1): how far each of the four coordinates shifts, and in which
+            direction.
     """
     half = boxes[..., 2:] / 2
     corners = torch.cat([boxes[..., :2] - half, boxes[..., :2] + half], -1)
-    shift = (chance[..., :4] + negative[..., None]) * torch.where(chance[..., 4:] < 0.5, -1.0, 1.0)
+    direction = torch.where(noise[..., 4:] < 0.5, -1.0, 1.0)
+    shift = (noise[..., :4] + negative[..., None]) * direction
     corners = (corners + shift * amount * torch.cat([half, half], -1)).clamp(0, 1)
-    first, second = torch.minimum(corners[..., :2], corners[..., 2:]), torch.maximum(corners[..., :2], corners[..., 2:])
+    first = torch.minimum(corners[..., :2], corners[..., 2:])
+    second = torch.maximum(corners[..., :2], corners[..., 2:])
     return torch.cat([(first + second) / 2, second - first], -1)

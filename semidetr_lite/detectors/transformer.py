@@ -149,3 +149,41 @@ def batch_rows(value, rows: slice):
     if isinstance(value, dict):
         return {key: batch_rows(part, rows) for key, part in value.items()}
     return type(value)(batch_rows(part, rows) for part in value) if isinstance(value, list | tuple) else value
+
+
+class Layers(NamedTuple):
+    """All layers of an outputs dict: the decoder's in order, then the encoder's proposals if any."""
+
+    logits: torch.Tensor  # (L, B, Q, C), here L counts these layers
+    boxes: torch.Tensor  # (L, B, Q, 4) cxcywh in [0, 1]
+    encoder: bool  # whether the last entry is the encoder's
+    no_object: bool = False  # whether the last logit is "no object" of a softmax
+
+    def of_images(self, images: slice) -> "Layers":
+        """The same layers for some images of the batch."""
+        return self._replace(logits=self.logits[:, images], boxes=self.boxes[:, images])
+
+    def last_of_decoder(self) -> "Layers":
+        """The decoder's last layer alone."""
+        last = -2 if self.encoder else -1
+        return Layers(self.logits[last][None], self.boxes[last][None], False, self.no_object)
+
+    def labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """Labels (B, T) of targets as each layer learns them (L, B, T): the encoder's proposals know class 0 alone."""
+        labels = labels.expand(len(self.logits), -1, -1)
+        if self.encoder:
+            labels = torch.cat([labels[:-1], torch.zeros_like(labels[-1:])])
+        return labels
+
+
+def stack_layers(outputs: dict) -> Layers:
+    """The layers of an outputs dict, in one tensor for all logits and one for all boxes."""
+    layers = [*outputs["aux_outputs"], outputs]
+    if outputs.get("encoder"):
+        layers.append(outputs["encoder"])
+    return Layers(
+        torch.stack([layer["pred_logits"] for layer in layers]),
+        torch.stack([layer["pred_boxes"] for layer in layers]),
+        encoder=bool(outputs.get("encoder")),
+        no_object=bool(outputs.get("no_object")),
+    )

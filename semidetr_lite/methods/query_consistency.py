@@ -1,49 +1,70 @@
-"""Cross-view query consistency (CQC, paper section 3.3): the same object, asked for in two views, should get the same
-answer.
+"""Cross-view query consistency (CQC, paper section 3.3): the decoders of student and teacher should
+describe the same object alike, each in its own view.
 
-Matching queries of student and teacher do not correspond, so extra queries are made that do: the content of each
-comes from the teacher's features of a pseudo-box (RoIAlign and a small network), its position is that box in the view
-at hand. Both decoders see the same content, and after every layer their normalised embeddings are pulled together:
+The matching queries of student and teacher do not correspond, so extra queries are made that do.
+The content of each comes from the teacher's features of a pseudo-box (RoIAlign and a small
+network), its position is that box in the view at hand. Both decoders get the same content, and
+after every layer their normalized embeddings are pulled together:
 
-    L = weight * sum over layers of mean (h_student / |h_student| - h_teacher / |h_teacher|)^2
+    L = sum over layers of mean (h_student / |h_student| - h_teacher / |h_teacher|)^2
 
-Differences from the paper: both decoders get the teacher's content, and all layers are compared (as in the released
-code). From the released code: the projector uses GroupNorm and LayerNorm instead of live batch statistics, filled-up
-slots are left out of the mean (there they are averaged in, at quadratic memory), and one copy of the queries is
-decoded instead of five equal ones.
+Differences from the paper: both decoders get the teacher's content, and all layers are compared (as
+in the released code).
+Differences from the released code: the projector uses GroupNorm and LayerNorm instead of live batch
+statistics; padding is left out of the mean (there it is averaged in, at quadratic memory); and one
+group of queries is decoded instead of five equal ones.
+
+Shapes: B images, K pseudo-boxes per image, R boxes in all, N consistency queries per image,
+D channels.
 """
 
 import math
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import roi_align
 
+from semidetr_lite import distributed
+from semidetr_lite.boxes import to_model
+from semidetr_lite.detectors.detector import Detector
+from semidetr_lite.detectors.transformer import Memory, QueryGroup, output_rows
 from semidetr_lite.device import to_device
+from semidetr_lite.methods.mean_teacher import PseudoLabels
 
 
 class Projector(nn.Module):
-    """From the features inside a box to a query's content.
+    """The network from the features inside a box to a query's content.
 
     Args:
         dim: D.
         hidden: width of the middle layer.
-        side: cells of the RoIAlign grid.
+        roi_size: cells of the RoIAlign grid, per side.
     """
 
-    def __init__(self, dim: int, hidden: int = 1024, side: int = 7):
+    def __init__(self, dim: int, hidden: int = 1024, roi_size: int = 7):
         super().__init__()
-        self.side = side
+        self.roi_size = roi_size
         groups = math.gcd(32, dim // 2)
-        parts: list[nn.Module] = []
+        layers: list[nn.Module] = []
         for _ in range(2):
-            parts += [nn.Conv2d(dim, dim, 3, padding=1, bias=False), nn.GroupNorm(groups, dim), nn.ReLU(inplace=True)]
-        parts += [nn.Flatten(), nn.Linear(dim * side * side, hidden), nn.LayerNorm(hidden), nn.ReLU()]
-        self.layers = nn.Sequential(*parts, nn.Linear(hidden, dim), nn.ReLU())
+            layers.append(nn.Conv2d(dim, dim, 3, padding=1, bias=False))
+            layers.append(nn.GroupNorm(groups, dim))
+            layers.append(nn.ReLU(inplace=True))
+        layers += [nn.Flatten(), nn.Linear(dim * roi_size * roi_size, hidden)]
+        layers += [nn.LayerNorm(hidden), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, nn.Linear(hidden, dim), nn.ReLU())
 
-    def forward(self, features: list[torch.Tensor], strides, images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-        """Contents (R, D) of boxes; features are not trained through this.
+    def forward(
+        self,
+        features: list[torch.Tensor],
+        strides: list[tuple[float, float]],
+        images: torch.Tensor,
+        boxes: torch.Tensor,
+    ) -> torch.Tensor:
+        """The content (R, D) of the queries of some boxes; no gradient reaches the features.
 
         Args:
             features: maps (B, D, H, W), finest first.
@@ -53,26 +74,110 @@ class Projector(nn.Module):
         """
         side = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1).sqrt()
         level = (side / (7 * strides[0][0]) + 1e-6).log2().floor().clamp(0, len(features) - 1)
-        cells = boxes.new_zeros(len(boxes), features[0].shape[1], self.side, self.side)
-        scales = to_device(torch.tensor([[x, y, x, y] for y, x in strides]), boxes.device).to(boxes)  # (L, 4)
+        scales = torch.tensor([[x, y, x, y] for y, x in strides])
+        scales = to_device(scales, boxes.device).to(boxes)  # (levels, 4)
+        roi_shape = (len(boxes), features[0].shape[1], self.roi_size, self.roi_size)
+        roi_features = boxes.new_zeros(roi_shape)
         for number, (feature, scale) in enumerate(zip(features, scales, strict=True)):
             rois = torch.cat([images[:, None].to(boxes), boxes / scale], 1)
-            read = roi_align(feature.detach().float(), rois, self.side, aligned=True)
-            cells = torch.where((level == number)[:, None, None, None], read, cells)
-        return self.layers(cells)
+            pooled = roi_align(feature.detach().float(), rois, self.roi_size, aligned=True)
+            on_level = (level == number)[:, None, None, None]
+            roi_features = torch.where(on_level, pooled, roi_features)
+        return self.layers(roi_features)
 
 
-def consistency_loss(student: list[torch.Tensor], teacher: list[torch.Tensor], valid: torch.Tensor, count=None):
-    """Sum over layers of the mean squared difference of normalised embeddings.
+class DecodedView(NamedTuple):
+    """A detector that has decoded its matching queries in a view."""
+
+    detector: Detector
+    memory: Memory
+    outputs: dict
+
+    def of_images(self, images: slice) -> "DecodedView":
+        """The same for some images of the batch."""
+        return DecodedView(
+            self.detector, self.memory.rows(images), output_rows(self.outputs, images)
+        )
+
+
+def query_consistency(
+    projector: Projector,
+    student: DecodedView,
+    teacher: DecodedView,
+    labels: PseudoLabels,
+    mask: np.ndarray,
+) -> torch.Tensor:
+    """The consistency loss of some pseudo-boxes, without its weight: a scalar.
+
+    Args:
+        projector: makes the queries' content.
+        student, teacher: of the strong and of the weak views of the same images.
+        labels: the pseudo-boxes in both views.
+        mask: (B, K) bool on the CPU, the boxes to compare.
+    """
+    total = sum(distributed.all_gather(int(mask.sum())))
+    num_queries = max(total, 1) / distributed.world_size()
+    if not mask.any():  # every process needs a gradient
+        return sum(parameter.sum() * 0.0 for parameter in projector.parameters())
+
+    strong_boxes, weak_boxes = labels.strong.boxes, labels.weak.boxes
+    # the boxes of `mask`, in a row: their image, their column in it, and their slot in the group
+    device = strong_boxes.device
+    rows, columns = np.nonzero(mask)
+    slots = np.concatenate([np.arange(count) for count in mask.sum(1)])
+    indices = torch.from_numpy(np.stack([rows, columns, slots]))
+    rows, columns, slots = to_device(indices, device)
+
+    features = teacher.memory.features
+    height, width = labels.weak_sizes.amax(0).tolist()
+    strides = [(height / level.shape[-2], width / level.shape[-1]) for level in features]
+    contents = projector(features, strides, rows, weak_boxes[rows, columns])
+
+    group_shape = (len(mask), int(mask.sum(1).max()))  # (B, N)
+    valid = torch.zeros(group_shape, dtype=torch.bool, device=device)
+    valid[rows, slots] = True
+    content = contents.new_zeros(*group_shape, contents.shape[1])
+    content = content.index_put((rows, slots), contents)
+
+    weak_boxes = to_model(weak_boxes, to_device(labels.weak_sizes, device))
+    strong_positions = strong_boxes.new_full((*group_shape, 4), 0.5)
+    strong_positions = strong_positions.index_put((rows, slots), strong_boxes[rows, columns])
+    weak_positions = weak_boxes.new_full((*group_shape, 4), 0.5)
+    weak_positions = weak_positions.index_put((rows, slots), weak_boxes[rows, columns])
+
+    student_group = QueryGroup(content, strong_positions, 1, valid)
+    student_embeddings = decode_embeddings(student, student_group)
+    with torch.no_grad():
+        teacher_group = QueryGroup(content, weak_positions, 1, valid)
+        teacher_embeddings = decode_embeddings(teacher, teacher_group)
+    return consistency_loss(student_embeddings, teacher_embeddings, valid, num_queries)
+
+
+def decode_embeddings(view: DecodedView, group: QueryGroup) -> list[torch.Tensor]:
+    """The group's embeddings (B, N, D) after each decoder layer, with the matching queries kept."""
+    (outputs,) = view.detector.decode_groups(view.memory, view.outputs, [group])
+    return [layer["queries"] for layer in (*outputs["aux_outputs"], outputs)]
+
+
+def consistency_loss(
+    student: list[torch.Tensor],
+    teacher: list[torch.Tensor],
+    valid: torch.Tensor,
+    num_queries: float | None = None,
+) -> torch.Tensor:
+    """Sum over layers of the mean squared difference of normalized embeddings, a scalar.
 
     Args:
         student, teacher: per layer (B, N, D); no gradient reaches the teacher.
-        valid: (B, N) bool; the mean is over valid queries and D.
-        count: of valid queries, if others than these share the mean.
+        valid: (B, N) bool; the mean is over the valid queries and over D.
+        num_queries: what replaces the number of valid queries in the mean, where other processes
+            share it.
     """
-    count = count or valid.sum().clamp(min=1)
+    num_queries = num_queries or valid.sum().clamp(min=1)
     total = valid.new_zeros((), dtype=torch.float32)
-    for ours, theirs in zip(student, teacher, strict=True):
-        difference = F.normalize(ours.float(), dim=-1) - F.normalize(theirs.detach().float(), dim=-1)
-        total = total + (difference.square().mean(-1) * valid).sum() / count
+    for student_layer, teacher_layer in zip(student, teacher, strict=True):
+        student_direction = F.normalize(student_layer.float(), dim=-1)
+        teacher_direction = F.normalize(teacher_layer.detach().float(), dim=-1)
+        difference = (student_direction - teacher_direction).square().mean(-1)
+        total = total + (difference * valid).sum() / num_queries
     return total

@@ -1,69 +1,73 @@
-"""Semi-DETR (Zhang et al., CVPR 2023): stage-wise matching, query consistency, cost-based pseudo-label mining.
+"""Semi-DETR (Zhang et al., CVPR 2023): stage-wise hybrid matching, cross-view query consistency and
+cost-based pseudo-label mining.
 
 One step, in the paper's words:
 
-    teacher(weak view) gives pseudo-boxes                                                            (section 3.1)
-    student(labelled and strong views) is matched one-to-many up to step `one_to_many_steps`,
-        one-to-one after it                                                                     (SHM, section 3.2)
-    pseudo-boxes the student finds cheap are mined by a mixture over matching costs             (CPM, section 3.4)
-    confident and mined boxes ask both decoders the same question; the answers should agree     (CQC, section 3.3)
+    the teacher predicts pseudo-boxes on the weak views                              (section 3.1)
+    the student, on labelled images and strong views, is matched one-to-many before step
+        `one_to_many_steps`, one-to-one from then on                            (SHM, section 3.2)
+    a mixture over matching costs mines more reliable pseudo-boxes              (CPM, section 3.4)
+    confident and mined boxes are queries of both decoders, which should agree  (CQC, section 3.3)
 
-Targets of the class and box losses are the boxes over the score cut alone; mined ones feed the consistency only. What
-the paper's ablation changes is an argument: `consistency_boxes`, `mining`, `mined_targets`, `one_to_many_steps`. The
-backbone and encoder run once per image and network. Matching queries never see the extra queries: those of denoising
-are decoded beside them, those of consistency, which are chosen by the matching, afterwards against what was kept.
+The targets of class and box losses are the confident boxes alone, those of at least the score
+threshold; mined boxes feed the consistency only. What the paper's ablation changes is an argument:
+`consistency_boxes`, `mining`, `mined_targets`, `one_to_many_steps`. Backbone and encoder run once
+per image and network. The matching queries never see the extra queries: those of denoising are
+decoded beside them; those of consistency, which depend on the matching, afterwards against what
+was kept.
 
-Difference from the paper: consistency in stage one only (as in the released code, dino_detr_ssod.py:469), unless
-`consistency_throughout` asks for both.
-Differences from the released code: boxes that leave the strong view are dropped; a memory of past costs joins the
-mixture; and a box over the score cut is not dropped for lying under the mean plus one deviation of its image's
-scores (with few boxes in an image that bar is high).
+Difference from the paper: consistency in stage one only (as in the released code,
+dino_detr_ssod.py:469), unless `consistency_in_both_stages`.
+Differences from the released code: boxes that leave the strong view are dropped; a queue of past
+costs joins the mixture; and a confident box is not dropped where its score is below the mean plus
+one standard deviation of its image's scores (with few boxes in an image that bar is high).
 """
 
 import numpy as np
 import torch
 
-from semidetr_lite import distributed
-from semidetr_lite.boxes import to_model
 from semidetr_lite.detectors.detector import Detector
-from semidetr_lite.detectors.transformer import QueryGroup, output_rows
-from semidetr_lite.device import to_device
+from semidetr_lite.detectors.transformer import stack_layers
+from semidetr_lite.device import copy_to_host, to_device
 from semidetr_lite.errors import UserError
-from semidetr_lite.losses import Layers, count_boxes, layer_costs, stack_layers
-from semidetr_lite.matching import PaddedTargets, batched_cost, pad_targets
-from semidetr_lite.methods.cost_mining import matched_costs, reliable_threshold, remember
-from semidetr_lite.methods.mean_teacher import (
-    Look,
-    MeanTeacher,
-    PseudoBoxes,
-    filled_up,
-    one_transfer,
-    places_of,
-    pseudo_boxes,
-    target_sizes,
+from semidetr_lite.losses import (
+    LossWeights,
+    TargetSet,
+    denoising_losses,
+    detection_losses,
+    make_target_sets,
 )
-from semidetr_lite.methods.query_consistency import Projector, consistency_loss
+from semidetr_lite.matching import layer_costs, match_layers, matched_costs
+from semidetr_lite.methods.cost_mining import MINING, mine, push_costs
+from semidetr_lite.methods.mean_teacher import MeanTeacher, Prepared
+from semidetr_lite.methods.query_consistency import DecodedView, Projector, query_consistency
 
 CONSISTENCY_BOXES = ("both", "confident", "mined", "none")
-MINING = ("mixture", "deviation", "top", "none")
 
 
 class SemiDETR(MeanTeacher):
-    """The method.
+    """Semi-DETR: a mean teacher with hybrid matching, query consistency and cost-based mining.
 
     Args:
-        student: a detector that takes boxes as queries; any other one is a UserError.
+        student: a detector that takes boxes as queries.
         one_to_many_steps: the step at which stage two begins.
-        candidates: queries a target takes in stage one.
+        candidates: queries that a target takes at most in stage one.
         consistency_weight: of the consistency loss, before `unlabelled_weight`.
-        consistency_throughout: whether it is asked for in both stages (paper) or in stage one alone (released code).
-        consistency_boxes: it is asked for those over the score cut ("confident"), the "mined" ones, "both", or "none",
-            which leaves stage-wise matching alone.
-        mining: which boxes are mined: those the "mixture" over matching costs finds reliable (the paper's), all above
-            mean and "deviation" of their image's scores, the `mined_top` best of each image ("top"), or "none".
+        consistency_in_both_stages: whether consistency is trained in both stages (paper) or in
+            stage one alone (released code).
+        consistency_boxes: which boxes become consistency queries: "confident", "mined", "both", or
+            "none", which leaves stage-wise matching alone.
+        mining: the rule, see cost_mining.py: "gmm" (the paper's), "mean_std", "top_k" or "none".
+        mining_top_k: boxes per image that the rule "top_k" mines.
         mined_targets: whether mined boxes are targets of the class and box losses too.
-        cost_memory: past matching costs that join the mixture.
-        shared: see MeanTeacher and Averaged; `nms` is that of detections in stage one too.
+        cost_queue_size: past matching costs that join the mixture.
+        nms: IoU of the NMS of pseudo-boxes, and of detections in stage one.
+        score_threshold, unlabelled_weight, unlabelled_box_weight, max_pseudo_boxes: see
+            MeanTeacher.
+        ema_decay, seed, loss_weights: see TeacherStudent.
+
+    Raises UserError for a detector that takes no boxes as queries, and for an unknown value of
+    `consistency_boxes` or `mining`.
     """
 
     def __init__(
@@ -72,156 +76,145 @@ class SemiDETR(MeanTeacher):
         one_to_many_steps: int,
         candidates: int = 13,
         consistency_weight: float = 10.0,
-        consistency_throughout: bool = False,
+        consistency_in_both_stages: bool = False,
         consistency_boxes: str = "both",
-        mining: str = "mixture",
-        mined_top: int = 9,
+        mining: str = "gmm",
+        mining_top_k: int = 9,
         mined_targets: bool = False,
-        cost_memory: int = 500,
-        **shared,
+        cost_queue_size: int = 500,
+        score_threshold: float = 0.4,
+        unlabelled_weight: float = 4.0,
+        unlabelled_box_weight: float = 1.0,
+        max_pseudo_boxes: int = 100,
+        nms: float = 0.6,
+        ema_decay: float = 0.999,
+        seed: int = 0,
+        loss_weights: LossWeights = LossWeights(),
     ):
         if not student.takes_groups:
-            unable = f"semi-detr asks with boxes as queries, which {type(student).__name__} in this form cannot"
-            raise UserError(f"{unable}: choose dino, or deformable-detr with two_stage=True")
-        chosen = {"consistency_boxes": (consistency_boxes, CONSISTENCY_BOXES), "mining": (mining, MINING)}
-        for name, (value, known) in chosen.items():
-            if value not in known:
-                raise UserError(f"no {name} called {value!r}: choose from {', '.join(known)}")
-        super().__init__(student, **shared)
-        self.one_to_many_steps, self.candidates = one_to_many_steps, candidates
+            name = type(student).__name__
+            raise UserError(
+                f"semi-detr needs boxes as queries, which {name} in this form does not take: "
+                "choose dino, or deformable-detr with two_stage=True"
+            )
+        _check_choice("consistency_boxes", consistency_boxes, CONSISTENCY_BOXES)
+        _check_choice("mining", mining, MINING)
+        super().__init__(
+            student,
+            score_threshold,
+            unlabelled_weight,
+            unlabelled_box_weight,
+            max_pseudo_boxes,
+            nms,
+            ema_decay,
+            seed,
+            loss_weights,
+        )
+        self.one_to_many_steps = one_to_many_steps
+        self.candidates = candidates
         self.consistency_weight = consistency_weight
-        self.consistency_throughout, self.consistency_boxes = consistency_throughout, consistency_boxes
-        self.mining, self.mined_top, self.mined_targets = mining, mined_top, mined_targets
+        self.consistency_in_both_stages = consistency_in_both_stages
+        self.consistency_boxes = consistency_boxes
+        self.mining, self.mining_top_k, self.mined_targets = mining, mining_top_k, mined_targets
         self.projector = Projector(student.dim, hidden=4 * student.dim)
-        self.register_buffer("past_costs", torch.full((cost_memory,), torch.nan))
+        self.register_buffer("cost_queue", torch.full((cost_queue_size,), torch.nan))
 
     def stage(self, step: int) -> str:
         """The matching of a step: "one_to_many" or "one_to_one"."""
         return "one_to_many" if step < self.one_to_many_steps else "one_to_one"
 
+    def has_consistency(self, step: int) -> bool:
+        """Whether a step has a consistency loss."""
+        in_this_stage = self.stage(step) == "one_to_many" or self.consistency_in_both_stages
+        return self.consistency_boxes != "none" and in_this_stage
+
     def after_step(self, step: int) -> None:
-        """Move the teacher, and note whether detections of these weights need suppression."""
+        """Move the teacher, and note whether detections of these weights need NMS."""
         super().after_step(step)
-        self.student.nms = self.teacher.nms = self.nms if self.stage(step) == "one_to_many" else None
+        nms = self.nms if self.stage(step) == "one_to_many" else None
+        self.student.nms = self.teacher.nms = nms
 
-    def forward(self, batch: dict, step: int) -> dict[str, torch.Tensor]:
-        """A batch with "labelled", "weak" and "strong" -> weighted losses."""
-        batch, stage = self.counted(batch, step), self.stage(step)
-        (images, truths), (_, weak), (strong_images, _) = (batch[name] for name in ("labelled", "weak", "strong"))
-        pseudo, carried, minable, teacher = batch["look"]
-        self.count_pseudo(pseudo.labels, pseudo.over(self.score_cut), len(weak))
-        boxes = {"labelled": pad_targets(truths, carried.boxes.device), "pseudo": self.confident(batch["look"])}
-        boxes = {name: filled_up(targets, batch["counts"][name].most) for name, targets in boxes.items()}
-        asked = self.questions(boxes if stage == "one_to_one" else {"labelled": boxes["labelled"]}, batch, step)
+    def forward(
+        self, batch: dict, step: int, prepared: Prepared | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The weighted losses of a batch; see TeacherStudent.forward."""
+        stage = self.stage(step)
+        (images, truths), (strong_images, strong_views) = batch["labelled"], batch["strong"]
 
+        # 1. Pseudo-labels: the teacher's boxes on the weak views, mapped to the strong views (3.1)
+        prepared = prepared or self.prepare([batch], step)[0]
+        labelled, pseudo, labels, confident, candidates = prepared
+
+        # 2. One student pass over labelled and strong images; denoising beside the matching queries
+        denoised = [labelled, pseudo] if stage == "one_to_one" else [labelled]
+        denoising = self.make_denoising_queries(denoised, [truths, strong_views], step)
         memory = self.student.encode([*images, *strong_images])
-        outputs = self.student.decode(memory, [questions.group for questions in asked.values()])
+        outputs = self.student.decode(memory, [queries.group for queries in denoising])
         layers = stack_layers(outputs)
-        labelled, unlabelled = places_of(batch).values()
-        boxes |= {"pseudo": carried} if self.mined_targets else {}
-        seen = (pseudo.scores, minable)
-        found = self.decide(layers.rows(labelled), layers.rows(unlabelled), boxes, carried, seen, stage)
-        if self.mined_targets:  # only now can they be counted, as those of a part
-            counted = {"pseudo": count_boxes([found["pseudo"][0]], self.student.num_queries)}
-            batch = {**batch, "counts": batch["counts"] | counted}
-        losses = self.compare(batch, (outputs, layers), boxes, found, stage, asked)
-        if teacher:
-            student = (memory.rows(unlabelled), output_rows(outputs, unlabelled))
-            loss = self.consistency(student, teacher, pseudo, carried, weak, found["asked"])
+        labelled_layers = layers.of_images(labelled.images)
+        strong_layers = layers.of_images(pseudo.images)
+
+        # 3. All matching costs to the CPU, in one copy
+        if self.mined_targets:
+            pseudo = pseudo._replace(targets=labels.strong)
+        costs = [layer_costs(strong_layers.last_of_decoder(), labels.strong)[0], self.cost_queue]
+        if stage == "one_to_one":
+            costs.append(layer_costs(labelled_layers, labelled.targets))
+            costs.append(layer_costs(strong_layers, pseudo.targets))
+        last_costs, past_costs, *costs = copy_to_host(*costs)
+
+        # 4. CPM: mine the pseudo-boxes that match the student's predictions at low cost (3.4)
+        matched = matched_costs(last_costs, confident | candidates)
+        mined, threshold, new_costs = mine(matched, candidates, past_costs, self.mining)
+        self.cost_queue = push_costs(self.cost_queue, new_costs)
+        if self.mined_targets:
+            pseudo = self.with_mined(pseudo, confident | mined)
+
+        # 5. SHM: match as the stage says; class, L1 and GIoU losses of both kinds of images (3.2)
+        labelled_costs, pseudo_costs = costs or (None, None)
+        rule = (stage, self.candidates)
+        assignments = [
+            match_layers(labelled_layers, labelled.targets, *rule, labelled_costs, labelled.valid),
+            match_layers(strong_layers, pseudo.targets, *rule, pseudo_costs, pseudo.valid),
+        ]
+        losses = detection_losses(layers, [labelled, pseudo], assignments, stage)
+        losses |= denoising_losses(outputs["groups"], denoising, [labelled, pseudo])
+
+        # 6. CQC: both decoders should describe the confident and the mined boxes alike (3.3)
+        if labels.teacher is not None:
+            student = DecodedView(self.student, memory, outputs).of_images(pseudo.images)
+            teacher = DecodedView(self.teacher, *labels.teacher)
+            masks = {"both": confident | mined, "confident": confident, "mined": mined}
+            mask = masks[self.consistency_boxes]
+            loss = query_consistency(self.projector, student, teacher, labels, mask)
             losses["consistency"] = self.unlabelled_weight * self.consistency_weight * loss
-        return losses
 
-    def look(self, batch: dict, step: int) -> Look:
-        """The teacher's boxes that are confident or may be mined; the teacher where consistency is asked for."""
-        (images, weak), (_, strong) = batch["weak"], batch["strong"]
-        with torch.no_grad():
-            memory = self.teacher.encode(images)
-            outputs = self.teacher.decode(memory)
-            pseudo = pseudo_boxes(outputs, target_sizes(weak), self.most, self.nms)
-        minable = self.minable(pseudo)
-        pseudo = pseudo._replace(valid=pseudo.over(self.score_cut) | minable)
-        asks = self.consistency_boxes != "none" and (self.stage(step) == "one_to_many" or self.consistency_throughout)
-        return Look(pseudo, pseudo.carried(weak, strong), minable, (memory, outputs) if asks else None)
-
-    def minable(self, pseudo: PseudoBoxes) -> torch.Tensor:
-        """(B, K) bool: the boxes, best first in each image, that mining chooses from."""
-        if self.mining == "top":
-            return pseudo.valid & (torch.arange(pseudo.valid.shape[1], device=pseudo.valid.device) < self.mined_top)
-        return super().minable(pseudo) if self.mining == "none" else above_mean_and_deviation(pseudo)
-
-    def decide(
-        self, labelled: Layers, unlabelled: Layers, boxes: dict, carried: PaddedTargets, seen, stage: str
-    ) -> dict:
-        """Everything that is decided on the host, after one transfer; `seen` are scores and `minable` of `carried`.
-
-        Which boxes (B, T) bool are targets, and the costs of one-to-one matching: "labelled", "pseudo"; and which
-        pseudo-boxes the consistency is "asked" for.
-        """
-        last = -2 if unlabelled.encoder else -1  # the decoder's last layer
-        answers = unlabelled.logits[last].detach(), unlabelled.boxes[last].detach()
-        prices = batched_cost(*answers, carried.boxes, carried.labels)
-        sides = zip((labelled, unlabelled), boxes.values(), strict=True)
-        further = [layer_costs(layers, targets) for layers, targets in sides] if stage == "one_to_one" else []
-        wanted = (prices, *seen, carried.valid, boxes["labelled"].valid, self.past_costs, *further)
-        prices, scores, minable, valid, truth_valid, past, *costs = one_transfer(*wanted)
-        matched = matched_costs(prices, valid)
-        everywhere = np.concatenate(distributed.gather(matched.ravel()))
-        threshold = reliable_threshold(np.concatenate([past, everywhere]))
-        self.past_costs = remember(self.past_costs, everywhere)
-        confident = valid & (scores >= self.score_cut)
-        mined = valid & self.mined(matched, threshold, minable)
         self.stats = {
-            "pseudo_per_image": float(confident.sum() / len(valid)),
-            "mined_per_image": float((mined & ~confident).sum() / len(valid)),  # confident ones are counted above
+            "pseudo_per_image": float(confident.sum() / len(confident)),
+            "mined_per_image": float((mined & ~confident).sum() / len(confident)),
             "cost_threshold": threshold,
         }
-        of_labelled, of_pseudo = costs or [None, None]
-        taught = (confident | mined if self.mined_targets else confident)[:, : boxes["pseudo"].valid.shape[1]]
-        return {
-            "labelled": (truth_valid, of_labelled),
-            "pseudo": (taught, of_pseudo),
-            "asked": {"both": confident | mined, "mined": mined}.get(self.consistency_boxes, confident),
-        }
+        return losses
 
-    def mined(self, matched: np.ndarray, threshold: float, minable: np.ndarray) -> np.ndarray:
-        """(B, K) bool: the boxes that cost at most the threshold (nan: unmatched), or without a mixture the minable."""
-        return np.isfinite(matched) & (matched <= threshold) if self.mining == "mixture" else minable
+    def prepare(self, micro_batches: list[dict], step: int) -> list[Prepared]:
+        """See MeanTeacher.prepare; the teacher's memory is kept where a step has consistency."""
+        return super().prepare(micro_batches, step, keep_teacher=self.has_consistency(step))
 
-    def consistency(self, student, teacher, pseudo: PseudoBoxes, carried: PaddedTargets, weak, asked) -> torch.Tensor:
-        """The consistency loss over the boxes `asked` (B, K) bool, on the host; of both networks (Memory, outputs)."""
-        count = max(sum(distributed.gather(int(asked.sum()))), 1) / distributed.world()
-        if not asked.any():  # every process has a gradient
-            return sum(parameter.sum() * 0.0 for parameter in self.projector.parameters())
-        device = carried.boxes.device
-        rows, columns = np.nonzero(asked)
-        places = np.concatenate([np.arange(count) for count in asked.sum(1)])
-        rows, columns, places = to_device(torch.from_numpy(np.stack([rows, columns, places])), device)
-        sizes = target_sizes(weak)
-        height, width = sizes.amax(0).tolist()
-        features, sizes = teacher[0].features, to_device(sizes, device)
-        strides = [(height / level.shape[-2], width / level.shape[-1]) for level in features]
-        contents = self.projector(features, strides, rows, pseudo.boxes[rows, columns])
-        shape = (len(asked), int(asked.sum(1).max()))
-        valid = torch.zeros(shape, dtype=torch.bool, device=device)
-        valid[rows, places] = True
-        content = contents.new_zeros(*shape, contents.shape[1]).index_put((rows, places), contents)
-
-        def group(boxes):
-            filled = boxes.new_full((*shape, 4), 0.5).index_put((rows, places), boxes[rows, columns])
-            return QueryGroup(content, filled, 1, valid)
-
-        ours = self.student.decode_groups(*student, [group(carried.boxes)])[0]
-        with torch.no_grad():
-            theirs = self.teacher.decode_groups(*teacher, [group(to_model(pseudo.boxes, sizes))])[0]
-        embeddings = ([layer["queries"] for layer in (*outputs["aux_outputs"], outputs)] for outputs in (ours, theirs))
-        return consistency_loss(*embeddings, valid, count)
+    def with_mined(self, pseudo: TargetSet, mask: np.ndarray) -> TargetSet:
+        """The pseudo-boxes of a mask (B, K) bool as targets, counted within this micro-batch."""
+        device = pseudo.targets.boxes.device
+        targets = pseudo.targets._replace(valid=to_device(torch.from_numpy(mask), device))
+        return make_target_sets(
+            pseudo.name,
+            [targets],
+            valid_masks=[mask],
+            first_images=[pseudo.images.start],
+            student=self.student,
+            loss_weights=pseudo.loss_weights,
+        )[0]
 
 
-def above_mean_and_deviation(pseudo: PseudoBoxes) -> torch.Tensor:
-    """(B, K) bool: scores of at least their image's mean plus one deviation (released: dino_detr_ssod.py:918-939)."""
-    count = pseudo.valid.sum(1, keepdim=True)
-    scores = torch.where(pseudo.valid, pseudo.scores, 0.0)
-    mean = scores.sum(1, keepdim=True) / count.clamp(min=1)
-    squares = torch.where(pseudo.valid, scores - mean, 0.0).square().sum(1, keepdim=True)
-    spread = (squares / (count - 1).clamp(min=1)).sqrt()
-    return pseudo.valid & (pseudo.scores >= mean + spread) & (count > 1)  # one score has no deviation
+def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Raises UserError for a value that is not known."""
+    if value not in known:
+        raise UserError(f"no {name} called {value!r}: choose from {', '.join(known)}")

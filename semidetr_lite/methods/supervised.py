@@ -1,37 +1,56 @@
 """Supervised training: labelled images only.
 
-Its average is kept too, so that it is measured like the semi-supervised methods and can start them.
+The teacher is kept too, so that it is measured like that of the semi-supervised methods and can
+start them.
 """
 
 import torch
 
 from semidetr_lite.detectors.pyramid import Pyramid
-from semidetr_lite.losses import count_boxes, layer_costs, stack_layers
-from semidetr_lite.matching import pad_targets
-from semidetr_lite.methods.mean_teacher import LABELLED, Averaged, filled_up, named, one_transfer
+from semidetr_lite.detectors.transformer import stack_layers
+from semidetr_lite.device import copy_to_host
+from semidetr_lite.losses import add_prefix, denoising_losses, detection_losses, make_target_sets
+from semidetr_lite.matching import layer_costs, match_layers, pad_targets
+from semidetr_lite.methods.mean_teacher import RNG_LABELLED, Prepared, TeacherStudent
 
 
-class Supervised(Averaged):
-    """One-to-one matching and denoising; Faster R-CNN's and FCOS's own losses, without `weights`. See Averaged."""
+class Supervised(TeacherStudent):
+    """Supervised training with one-to-one matching and denoising.
 
-    def forward(self, batch: dict, step: int) -> dict[str, torch.Tensor]:
-        """A batch with "labelled" -> weighted losses."""
+    Faster R-CNN and FCOS keep their own losses, which `loss_weights` do not change. For the
+    arguments see TeacherStudent.
+    """
+
+    def forward(
+        self, batch: dict, step: int, prepared: Prepared | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The weighted losses of a batch with "labelled"; see TeacherStudent.forward."""
         images, truths = batch["labelled"]
         if isinstance(self.student, Pyramid):
-            return named("labelled", self.student.losses(images, truths, self.draw(step, LABELLED)))
-        batch = self.counted(batch, step)
-        targets = filled_up(pad_targets(truths, next(self.parameters()).device), batch["counts"]["labelled"].most)
-        asked = self.questions({"labelled": targets}, batch, step)
-        outputs = self.student(images, [questions.group for questions in asked.values()])
+            seed = self.step_seed(step, RNG_LABELLED)
+            return add_prefix("labelled", self.student.losses(images, truths, seed))
+        labelled = (prepared or self.prepare([batch], step)[0]).labelled
+        denoising = self.make_denoising_queries([labelled], [truths], step)
+        outputs = self.student(images, [queries.group for queries in denoising])
         layers = stack_layers(outputs)
-        costs, valid = one_transfer(layer_costs(layers, targets), targets.valid)
-        boxes, decided = {"labelled": targets}, {"labelled": (valid, costs)}
-        return self.compare(batch, (outputs, layers), boxes, decided, "one_to_one", asked)
+        (costs,) = copy_to_host(layer_costs(layers, labelled.targets))
+        assignment = match_layers(
+            layers, labelled.targets, "one_to_one", costs=costs, valid=labelled.valid
+        )
+        losses = detection_losses(layers, [labelled], [assignment], "one_to_one")
+        return losses | denoising_losses(outputs["groups"], denoising, [labelled])
 
-    def look_ahead(self, parts: list[dict], step: int) -> list[dict]:
-        """See Averaged."""
+    def prepare(self, micro_batches: list[dict], step: int) -> list[Prepared | None]:
+        """Count the boxes of the whole step; Faster R-CNN and FCOS divide by their own numbers."""
         if isinstance(self.student, Pyramid):
-            return parts
-        valid = [pad_targets(part["labelled"][1]).valid.numpy() for part in parts]
-        counts = {"labelled": count_boxes(valid, self.student.num_queries)}
-        return [{"labelled": part["labelled"], "counts": counts} for part in parts]
+            return [None] * len(micro_batches)
+        truths = [pad_targets(part["labelled"][1]) for part in micro_batches]
+        labelled = make_target_sets(
+            "labelled",
+            truths,
+            valid_masks=[truth.valid.numpy() for truth in truths],
+            first_images=[0] * len(micro_batches),
+            student=self.student,
+            loss_weights=self.loss_weights,
+        )
+        return [Prepared(target_set) for target_set in labelled]

@@ -194,9 +194,9 @@ def averaged(start: torch.Tensor, moves: list, momentum: float) -> torch.Tensor:
     return teacher
 
 
-def carried(found: dict, matrix: torch.Tensor, size: tuple, score_cut: float) -> dict:
+def to_strong_view(found: dict, matrix: torch.Tensor, size: tuple, score_threshold: float) -> dict:
     """A teacher's boxes as targets of the strong view: over the cut, moved by the matrix, in view."""
-    sure = {key: value[found["scores"] >= score_cut] for key, value in found.items()}
+    sure = {key: value[found["scores"] >= score_threshold] for key, value in found.items()}
     moved = views.map_target(sure, matrix, size)
     return {key: moved[key] for key in ("boxes", "labels")}
 
@@ -236,9 +236,9 @@ def _mixture(costs, steps, weights, means, variances) -> tuple:
     return mixture.weights_, mixture.means_[:, 0], mixture.covariances_[:, 0]
 
 
-def mine(costs, scores, valid, threshold: float, score_cut: float) -> tuple:
+def mine(costs, scores, valid, threshold: float, score_threshold: float) -> tuple:
     """Which boxes are confident, which are mined, and whose consistency is asked for: (B, K) bool each."""
-    confident = valid & (scores >= score_cut)
+    confident = valid & (scores >= score_threshold)
     mined = valid & (np.nan_to_num(costs, nan=np.inf) <= threshold)
     return confident, mined, confident | mined
 
@@ -414,8 +414,8 @@ EXERCISES = {
             "five steps": (torch.ones(3), [torch.tensor(rng.normal(0, 1, 3)).float() for _ in range(5)], 0.9),
         },
     ),
-    "mean_teacher.carried": Exercise(
-        carried,
+    "mean_teacher.to_strong_view": Exercise(
+        to_strong_view,
         lambda rng: {
             "in view": (_pseudo(rng), TURN, WIDE, 0.4),
             "partly out of view": (_pseudo(rng), AWAY, WIDE, 0.3),

@@ -173,12 +173,12 @@ def explore_views(scenes: Sequence[tuple], settings: ViewSettings) -> Explorer:
     return explore(draw, scene=(0, len(scenes) - 1), strength=(0.0, 3.0, 0.25), seed=(0, 30))
 
 
-def _show_over(score_cut: float, found: list[dict], scenes, categories, truth: bool, style: str) -> Picture:
+def _show_over(score_threshold: float, found: list[dict], scenes, categories, truth: bool, style: str) -> Picture:
     """The boxes found in scenes that score at least the cut, beside the truth or alone."""
     images, truths = zip(*scenes)
     if truth:
-        return show_hits(images, found, truths, categories, score_cut)
-    keep = [one["scores"] >= score_cut for one in found]
+        return show_hits(images, found, truths, categories, score_threshold)
+    keep = [one["scores"] >= score_threshold for one in found]
     kept = [{key: one[key][chosen] for key in ("boxes", "labels", "scores")} for one, chosen in zip(found, keep)]
     return show_targets(images, kept, categories, style=style)
 
@@ -187,10 +187,10 @@ def explore_threshold(detector, scenes: Sequence[tuple], categories, nms: float 
     """Which of a teacher's boxes a score cut keeps, as the student sees them, or beside the truth it never sees."""
     found = detector.detect([image for image, _ in scenes], nms=nms)
 
-    def draw(score_cut=0.4, truth=True):
-        return _show_over(score_cut, found, scenes, categories, truth, "pseudo")
+    def draw(score_threshold=0.4, truth=True):
+        return _show_over(score_threshold, found, scenes, categories, truth, "pseudo")
 
-    return explore(draw, score_cut=(0.05, 0.95, 0.05), truth=True)
+    return explore(draw, score_threshold=(0.05, 0.95, 0.05), truth=True)
 
 
 def plot_lines(lines: dict[str, tuple], x: str, y: str, title: str = "") -> Picture:
@@ -437,10 +437,10 @@ def explore_detectors(detectors: dict, scenes: Sequence[tuple], categories) -> E
     """What each of several detectors {name: detector} finds, beside the truth or alone, over a score cut."""
     answers = {name: detector.detect([image for image, _ in scenes]) for name, detector in detectors.items()}
 
-    def draw(detector, score_cut=0.3, truth=True):
-        return _show_over(score_cut, answers[detector], scenes, categories, truth, "prediction")
+    def draw(detector, score_threshold=0.3, truth=True):
+        return _show_over(score_threshold, answers[detector], scenes, categories, truth, "prediction")
 
-    return explore(draw, detector=list(answers), score_cut=(0.05, 0.95, 0.05), truth=True)
+    return explore(draw, detector=list(answers), score_threshold=(0.05, 0.95, 0.05), truth=True)
 
 
 QUANTITIES = {"AP_teacher": "AP of the teacher, %", "AP_student": "AP of the student, %"}

@@ -1,10 +1,10 @@
 """How a step is run, whatever the method: in parts, in several processes, and within the memory of the device.
 
-None of this changes what is learned. With parts and processes the losses stay those of the whole step (see `Count` in
-losses.py): exactly for one-to-one matching and denoising; for one-to-many matching and consistency each part, over all
-processes, is divided by its own. The detectors of the baselines divide theirs in each part and process, and what Faster
-R-CNN samples depends on the images beside. In bfloat16 are the backbone and the insides of encoder and decoder layers,
-but not where attention looks; heads, boxes, matching and losses are float32.
+None of this changes what is learned. With parts and processes the losses stay those of the whole step (see `NumBoxes`
+in losses.py): exactly for one-to-one matching and denoising; for one-to-many matching and consistency each part, over
+all processes, is divided by its own. The detectors of the baselines divide theirs in each part and process, and what
+Faster R-CNN samples depends on the images beside. In bfloat16 are the backbone and the insides of encoder and decoder
+layers, but not where attention looks; heads, boxes, matching and losses are float32.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.detectors.transformer import Memory
-from semidetr_lite.distributed import mean, share, world
+from semidetr_lite.distributed import all_reduce_mean, shard, world_size
 from semidetr_lite.errors import UserError
-from semidetr_lite.methods.mean_teacher import Averaged, Look
+from semidetr_lite.methods.mean_teacher import MeanTeacher, PseudoLabels, TeacherStudent
 from semidetr_lite.training.presets import Recipe
 
 
@@ -109,7 +109,7 @@ class Engine:
     Raises UserError for a precision that there is not.
     """
 
-    def __init__(self, method: Averaged, recipe: Recipe):
+    def __init__(self, method: TeacherStudent, recipe: Recipe):
         self.method, self.recipe, self.device = method, recipe, next(method.parameters()).device
         self.precision = choose_precision(recipe.precision, self.device)
         if self.device.type == "cuda":
@@ -117,8 +117,9 @@ class Engine:
         prepare(method.student, recipe, self.precision, True)
         prepare(method.teacher, recipe, self.precision, False)
         self.parts, self.wrapped = recipe.accumulate, method
-        if world() > 1:  # all start from the weights of the first process; buffers are the same in all of them anyway
-            self.parts = min(-(-recipe.accumulate // world()), recipe.labelled_images // world())
+        processes = world_size()
+        if processes > 1:  # all start from the weights of the first; buffers are the same in all of them anyway
+            self.parts = min(-(-recipe.accumulate // processes), recipe.labelled_images // processes)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers gets another name
                 self.wrapped = DistributedDataParallel(method, broadcast_buffers=False, find_unused_parameters=True)
@@ -128,14 +129,15 @@ class Engine:
         (losses,) in the same order, on the device.
         """
         parts = micro_batches(batch, self.parts)
-        if len(parts) > 1:
-            parts = self.method.look_ahead(parts, step)
-        share = 1 / len(parts)
-        while parts:
-            waits = contextlib.nullcontext() if len(parts) == 1 or world() == 1 else self.wrapped.no_sync()
-            with waits:
-                losses = {name: loss * share for name, loss in self.wrapped(parts.pop(0), step).items()}
-                yield losses, mean(torch.stack([loss.detach() for loss in losses.values()]))
+        weight = 1 / len(parts)
+        prepared = self.method.prepare(parts, step) if len(parts) > 1 else [None]
+        while parts:  # a part that is done with is dropped
+            reduces = len(parts) == 1 or world_size() == 1  # gradients, after the last part
+            with contextlib.nullcontext() if reduces else self.wrapped.no_sync():
+                losses = self.wrapped(parts.pop(0), step, prepared.pop(0))
+                losses = {name: loss * weight for name, loss in losses.items()}
+                means = torch.stack([loss.detach() for loss in losses.values()])
+                yield losses, all_reduce_mean(means)
 
     def rehearse(self, size: tuple[int, int], labelled: int, unlabelled: int, most: int = 100) -> None:
         """Run the dearest steps there can be, in each stage, and change nothing: no memory is wanted later than now.
@@ -152,21 +154,23 @@ class Engine:
         target = {"size": size, "matrix": torch.eye(3)}
         full = {**target, "boxes": boxes, "labels": torch.arange(most) % method.student.num_classes}
         image = torch.zeros(3, *size, dtype=torch.uint8)
-        ours, theirs = len(share(labelled)), len(share(unlabelled))
+        ours, theirs = len(shard(labelled)), len(shard(unlabelled))
         batch = {"labelled": ([image] * ours, [full] * ours)}
         if theirs:
             batch |= dict.fromkeys(("weak", "strong"), ([image] * theirs, [target] * theirs))
         trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
         state = [torch.empty_like(parameter) for parameter in trained for _ in range(2)]  # as the optimizer will have
-        if hasattr(method, "look"):
-            method.look = functools.partial(_look_at_many, method.look)
+        if isinstance(method, MeanTeacher):
+            method.predict_pseudo_labels = functools.partial(
+                _all_confident, method.predict_pseudo_labels
+            )
         try:
             for step in (0, 2**31):  # the last stage is that of the last step
                 for losses, _ in self.losses(batch, step):
                     sum(losses.values()).backward()
                 method.zero_grad(set_to_none=True)
         finally:
-            method.__dict__.pop("look", None)
+            method.__dict__.pop("predict_pseudo_labels", None)
             for name, value in kept.items():
                 setattr(method, name, value)
             method.stats = {}
@@ -181,9 +185,10 @@ class Engine:
             raise UserError(f"out of memory in the largest steps: {', or '.join(ways)}") from None
 
 
-def _look_at_many(look, batch: dict, step: int) -> Look:
-    """What a teacher sees, with a box of the highest score in every place there is for one."""
-    found = look(batch, step)
-    valid = torch.ones_like(found.pseudo.valid)
-    pseudo = found.pseudo._replace(scores=torch.ones_like(found.pseudo.scores), valid=valid)
-    return Look(pseudo, found.carried._replace(valid=valid), valid, found.teacher)
+def _all_confident(predict, micro_batch: dict, keep_teacher: bool) -> PseudoLabels:
+    """A teacher's pseudo-labels, with a confident box in every column that there is."""
+    labels = predict(micro_batch, keep_teacher)
+    valid = torch.ones_like(labels.confident)
+    weak = labels.weak._replace(scores=torch.ones_like(labels.weak.scores), valid=valid)
+    strong = labels.strong._replace(valid=valid)
+    return labels._replace(weak=weak, strong=strong, confident=valid, candidates=valid)

@@ -12,12 +12,12 @@ from semidetr_lite.boxes import to_model
 from semidetr_lite.data.splits import Dataset
 from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.detectors.pyramid import Pyramid
+from semidetr_lite.detectors.transformer import stack_layers
 from semidetr_lite.errors import UserError
 from semidetr_lite.evaluate import box_errors, evaluate, evaluate_voc
-from semidetr_lite.losses import layer_costs, stack_layers
-from semidetr_lite.matching import PaddedTargets
-from semidetr_lite.methods.cost_mining import matched_costs
-from semidetr_lite.methods.mean_teacher import Averaged, PseudoBoxes, pseudo_boxes
+from semidetr_lite.matching import PaddedTargets, layer_costs, matched_costs
+from semidetr_lite.methods.cost_mining import mining_candidates, select_mined
+from semidetr_lite.methods.mean_teacher import PseudoBoxes, TeacherStudent, select_pseudo_boxes
 
 
 def measure(detector: Detector, dataset: Dataset, images: int | None = None, voc: bool = False) -> dict:
@@ -25,28 +25,27 @@ def measure(detector: Detector, dataset: Dataset, images: int | None = None, voc
 
     Each process looks at its share of them; the figures are those of all.
     """
-    indices, own = distributed.share(min(len(dataset), images or len(dataset))), []
+    indices, own = distributed.shard(min(len(dataset), images or len(dataset))), []
     for start in range(0, len(indices), 200):
         pairs = [dataset[index] for index in indices[start : start + 200]]
         found = detector.detect([image for image, _ in pairs])
         own += [(detection, target) for detection, (_, target) in zip(found, pairs, strict=True)]
-    detections, targets = zip(*(pair for part in distributed.gather(own) for pair in part), strict=True)
+    detections, targets = zip(*(pair for part in distributed.all_gather(own) for pair in part), strict=True)
     further = evaluate_voc(detections, targets) if voc else {}
     return evaluate(detections, targets) | {key: value for key, value in further.items() if key != "per_class"}
 
 
 @torch.no_grad()
-def plain_pseudo_boxes(method: Averaged, images: list) -> PseudoBoxes:
+def plain_pseudo_boxes(method: TeacherStudent, images: list) -> PseudoBoxes:
     """The teacher's boxes on images as they are, all of one size."""
     if isinstance(method.teacher, Pyramid):
-        found = method.teacher.detect(images, top=method.most)
+        found = method.teacher.detect(images, top=method.max_pseudo_boxes)
         boxes, scores, labels = (
             pad_sequence([one[key] for one in found], True) for key in ("boxes", "scores", "labels")
         )
         return PseudoBoxes(boxes, scores, labels, scores > 0)
-    return pseudo_boxes(
-        method.teacher(images), torch.tensor([image.shape[-2:] for image in images]), method.most, method.nms
-    )
+    sizes = torch.tensor([image.shape[-2:] for image in images])
+    return select_pseudo_boxes(method.teacher(images), sizes, method.max_pseudo_boxes, method.nms)
 
 
 def readable(dataset: Dataset, images: int) -> Iterator[tuple[torch.Tensor, dict]]:
@@ -58,14 +57,14 @@ def readable(dataset: Dataset, images: int) -> Iterator[tuple[torch.Tensor, dict
             continue
 
 
-def pseudo_quality(method: Averaged, dataset: Dataset, images: int = 100) -> dict:
-    """Precision and recall (IoU 0.5, right class) of the boxes over the score cut; {} where no truth is known."""
+def pseudo_quality(method: TeacherStudent, dataset: Dataset, images: int = 100) -> dict:
+    """Precision and recall (IoU 0.5, right class) of the confident boxes; {} where no truth is known."""
     hits = boxes = objects = 0
     for image, target in readable(dataset, images):
         if "truth" not in target:
             return {}
         pseudo = plain_pseudo_boxes(method, [image])
-        keep = pseudo.over(method.score_cut)[0]
+        keep = pseudo.above(method.score_threshold)[0]
         detection = {
             "boxes": pseudo.boxes[0][keep].cpu(),
             "labels": pseudo.labels[0][keep].cpu(),
@@ -77,16 +76,16 @@ def pseudo_quality(method: Averaged, dataset: Dataset, images: int = 100) -> dic
 
 
 @torch.no_grad()
-def watched_boxes(method: Averaged, dataset: Dataset, step: int, images: int = 8) -> list[dict]:
+def watched_boxes(method: TeacherStudent, dataset: Dataset, step: int, images: int = 8) -> list[dict]:
     """Lines of pseudo_boxes.jsonl.
 
-    The teacher's boxes on a few fixed images, what the student would pay for each, and what becomes of them.
+    The teacher's boxes on a few fixed images, the matching cost of each, and what becomes of them.
     """
     lines = []
     for image, target in readable(dataset, images):
         pseudo = plain_pseudo_boxes(method, [image])
-        valid, kept = pseudo.valid[0].cpu().numpy(), pseudo.over(method.score_cut)[0].cpu().numpy()
-        matched, mined = (one[0, valid] for one in priced(method, image, pseudo))
+        valid, kept = pseudo.valid[0].cpu().numpy(), pseudo.above(method.score_threshold)[0].cpu().numpy()
+        matched, mined = (one[0, valid] for one in matched_costs_of_image(method, image, pseudo))
         scores = pseudo.scores[0].cpu().numpy()[valid]
         lines.append({
             "step": step,
@@ -101,20 +100,26 @@ def watched_boxes(method: Averaged, dataset: Dataset, step: int, images: int = 8
     return lines
 
 
-def priced(method: Averaged, image: torch.Tensor, pseudo: PseudoBoxes) -> tuple[np.ndarray, np.ndarray]:
-    """What the student would pay for the boxes of one image, nan for those not asked for; which are mined: (1, K) each.
+def matched_costs_of_image(
+    method: TeacherStudent, image: torch.Tensor, pseudo: PseudoBoxes
+) -> tuple[np.ndarray, np.ndarray]:
+    """The matching costs of one image's pseudo-boxes, and which boxes are mined: (1, K) each.
 
-    As in training, those over the score cut and those that mining chooses from are matched, by the last layer's costs.
+    As in training, the confident boxes and the mining candidates are matched, with the costs of the
+    last decoder layer; the cost of all others is nan.
     """
     if isinstance(method.student, Pyramid):  # nothing is matched to queries there
         return np.full(pseudo.valid.shape, np.nan), np.zeros(pseudo.valid.shape, dtype=bool)
-    minable = method.minable(pseudo)
-    boxes, layers = to_model(pseudo.boxes, image.shape[-2:]), stack_layers(method.student([image]))
-    asked = PaddedTargets(boxes, pseudo.labels, pseudo.over(method.score_cut) | minable)
-    costs = layer_costs(layers, asked)[-2 if layers.encoder else -1]
-    matched = matched_costs(costs.cpu().numpy(), asked.valid.cpu().numpy())
+    rule, top_k = method.mining, method.mining_top_k
+    candidates = mining_candidates(pseudo.scores, pseudo.valid, rule, top_k)
+    boxes = to_model(pseudo.boxes, image.shape[-2:])
+    valid = pseudo.above(method.score_threshold) | candidates
+    targets = PaddedTargets(boxes, pseudo.labels, valid)
+    last_layer = stack_layers(method.student([image])).last_of_decoder()
+    costs = layer_costs(last_layer, targets)[0].cpu().numpy()
+    matched = matched_costs(costs, valid.cpu().numpy())
     threshold = method.stats.get("cost_threshold", -np.inf)  # nothing is mined before the first step
-    return matched, method.mined(matched, threshold, minable.cpu().numpy())
+    return matched, select_mined(matched, candidates.cpu().numpy(), threshold, rule)
 
 
 def duplicates(detector: Detector, dataset: Dataset, images: int = 150, score: float = 0.3, nms: float = 0.6) -> dict:

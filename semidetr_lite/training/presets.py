@@ -20,7 +20,7 @@ from semidetr_lite.detectors.pyramid import FCOS, FasterRCNN
 from semidetr_lite.errors import UserError, reading
 from semidetr_lite.losses import LossWeights
 from semidetr_lite.methods.dense_teacher import DenseTeacher
-from semidetr_lite.methods.mean_teacher import Averaged, MeanTeacher
+from semidetr_lite.methods.mean_teacher import MeanTeacher, TeacherStudent
 from semidetr_lite.methods.semi_detr import SemiDETR
 from semidetr_lite.methods.soft_teacher import SoftTeacher
 from semidetr_lite.methods.supervised import Supervised
@@ -58,24 +58,24 @@ class Recipe:
     warm_up: int = 0  # steps of rising learning rate
     decay: float = 0.0  # share of the steps, at the end, in which the learning rate falls to zero
     drops: tuple[float, ...] = ()  # shares of the steps after which the learning rate falls to a tenth
-    ema_ceiling: float = 0.999
+    ema_decay: float = 0.999
     one_to_many_share: float = 0.5  # share of a Semi-DETR run's steps in stage one
-    score_cut: float = 0.4
+    score_threshold: float = 0.4
     unlabelled_weight: float = 4.0
     unlabelled_box_weight: float = 1.0
     candidates: int = 13
     consistency_weight: float = 10.0
-    consistency_throughout: bool = False
+    consistency_in_both_stages: bool = False
     consistency_boxes: str = "both"
-    mining: str = "mixture"
-    mined_top: int = 9
+    mining: str = "gmm"
+    mining_top_k: int = 9
     mined_targets: bool = False
-    cost_memory: int = 0
-    most: int = 100  # pseudo-boxes looked at in an image; the mean and deviation that mining asks for are over these
+    cost_queue_size: int = 0
+    max_pseudo_boxes: int = 100  # per image; mining takes mean and standard deviation of the scores over these
     nms: float = 0.6
     soft_teacher: dict = field(default_factory=dict)  # arguments of the method that are not its defaults
     dense_teacher: dict = field(default_factory=dict)
-    weights: LossWeights = field(default_factory=LossWeights)
+    loss_weights: LossWeights = field(default_factory=LossWeights)
     log_every: int = 50
     watch_every: int = 2000  # steps between two looks at the teacher's boxes on a few fixed images
     evaluate_every: int = 1000
@@ -103,10 +103,11 @@ DIGITS = Recipe(
     ),
     steps=1000, burn_in_steps=1000, precision="float32", one_to_many_share=0.4,
     learning_rate=2e-3, backbone_factor=1.0, clip=1.0, warm_up=50, decay=0.25,
-    ema_ceiling=0.98, score_cut=0.4, unlabelled_weight=2.0, unlabelled_box_weight=0.25, candidates=4, mined_top=4,
-    soft_teacher={"score_cut": 0.8, "unlabelled_weight": 2.0, "unlabelled_box_weight": 0.5},
+    ema_decay=0.98, score_threshold=0.4, unlabelled_weight=2.0, unlabelled_box_weight=0.25, candidates=4,
+    mining_top_k=4,
+    soft_teacher={"score_threshold": 0.8, "unlabelled_weight": 2.0, "unlabelled_box_weight": 0.5},
     dense_teacher={"ratio": 0.05, "unlabelled_weight": 1.0, "unlabelled_box_weight": 0.5},
-    cost_memory=500, most=30, log_every=25, watch_every=100, evaluate_every=250, evaluate_images=150,
+    cost_queue_size=500, max_pseudo_boxes=30, log_every=25, watch_every=100, evaluate_every=250, evaluate_images=150,
 )  # fmt: skip
 
 # The released code's effective values: 43.5 AP at 10 % was obtained with L1 counted twice, consistency in stage one
@@ -122,8 +123,8 @@ COCO = Recipe(
     },
     views=ViewSettings(short_sides=tuple(range(480, 801, 32))),
     steps=120_000, labelled_images=8, unlabelled_images=32, accumulate=8,
-    most=300, soft_teacher={"most": 100}, dense_teacher={"most": 100},
-    weights=LossWeights(l1_weight=10.0), evaluate_every=4000,
+    max_pseudo_boxes=300, soft_teacher={"max_pseudo_boxes": 100}, dense_teacher={"max_pseudo_boxes": 100},
+    loss_weights=LossWeights(l1_weight=10.0), evaluate_every=4000,
 )  # fmt: skip
 
 PRESETS = {
@@ -134,7 +135,7 @@ PRESETS = {
     "coco-10pct": COCO,
     # The paper's words: L1 5, consistency in both stages with weight 1. Its optimizer (Adam, 0.001) is left out.
     "coco-10pct-paper": dataclasses.replace(
-        COCO, weights=LossWeights(), consistency_weight=1.0, consistency_throughout=True
+        COCO, loss_weights=LossWeights(), consistency_weight=1.0, consistency_in_both_stages=True
     ),
     # train2017 with all labels and unlabeled2017: 8 GPUs of 8 images, half of them labelled
     "coco-full": dataclasses.replace(
@@ -164,10 +165,10 @@ def make_recipe(config: dict, file="config.json") -> Recipe:
     with reading(file, "not a recipe"):
         entries = dict(config["recipe"])
         views = {key: tuple(v) if isinstance(v, list) else v for key, v in entries["views"].items()}
-        entries |= {"views": ViewSettings(**views), "weights": LossWeights(*entries["weights"])}
+        entries |= {"views": ViewSettings(**views), "loss_weights": LossWeights(*entries["loss_weights"])}
         recipe = Recipe(**{**entries, "drops": tuple(entries.get("drops", ()))})
         wanted = [(name, config.get(name), kind) for name, kind in SETTINGS.items()]
-        for part in (recipe, recipe.views, recipe.weights):
+        for part in (recipe, recipe.views, recipe.loss_weights):
             wanted += [(name, getattr(part, name), kind) for name, kind in get_type_hints(type(part)).items()]
         for name, value, kind in wanted:
             if not _fits(value, kind) or name in COUNTS and value < 1:
@@ -177,7 +178,8 @@ def make_recipe(config: dict, file="config.json") -> Recipe:
 
 SETTINGS = {"method": str, "detector": str, "data": str, "steps": int, "seed": int, "fold": int, "percent": float}
 SETTINGS |= {"burn_in": str | None, "threads": int | None}
-COUNTS = ("steps", "labelled_images", "accumulate", "candidates", "most", "log_every", "watch_every", "evaluate_every")
+COUNTS = ("steps", "labelled_images", "accumulate", "candidates", "max_pseudo_boxes")
+COUNTS += ("log_every", "watch_every", "evaluate_every")
 
 
 def _fits(value, kind) -> bool:
@@ -212,20 +214,39 @@ def check_pair(method: str, detector: str) -> None:
         raise UserError(f"{method} cannot train {detector}: choose --detector {' or '.join(fitting)}")
 
 
-def make_method(name: str, student: Detector, recipe: Recipe, steps: int, offset: int, seed: int) -> Averaged:
+def make_method(name: str, student: Detector, recipe: Recipe, steps: int, offset: int, seed: int) -> TeacherStudent:
     """A method by its name in the commands; its stage one begins at step `offset` and lasts its share of `steps`."""
-    shared = {"ema_ceiling": recipe.ema_ceiling, "seed": seed, "weights": recipe.weights}
     if name == "supervised":
-        return Supervised(student, **shared)
+        return Supervised(student, recipe.ema_decay, seed, recipe.loss_weights)
+    ema = {"ema_decay": recipe.ema_decay, "seed": seed, "loss_weights": recipe.loss_weights}
     if name == "soft-teacher":
-        return SoftTeacher(student, **{"most": recipe.most, **recipe.soft_teacher}, **shared)
+        changes = {"max_pseudo_boxes": recipe.max_pseudo_boxes, **recipe.soft_teacher}
+        return SoftTeacher(student, **changes, **ema)
     if name == "dense-teacher":
-        return DenseTeacher(student, **{"most": recipe.most, **recipe.dense_teacher}, **shared)
-    names = ["score_cut", "unlabelled_weight", "unlabelled_box_weight", "most", "nms"]
+        changes = {"max_pseudo_boxes": recipe.max_pseudo_boxes, **recipe.dense_teacher}
+        return DenseTeacher(student, **changes, **ema)
+    pseudo_labels = {
+        "score_threshold": recipe.score_threshold,
+        "unlabelled_weight": recipe.unlabelled_weight,
+        "unlabelled_box_weight": recipe.unlabelled_box_weight,
+        "max_pseudo_boxes": recipe.max_pseudo_boxes,
+        "nms": recipe.nms,
+    }
+    if name == "mean-teacher":
+        return MeanTeacher(student, **pseudo_labels, **ema)
     if name == "semi-detr":
-        names += ["candidates", "consistency_weight", "consistency_throughout", "consistency_boxes"]
-        names += ["mining", "mined_top", "mined_targets", "cost_memory"]
-        shared["one_to_many_steps"] = offset + round(recipe.one_to_many_share * steps)
-    elif name != "mean-teacher":
-        raise UserError(f"no method called {name!r}: choose from {', '.join(METHODS)}")
-    return METHODS[name](student, **{key: getattr(recipe, key) for key in names}, **shared)
+        return SemiDETR(
+            student,
+            one_to_many_steps=offset + round(recipe.one_to_many_share * steps),
+            candidates=recipe.candidates,
+            consistency_weight=recipe.consistency_weight,
+            consistency_in_both_stages=recipe.consistency_in_both_stages,
+            consistency_boxes=recipe.consistency_boxes,
+            mining=recipe.mining,
+            mining_top_k=recipe.mining_top_k,
+            mined_targets=recipe.mined_targets,
+            cost_queue_size=recipe.cost_queue_size,
+            **pseudo_labels,
+            **ema,
+        )
+    raise UserError(f"no method called {name!r}: choose from {', '.join(METHODS)}")

@@ -34,7 +34,7 @@ from semidetr_lite.data.splits import Splits
 from semidetr_lite.detectors.detector import padded_side
 from semidetr_lite.device import to_host
 from semidetr_lite.errors import Stopped, UserError, reading
-from semidetr_lite.methods.mean_teacher import Averaged
+from semidetr_lite.methods.mean_teacher import TeacherStudent
 from semidetr_lite.training import presets
 from semidetr_lite.training.checkpoint import (
     append_lines,
@@ -165,7 +165,8 @@ class Run:
         self.step, self.seconds, self.offset, self.skipped = 0, 0.0, 0, 0
         self.logged, self.began = 0, time.perf_counter()
         settings = {key: value for key, value in self.config.items() if key not in ("commit", "machine", "command")}
-        distributed.agree("images, labels or settings", state and state["step"], settings, fingerprint(self.splits))
+        given = (state and state["step"], settings, fingerprint(self.splits))
+        distributed.assert_same_on_all_ranks("images, labels or settings", *given)
         with reading(self.out / "last.pt" if state else self.out, "cannot be built"):
             self._build(state)
         self.last_good = f"{self.out / 'last.pt'} (step {self.step})" if state else "none yet"
@@ -185,11 +186,10 @@ class Run:
         arguments = {**self.arguments, "backbone_weights": None} if state or start else self.arguments
         student = presets.make_detector(config["detector"], len(self.splits.categories), arguments)
         how = (self.recipe, config["steps"], self.offset, config["seed"])
-        self.method: Averaged = presets.make_method(config["method"], student, *how).to(self.device).train()
+        self.method: TeacherStudent = presets.make_method(config["method"], student, *how).to(self.device).train()
         self.optimizer = make_optimizer(self.method, self.recipe)
         self.engine = Engine(self.method, self.recipe)
         if state:
-            state["method"].setdefault("pseudo_counts", self.method.pseudo_counts)  # not in checkpoints of old
             fill(self.method, state["method"], self.out / "last.pt")
             self.optimizer.load_state_dict(state["optimizer"])
             self.method.student.nms = self.method.teacher.nms = state["nms"]
@@ -237,9 +237,9 @@ class Run:
                         with stop.at_once():  # measuring may take minutes; what is unsaved then is a few steps
                             line = self._line(losses)
                         self._log(line)
-                    if any(distributed.gather(stop.asked)) and self.step < self.config["steps"]:
+                    if any(distributed.all_gather(stop.asked)) and self.step < self.config["steps"]:
                         self.save()
-                        distributed.gather("saved")  # the first that ends takes the others with it
+                        distributed.all_gather("saved")  # the first that ends takes the others with it
                         stop.now()
             except KeyboardInterrupt:
                 raise Stopped(f"stopped; the last checkpoint is {self.last_good}", stop.status) from None
@@ -300,7 +300,7 @@ class Run:
             size = (max(views.short_sides), views.long_side)
         if getattr(self.method.student.backbone, "sees_padding", False):
             size = tuple(map(padded_side, size))  # as among images of other sizes
-        most = min(self.recipe.most, 100)  # more than 100 that are confident in one image do not happen in practice
+        most = min(self.recipe.max_pseudo_boxes, 100)  # more confident boxes in one image do not happen in practice
         self.engine.rehearse(size, self.recipe.labelled_images, self.unlabelled, most)
 
     def _loader(self):
@@ -339,7 +339,7 @@ class Run:
             "images_per_second": round(images / max(self._clock(), 1e-9), 2),
             "seconds": round(self.seconds, 1),
         }
-        alarm = self.method.alarm() if self.unlabelled else None
+        alarm = self.method.collapse_warning() if self.unlabelled else None
         line |= {"alarm": alarm} if alarm else {}
         return line | (self._measure() if self._due(self.recipe.evaluate_every) else {})
 
@@ -416,7 +416,7 @@ class Stop:
             signal.signal(number, handler)
 
     def _note(self, number: int, _) -> None:
-        again = self.asked and time.monotonic() > self.first + 5 * (distributed.world() > 1)  # torchrun doubles it
+        again = self.asked and time.monotonic() > self.first + 5 * (distributed.world_size() > 1)  # torchrun doubles it
         self.first = self.first if self.asked else time.monotonic()
         self.asked, self.status = True, 128 + number
         if again or not self.waits:
@@ -465,7 +465,7 @@ def _plain(line):
 
 def mean_stats(stats: dict[str, float]) -> dict[str, float]:
     """Each figure's mean over the processes."""
-    found = distributed.gather(stats)
+    found = distributed.all_gather(stats)
     return {name: sum(one[name] for one in found) / len(found) for name in stats}
 
 
@@ -476,7 +476,7 @@ def fingerprint(splits: Splits) -> list:
     return [(part.sizes, getattr(part, "indices", None), own) for part, own in zip(parts, ids, strict=True)]
 
 
-def make_optimizer(method: Averaged, recipe: Recipe) -> torch.optim.Optimizer:
+def make_optimizer(method: TeacherStudent, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW, the backbone at its own rate."""
     backbone, rest = [], []
     for name, parameter in method.named_parameters():
