@@ -29,6 +29,7 @@ ROOMS = [
     "methods",
     "evaluate",
     "visualize",
+    "svg",
     "training",
     "report",
     "teach",
