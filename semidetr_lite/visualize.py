@@ -404,9 +404,9 @@ def plot_curves(logs: dict[str, list[dict]], x="step", title=None, burn_ins=None
     colour, so the name should mention it; a second run of a method gets another marker. `burn_ins` maps the name of a
     run to (what to call it, log) of the run it went on from: a grey curve, drawn once, and the run's begins at its end.
     """
-    figure, ax = _plot(7.5, 3.4)
+    figure, ax = _plot(6.4, 3.6)
     ends, used, starts = [], [], {}
-    for name, log in logs.items():
+    for name in logs:
         called, burn_in = (burn_ins or {}).get(name, ("", []))
         starts[name] = [line for line in burn_in if line.get("AP_teacher") is not None][-1:]
         if starts[name] and burn_in not in (*used, *logs.values()):
@@ -425,8 +425,8 @@ def plot_curves(logs: dict[str, list[dict]], x="step", title=None, burn_ins=None
         used.append(color)
     ranked = sorted(ends, key=lambda end: -end[0])
     handles = [drawn for _, _, drawn in ranked] + handles
-    handles.append(Line2D([], [], color=INK, linewidth=1.1, linestyle="--", label="dashed: student"))
-    legend = ax.legend(handles=handles, title="EMA teacher", title_fontsize=8, alignment="left", **BESIDE)
+    handles.append(Line2D([], [], color=INK, linewidth=1.1, linestyle="--", label="dashed: its student"))
+    legend = ax.legend(handles=handles, loc="lower right", fontsize=8.5, framealpha=0.8, edgecolor="none")
     for text in legend.get_texts():
         text.set_parse_math(False)
     ax.set(xlabel="step" if x == "step" else "minutes of training", ylabel="AP on the tune split, %", ylim=(0, None))

@@ -31,6 +31,7 @@ ROOMS = [
     "visualize",
     "svg",
     "training",
+    "runs",
     "report",
     "teach",
     "cli",
