@@ -169,7 +169,8 @@ def _columns(runs: list[Record]) -> list[tuple[str, str]]:
     sizes = [(key, title) for key, title in SIZES.items() if key in known]
     columns += sizes if len(sizes) > 1 else []  # the one size of all objects has the AP of all
     for key, title in SETTINGS.items():
-        if len({str(run.config.get(key)) for run in runs}) > 1:
+        values = [run.config.get(key) for run in runs]
+        if len({str(value) for value in values if value is not None}) > 1:
             columns.append((key, title))
     for key, title in (("step", "steps"), ("seconds", "time")):
         if any(last(run.log, key) is not None for run in runs):

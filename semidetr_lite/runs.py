@@ -195,7 +195,7 @@ def same_time(run: Record, runs: list[Record]) -> bool:
 
 def as_training(run: Record, runs: list[Record]) -> str:
     """A run in a sentence: "supervised training of the same time", not "supervised, same time"."""
-    if run.method != "supervised" or run.name != default_name(run, runs) or run.path.is_file():
+    if run.method != "supervised" or run.name != default_name(run, runs):
         return run.name
     return "supervised training" + " of the same time" * same_time(run, runs)
 
