@@ -99,6 +99,7 @@ def _page(runs: list[Record], images: int, score: float) -> str:
     seen = [_detect(run, splits.test, truths, score) for run in runs if run.weights and truths]
     first = [index for index, truth in enumerate(truths) if seen and len(truth["boxes"])][:images]
     different, compared = _differences(seen, images)
+    different = different if len(truths) > images else []  # all of them are shown already
     pictures: dict = {}  # every image of the page, by its key
     names = _Names(runs[0].data.get("data") == "digits")
     cards = {index: _card(index, splits, seen, names, pictures) for index in {*first, *different}}

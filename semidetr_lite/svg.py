@@ -19,7 +19,7 @@ from torchvision.ops import box_iou
 from semidetr_lite.visualize import BLUE, MOST_LABELS, STYLES, free_place
 
 LONGEST = 800  # pixels of an image's longer side in the page
-JPEG_QUALITY = 92
+QUALITY, SMALL_QUALITY = 85, 92  # of JPEG, for large and small images
 SMALL = 256  # pixels of the longer side up to which pixels are shown as squares
 FONT = "DejaVu Sans"  # its letters are as wide as Verdana's; those of most other fonts are narrower
 PIXELS_PER_POINT = 4 / 3
@@ -63,7 +63,10 @@ def _symbol(key: str, image: torch.Tensor) -> str:
     shown, file = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()), io.BytesIO()
     shown.thumbnail((LONGEST, LONGEST))
     small = max(height, width) <= SMALL
-    shown.save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0 if small else 2)
+    if small:
+        shown.save(file, "JPEG", quality=SMALL_QUALITY, subsampling=0)
+    else:
+        shown.save(file, "JPEG", quality=QUALITY)
     code = base64.b64encode(file.getvalue()).decode("ascii")
     size = f'width="{width}" height="{height}" preserveAspectRatio="none"'
     look = 'class="pixels" ' if small else ""

@@ -196,9 +196,10 @@ def _write_labels(ax, labels, size: tuple[int, int]) -> None:
 
 
 def free_place(box, extent: np.ndarray, size: tuple[int, int], boxes, taken) -> np.ndarray:
-    """Where a text of `extent` (width, height) beside `box` overlaps other texts and boxes least: xyxy, in the image.
+    """Where a text beside `box` overlaps other texts and boxes least: xyxy, inside the image.
 
-    `size` is the image's (H, W), `boxes` are all boxes and `taken` the places of the texts so far, in the same unit.
+    `extent` is the text's (width, height), `size` the image's (H, W), `boxes` are all boxes and
+    `taken` the places of the texts so far, all in one unit.
     """
     (x1, y1, x2, y2), (width, height) = box, extent
     across, down = (x1, x2 - width, (x1 + x2 - width) / 2), (y1, y2 - height, (y1 + y2 - height) / 2)
@@ -297,10 +298,10 @@ def hit_sentence(*errors: dict) -> str:
 def show_pseudo_boxes(image, line, truth=None, categories=None, title=None) -> Picture:
     """The teacher's boxes for one image at one step against the truth: kept, mined only, dropped.
 
-    `line` is a line of `pseudo_boxes.jsonl`, or a list of such lines for the same image, drawn as a row over the steps.
-    `truth` is a target of the image or None. A box both kept and mined counts as kept. Blue boxes are right and orange
-    ones wrong, where the truth is known; of the dropped ones the BEST_DROPPED are drawn. `title=""` leaves out every
-    word around the images.
+    `line` is a line of `pseudo_boxes.jsonl`, or a list of such lines for the same image, drawn as a
+    row over the steps. `truth` is a target of the image or None. A box both kept and mined counts
+    as kept. Blue boxes are right and orange ones wrong, where the truth is known. Of the dropped
+    ones the BEST_DROPPED are drawn. `title=""` leaves out every word around the images.
     """
     lines = [line] if isinstance(line, dict) else list(line)
     captions = [f"step {one['step']:,}: {pseudo_sentence(one, truth)}" for one in lines]
@@ -318,7 +319,7 @@ def show_pseudo_boxes(image, line, truth=None, categories=None, title=None) -> P
 
 
 def drop_most(scores, styles: list[str]) -> set[int]:
-    """The places of the dropped boxes that are not drawn: all but the BEST_DROPPED with the highest scores."""
+    """The places of the dropped boxes that are not drawn: all but the BEST_DROPPED by score."""
     dropped = [place for place, style in enumerate(styles) if style == "dropped"]
     return set(sorted(dropped, key=lambda place: -scores[place])[BEST_DROPPED:])
 
@@ -336,8 +337,8 @@ def pseudo_sentence(line: dict, truth: dict | None = None) -> str:
 def pseudo_styles(line: dict, truth: dict | None = None) -> list[str]:
     """A key of STYLES for each box of a line of `pseudo_boxes.jsonl`.
 
-    A box is kept, else mined, else dropped. With a truth, kept boxes that are no hit (IoU 0.5) are "kept_wrong", and
-    mined ones likewise "mined_wrong".
+    A box is kept, else mined, else dropped. With a truth, kept boxes that are no hit (IoU 0.5) are
+    "kept_wrong", and mined ones likewise "mined_wrong".
     """
     pairs = zip(line["kept"], line["mined"])
     styles = ["kept" if kept else "mined" if mined else "dropped" for kept, mined in pairs]
@@ -400,9 +401,10 @@ def _wrap(text: str, inches: float, points: int) -> str:
 def plot_curves(logs: dict[str, list[dict]], x="step", title=None, burn_ins=None) -> Picture:
     """AP on the tune split over steps, or over minutes (x="minutes"), student and teacher of every run.
 
-    `logs` maps the name of a run to the lines of its log.jsonl; lines without an AP are skipped. A method has its fixed
-    colour, so the name should mention it; a second run of a method gets another marker. `burn_ins` maps the name of a
-    run to (what to call it, log) of the run it went on from: a grey curve, drawn once, and the run's begins at its end.
+    `logs` maps the name of a run to the lines of its log.jsonl; lines without an AP are skipped. A
+    method has its fixed colour, so the name should mention it; a second run of a method gets
+    another marker. `burn_ins` maps the name of a run to (what to call it, log) of the run it went
+    on from: a grey curve, drawn once, and the run's own curve begins at its end.
     """
     figure, ax = _plot(6.4, 3.6)
     ends, used, starts = [], [], {}
@@ -425,7 +427,8 @@ def plot_curves(logs: dict[str, list[dict]], x="step", title=None, burn_ins=None
         used.append(color)
     ranked = sorted(ends, key=lambda end: -end[0])
     handles = [drawn for _, _, drawn in ranked] + handles
-    handles.append(Line2D([], [], color=INK, linewidth=1.1, linestyle="--", label="dashed: its student"))
+    dashed = {"linestyle": "--", "label": "dashed: student (solid: EMA teacher)"}
+    handles.append(Line2D([], [], color=INK, linewidth=1.1, **dashed))
     legend = ax.legend(handles=handles, loc="lower right", fontsize=8.5, framealpha=0.8, edgecolor="none")
     for text in legend.get_texts():
         text.set_parse_math(False)

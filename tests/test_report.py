@@ -384,6 +384,12 @@ def test_all_dropped_boxes_are_shown_only_when_asked_for(tmp_path):
     assert [found["id"] for found in few.all("input")] == ["students"]  # nothing is hidden
 
 
+def test_few_images_are_not_shown_twice(tmp_path):
+    page = Page(write_report(pair(tmp_path), tmp_path / "out", images=len(TEST)))
+    assert re.findall(r"<h3>test scene (\d)</h3>", page.source) == ["1", "2", "4"]
+    assert "Where they differ most" not in headings(page)
+
+
 def test_text_is_escaped(tmp_path):
     run = make_run(
         tmp_path / "<script>alert(1)</script>&$x$".replace("/", "_"),
