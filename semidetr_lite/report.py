@@ -196,7 +196,7 @@ def _row(run: Record, which: str, runs: list[Record]) -> dict:
         else:
             cells.append((_setting(run, key), ""))
     top = max((other.ap for other in runs if other.ap is not None), default=None)
-    best = main and len(runs) > 1 and run.ap is not None and run.ap == top
+    best = main and len(runs) > 1 and run.ap is not None and f"{run.ap:.1f}" == f"{top:.1f}"
     return {"name": run.name, "student": not main, "best": best, "cells": cells}
 
 

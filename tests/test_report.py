@@ -499,6 +499,8 @@ def test_a_difference_that_no_decimal_shows_is_a_tie(tmp_path):
         said
         == "A tie: supervised training of the same time and Semi-DETR reach 51.0 AP on the test split"
     )
+    page = Page(write_report(made, tmp_path / "out", images=1))
+    assert len(page.all("tr", **{"class": "best"})) == 2
     made = demo(tmp_path / "more", control=0.4, semi_detr=0.5002, mean_teacher=0.5001)
     assert headline(made).startswith(
         "Semi-DETR and mean teacher: 51.0 AP on the test split, +10.0 AP over"
