@@ -1,13 +1,13 @@
-"""One page about one or several runs: how accurate, how they got there, what the teacher taught, where they still err.
+"""One page about one or several runs: who is how accurate, what they detect, how they learned it.
 
-`write_report` reads run folders (config.json, log.jsonl, pseudo_boxes.jsonl, weights) and fills report.html, a Jinja
-template (torch brings Jinja): a single file that needs nothing else. What a run does not have is left out, with a
-sentence that says so. A figure on it is either recorded (it stands in the log of the run) or live (measured while the
-page was written); the foot of the page says which, and where each run came from.
+`write_report` reads run folders or weights files (runs.py) and fills report.html, a Jinja template
+(torch brings Jinja): a single file that needs nothing else. `headline` is its first sentence. What
+a run does not have is left out. A figure is either recorded (it stands in the log of the run) or
+live (measured while the page was written); the foot of the page says which, and where each run
+came from.
 """
 
-import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
@@ -15,262 +15,383 @@ import numpy as np
 from jinja2 import Template
 
 import semidetr_lite
-from semidetr_lite import visualize
-from semidetr_lite.errors import UserError, reading
-from semidetr_lite.training import presets
-from semidetr_lite.training.checkpoint import read_config, read_lines, write_whole
-from semidetr_lite.training.measure import measure
+from semidetr_lite import svg, visualize
+from semidetr_lite.data.images import ImageFolder
+from semidetr_lite.data.splits import Joined, Splits, Subset
+from semidetr_lite.errors import reading
+from semidetr_lite.runs import (
+    Record,
+    as_training,
+    best_sentence,
+    fill_figures,
+    is_measured,
+    last,
+    listed,
+    read_runs,
+    splits_of,
+)
+from semidetr_lite.training.checkpoint import write_whole
 
 FRAMES = 6  # steps of the pseudo-box timeline
 POOL = 200  # test images among which the largest differences are looked for
-BATCH = 50  # images a detector gets at once
-SHARPNESS = 130  # pixels an inch, for screens with small pixels
+BATCH = 50  # images that a detector gets in one call
+PLOT_DPI = 160  # of plots, twice what a page of 1,280 pixels shows
+PAGE, NARROW = 1200, 190  # CSS pixels of a row of pictures, and of a picture of the timeline
+DETECTORS = {
+    "dino": "DINO",
+    "deformable-detr": "Deformable DETR",
+    "detr": "DETR",
+    "faster-rcnn": "Faster R-CNN",
+    "fcos": "FCOS",
+}
+SIZES = {"AP_small": "small", "AP_medium": "medium", "AP_large": "large"}
+SETTINGS = {"detector": "detector", "percent": "labels", "seed": "seed"}  # columns if runs differ
 
 
-@dataclass
-class Record:
-    """What a run folder holds, as read from disk, and what was measured on it. Steps and seconds count the burn-in."""
+def write_report(runs, out, images: int = 8, score: float = 0.3, names: dict | None = None) -> Path:
+    """Write `out`/report.html about `runs` and return its path.
 
-    folder: Path
-    config: dict
-    log: list[dict]
-    pseudo_lines: list[dict]
-    weights: list[str]  # of "teacher" and "student", those whose file exists
-    before: int  # steps of the burn-in
-    name: str = ""
-    figures: dict = field(default_factory=dict)  # {"student": COCO's figures on the test split, "teacher": ...}
-    live: bool = False  # whether the figures were measured here, not recorded
-    found: list[dict] = field(default_factory=list)  # detections on the first POOL test images
-    errors: list[dict] = field(default_factory=list)  # count_hits of each
-
-
-def write_report(runs, out, images: int = 8, score: float = 0.3) -> Path:
-    """Write `out`/report.html about the run folders `runs` and return its path.
-
-    `images` test images are shown (the first ones that hold an object), and as many where the runs differ most; boxes
-    that score less than `score` are not drawn and not counted there. AP on the test split is the recorded one; without
-    a record it is measured.
-    Raises UserError for a folder that is no run, a file that cannot be read, or runs on different data.
+    `runs` are run folders or .safetensors files; the first is what the others are compared with.
+    `images` test images are shown (the first ones that hold an object), and as many where the runs
+    differ most; boxes that score less than `score` are not drawn and not counted there. `names`
+    maps the name of a folder or file to what the page calls it. AP on the test split is the
+    recorded one; without a record it is measured.
+    Raises UserError for a folder that is no run, a file that cannot be read, or runs on different
+    data.
     """
-    path, runs = Path(out) / "report.html", _read_runs(runs)
-    with reading(", ".join(str(run.folder) for run in runs), "its config or logs cannot be shown"):
+    path, runs = Path(out) / "report.html", read_runs(runs, names)
+    with reading(_paths(runs), "its config or logs cannot be shown"):
         page = _page(runs, images, score)
     write_whole(path, page)
     return path
 
 
+def headline(runs, names: dict | None = None) -> str:
+    """The page's first sentence: the highest AP on the test split, and how far the first run is.
+
+    Takes what `write_report` takes, and raises the same. A run without a recorded AP is measured.
+    """
+    runs = read_runs(runs, names)
+    with reading(_paths(runs), "its config or logs cannot be shown"):
+        for run in runs:
+            fill_figures(run)
+        return best_sentence(runs)
+
+
+def _paths(runs: list[Record]) -> str:
+    return ", ".join(str(run.path) for run in runs)
+
+
+@dataclass
+class Seen:
+    """A run with what it detects on the first test images."""
+
+    name: str
+    found: list[dict]  # detections of each image
+    errors: list[dict]  # count_hits of each image
+
+
 def _page(runs: list[Record], images: int, score: float) -> str:
-    splits = _splits(runs[0])
+    splits = splits_of(runs[0])
     truths = [splits.test[index][1] for index in range(min(POOL, len(splits.test)))]
     for run in runs:
-        _look(run, splits.test, len(truths))
-        run.errors = [visualize.count_hits(*pair, score) for pair in zip(run.found, truths)]
-    seeing = [run for run in runs if run.weights] if truths else []
-    first = [index for index, truth in enumerate(truths) if len(truth["boxes"])][:images]
-    different, compared = _differences(seeing, images)
-    cards = {index: _card(index, splits, seeing, score) for index in {*first, *different} if seeing}
-    logs = {run.name: run.log for run in runs if run.log}
+        fill_figures(run, splits)
+    seen = [_detect(run, splits.test, truths, score) for run in runs if run.weights and truths]
+    first = [index for index, truth in enumerate(truths) if seen and len(truth["boxes"])][:images]
+    different, compared = _differences(seen, images)
+    different = different if len(truths) > images else []  # all of them are shown already
+    pictures: dict = {}  # every image of the page, by its key
+    names = _Names(runs[0].data.get("data") == "digits")
+    cards = {index: _card(index, splits, seen, names, pictures) for index in {*first, *different}}
+    timelines = []
+    for run in [run for run in runs if run.pseudo_lines]:
+        own = splits if run is runs[0] else splits_of(run)
+        timelines.append(_timeline(run, own, names, pictures))
     page = resources.files("semidetr_lite").joinpath("report.html").read_text(encoding="utf-8")
-    return Template(page, autoescape=True).render(
+    return Template(page, autoescape=True, trim_blocks=True, lstrip_blocks=True).render(
         runs=runs,
-        finding=_finding(runs),
-        last=_last,
-        change=_change,
-        duration=_duration,
-        curves=_curves(logs),
-        losses={name: _image(visualize.plot_losses(log)) for name, log in logs.items()},
-        seeing=seeing,
-        totals=[f"{run.name} {visualize.hit_sentence(*run.errors)}" for run in seeing],
+        headline=best_sentence(runs),
+        sentence=_sentence(runs, splits),
+        with_semi_detr=any(run.method == "semi-detr" for run in runs),
+        columns=_columns(runs),
+        rows=[_row(run, which, runs) for run in runs for which in _order(run)],
+        test_images=len(splits.test),
+        plots=_plots(runs),
+        losses={run.name: _plot(visualize.plot_losses(run.log)) for run in runs if run.log},
+        totals=[f"{one.name} {visualize.hit_sentence(*one.errors)}" for one in seen],
         score=score,
         looked_at=len(truths),
-        first=[cards[index] for index in first if seeing],
+        first=[cards[index] for index in first],
         different=[cards[index] for index in different],
         compared=compared,
-        timelines=[_timeline(run, splits if run is runs[0] else _splits(run)) for run in runs if run.pseudo_lines],
+        timelines=timelines,
+        best_dropped=visualize.BEST_DROPPED,
+        css=svg.css(),
+        definitions=svg.definitions(pictures),
+        swatch=svg.swatch,
+        style_names=visualize.NAMES,
     )
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
+def _sentence(runs: list[Record], splits: Splits) -> str:
+    """What was compared: the runs, the detector, the data with its labels, the common start."""
+
+    def common(key: str):
+        values = [run.config.get(key) for run in runs]
+        return values[0] if all(value == values[0] for value in values) else None
+
+    who = listed([as_training(run, runs) for run in runs])
+    detector = DETECTORS.get(common("detector"), common("detector"))
+    data = runs[0].data.get("data") or runs[0].config.get("preset") or "unnamed data"
+    where = "handwritten digits in photographs" if data == "digits" else Path(str(data)).name
+    said = f"{'Compared: ' if len(runs) > 1 else 'Shown: '}{who}, "
+    said += f"with the detector {detector} on {where}" if detector else f"on {where}"
+    percent, unlabelled = common("percent"), f"{len(splits.unlabelled):,} without labels"
+    if isinstance(percent, int | float):
+        said += f" with {percent:g} % of the labels ({len(splits.labelled):,} images"
+        if any(run.method not in ("", "supervised") for run in runs):
+            said += f"; semi-supervised training also sees {unlabelled}"
+        said += ")"
+    before = {last(run.burn_in, "step") for run in runs}
+    if len(before) == 1 and None not in before:
+        start = f"{before.pop():,} steps of {runs[0].burn_in_name}"
+        said += f", all after the same {start}" if len(runs) > 1 else f", after {start}"
+    return said + "."
 
 
-def read_run(folder) -> Record:
-    """The run in a folder. Raises UserError where there is none, or where one of its files is damaged."""
-    folder = Path(folder)
-    config = read_config(folder)
-    with reading(folder / "config.json", "its burn-in cannot be followed"):
-        start = _burn_in(folder, config)
-    log, pseudo_lines = (_lines(folder / name, **start) for name in ("log.jsonl", "pseudo_boxes.jsonl"))
-    weights = [which for which in ("teacher", "student") if (folder / f"{which}.safetensors").is_file()]
-    return Record(folder, config, log, pseudo_lines, weights, start["step"])
+# ---- the table -------------------------------------------------------------------------------
 
 
-def _read_runs(folders) -> list[Record]:
-    """The runs, named by folder or, where two are alike, by what the paths do not share; and method, if not said."""
-    runs = [read_run(folder) for folder in folders]
-    if not runs:
-        raise UserError("no run to report on: give at least one run folder")
-    paths = [run.folder.resolve().parts for run in runs]
-    alike = len({path[-1] for path in paths}) < len(paths)
-    shared = len(os.path.commonprefix([path[:-1] for path in paths])) if alike else -1  # -1: all but the folder's name
-    for place, (run, path) in enumerate(zip(runs, paths)):
-        if path in paths[:place]:
-            raise UserError(f"{run.folder}: given twice; give every run folder once")
-        for key in ("data", "validation", "categories"):
-            if run.config.get(key) != runs[0].config.get(key):
-                both = f"{run.folder} and {runs[0].folder}"
-                raise UserError(f'{both} differ in "{key}" of config.json; compare runs on the same data')
-        name, method = "/".join(path[shared:]), str(run.config.get("method", ""))
-        run.name = name if method in name else f"{name} ({method})"
-    return runs
+def _columns(runs: list[Record]) -> list[tuple[str, str]]:
+    """(key, title) of the columns that hold a value; sizes and settings only where they differ."""
+    found = [figure for run in runs for part in run.figures.values() for figure in part.items()]
+    known = {key for key, value in found if is_measured(value)}
+    columns = [(key, key) for key in ("AP", "AP50", "AP75") if key in known]
+    sizes = [(key, title) for key, title in SIZES.items() if key in known]
+    columns += sizes if len(sizes) > 1 else []  # the one size of all objects has the AP of all
+    for key, title in SETTINGS.items():
+        values = [run.config.get(key) for run in runs]
+        if len({str(value) for value in values if value is not None}) > 1:
+            columns.append((key, title))
+    for key, title in (("step", "steps"), ("seconds", "time")):
+        if any(last(run.log, key) is not None for run in runs):
+            columns.append((key, title))
+    return columns
 
 
-def _burn_in(folder: Path, config: dict) -> dict:
-    """Steps and seconds of the run that this one started from, with those before it; nothing if it is not on disk."""
-    earlier = Path(config.get("burn_in") or folder)
-    for place in (earlier, folder.parent / earlier.name):
-        if config.get("burn_in") and (place / "config.json").is_file():
-            log = _lines(place / "log.jsonl", **_burn_in(place, read_config(place)))
-            return {"step": _last(log, "step") or 0, "seconds": _last(log, "seconds") or 0.0}
-    return {"step": 0, "seconds": 0.0}
+def _order(run: Record) -> list[str]:
+    """Whose figures a run has, those of the main row first."""
+    return [which for which in ("teacher", "student") if run.figures.get(which)]
 
 
-def _lines(path: Path, **start) -> list[dict]:
-    """The lines of a log, counted from an earlier start."""
-    lines = read_lines(path, unfinished=True)
-    with reading(path, "not the log of a run"):
-        return [line | {key: line[key] + start[key] for key in start if line.get(key) is not None} for line in lines]
+def _row(run: Record, which: str, runs: list[Record]) -> dict:
+    """A line of the table; "cells" are [(text, difference to the same cell of the first run)]."""
+    main = which == _order(run)[0]
+    base = runs[0].main if main else runs[0].figures.get(which, {})
+    base = {} if run is runs[0] else base
+    found, cells = run.figures[which], []
+    for key, _ in _columns(runs):
+        if key.startswith("AP"):
+            cells.append(_change(found.get(key), base.get(key)))
+        else:
+            cells.append((_setting(run, key), ""))
+    top = max((other.ap for other in runs if other.ap is not None), default=None)
+    best = main and len(runs) > 1 and run.ap is not None and f"{run.ap:.1f}" == f"{top:.1f}"
+    return {"name": run.name, "student": not main, "best": best, "cells": cells}
 
 
-def _splits(run: Record):
-    """The data a run was trained and tested on."""
-    return presets.load_splits(run.config, run.folder / "config.json")
-
-
-def _look(run: Record, test, count: int) -> None:
-    """Fill in a run's figures, recorded or measured, and what it finds on the first `count` test images."""
-    detectors = {which: semidetr_lite.load_detector(run.folder, weights=which) for which in run.weights}
-    recorded = [line["test"] for line in run.log if line.get("test")]
-    run.live = bool(detectors and not recorded and len(test))
-    if run.live:
-        run.figures = {which: measure(detector, test) for which, detector in detectors.items()}
-    elif recorded:
-        run.figures = recorded[-1]
-    for start in range(0, count if detectors else 0, BATCH):
-        batch = [test[index][0] for index in range(start, min(start + BATCH, count))]
-        run.found += detectors[run.weights[0]].detect(batch, score=0.0)
-
-
-# ---- the sections ----------------------------------------------------------------------------------------------------
-
-
-def _image(figure, text: str = "") -> str:
-    return visualize.image_tag(figure, text, SHARPNESS)
-
-
-def _finding(runs: list[Record]) -> str:
-    """Which run is the most accurate one, by its teacher if it has one."""
-    figures = [run.figures.get("teacher") or run.figures.get("student") or {} for run in runs]
-    best = [(100 * found["AP"], run.name) for run, found in zip(runs, figures) if _measured(found.get("AP"))]
-    if not best:
-        return "No accuracy on the test split yet"
-    (top, name), (base, first) = max(best), best[0]
-    more = f", {top - base:.1f} more than {first}" if name != first else ""
-    return f"{name} reaches {top:.1f} AP on the test split{more}"
-
-
-def _curves(logs: dict[str, list[dict]]) -> list[str]:
-    """AP over steps and over minutes, if any was logged."""
-    if not any("AP_teacher" in line or "AP_student" in line for log in logs.values() for line in log):
-        return []
-    by_minute = visualize.plot_curves(logs, x="minutes", title="The same over the time spent on training")
-    return [_image(visualize.plot_curves(logs)), _image(by_minute)]
-
-
-def _timeline(run: Record, splits) -> dict:
-    """The watched unlabelled images over training: a row per image, a column per step."""
-    steps = sorted({line["step"] for line in run.pseudo_lines})
-    steps = [steps[place] for place in np.unique(np.linspace(0, len(steps) - 1, FRAMES).round().astype(int))]
-    by_place = {(line["image_id"], line["step"]): line for line in run.pseudo_lines}
-    ids = list(dict.fromkeys(line["image_id"] for line in run.pseudo_lines))
-    watched, cells = _watched(splits.unlabelled, ids), []
-    for image_id in [image_id for image_id in ids if image_id in watched]:
-        image, truth = watched[image_id]
-        for frame, step in enumerate(steps, 1):
-            line, picture, said = by_place.get((image_id, step)), "", "not recorded"
-            if line is not None:
-                said = visualize.pseudo_sentence(line, truth)
-                drawn = visualize.show_pseudo_boxes(image, line, truth, splits.categories, title="")
-                picture = _image(drawn, f"step {step:,}: {said}")
-            cells.append((picture, f"step {step:,}", said, frame))
-    known = any("pseudo_per_image" in line for line in run.log)
-    return {
-        "name": run.name,
-        "quality": _image(visualize.plot_pseudo_quality(run.log)) if known else "",
-        "steps": [f"step {step:,}" for step in steps],
-        "cells": cells,
-        "lost": [image_id for image_id in ids if image_id not in watched],
-    }
-
-
-def _watched(unlabelled, ids: list) -> dict:
-    """{image id: (image, its truth or None)} for some images of the unlabelled split; it stops when it has all."""
-    found: dict = {}
-    for index in range(len(unlabelled)):
-        if len(found) == len(ids):
-            break
-        image, target = unlabelled[index]
-        if target.get("image_id") in ids:
-            found[target["image_id"]] = (image, target.get("truth"))
-    return found
-
-
-def _differences(runs: list[Record], images: int) -> tuple[list[int], str]:
-    """The test images with the largest difference in errors, and a sentence on how often which run errs least."""
-    if len(runs) < 2:
-        return [], "Two runs with weights are needed."
-    wrong = np.array([[len(one["misses"]) + len(one["false_alarms"]) for one in run.errors] for run in runs])
-    spread, least = wrong.max(0) - wrong.min(0), wrong == wrong.min(0)  # (images,), (runs, images)
-    chosen = [int(index) for index in np.argsort(-spread, kind="stable")[:images] if spread[index] > 0]
-    if not chosen:
-        return [], "They make equally many errors on every image."
-    alone = (least & (least.sum(0) == 1)).sum(1)
-    said = ", ".join(f"{run.name} alone errs least on {count}" for run, count in zip(runs, alone))
-    note = f"Chosen for their difference, so not typical. Of {wrong.shape[1]} images, {said}"
-    return chosen, f"{note}; {wrong.shape[1] - alone.sum()} are ties."
-
-
-def _card(index: int, splits, runs: list[Record], score: float) -> dict:
-    """One test image: its truth, then each run."""
-    image, truth = splits.test[index]
-    objects = len(truth["boxes"])
-    said = f"{objects} {'object' if objects == 1 else 'objects'}"
-    drawn = visualize.show_targets([image], [truth], splits.categories, title="")
-    cells = [(_image(drawn, f"truth of test image {index}: {said}"), "truth", said)]
-    for run in runs:
-        said = visualize.hit_sentence(run.errors[index])
-        drawn = visualize.show_hits([image], [run.found[index]], [truth], splits.categories, score, title="")
-        cells.append((_image(drawn, f"{run.name} on test image {index}: {said}"), run.name, said))
-    return {"index": index, "cells": cells, "large": max(image.shape[-2:]) > 160}
-
-
-def _last(log: list[dict], key: str):
-    """The last value a log has for a key, None if it has none."""
-    return next((line[key] for line in reversed(log) if line.get(key) is not None), None)
+def _setting(run: Record, key: str) -> str:
+    """A cell that is no AP."""
+    value = last(run.log, key) if key in ("step", "seconds") else run.config.get(key)
+    if value is None:
+        return "–"
+    if key == "seconds":
+        return _duration(value)
+    if key == "percent" and isinstance(value, int | float):
+        return f"{value:g} %"
+    if key == "detector":
+        return DETECTORS.get(value, str(value))
+    return f"{value:,}" if key == "step" else str(value)
 
 
 def _duration(seconds: float) -> str:
-    size, unit = next(pair for pair in ((3600, "h"), (60, "min"), (1, "s")) if seconds >= 2 * pair[0] or pair[0] == 1)
-    return f"{seconds / size:.{0 if size == 1 else 1}f} {unit}"
-
-
-def _measured(value) -> bool:
-    """Whether a figure exists: COCO marks a class of objects that does not occur by nan or -1."""
-    return value is not None and value >= 0
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _change(value, base) -> tuple[str, str]:
     """A figure in %, and how much more it is than another one."""
-    if not _measured(value):
+    if not is_measured(value):
         return "–", ""
-    change = f"{round(100 * (value - base), 1) + 0.0:+.1f}" if _measured(base) else ""  # + 0.0 turns -0.0 into 0.0
-    return f"{100 * value:.1f}", change
+    if not is_measured(base):
+        return f"{100 * value:.1f}", ""
+    change = round(100 * (value - base), 1) + 0.0  # + 0.0 turns -0.0 into 0.0
+    return f"{100 * value:.1f}", f"{change:+.1f}"
+
+
+# ---- plots -----------------------------------------------------------------------------------
+
+
+def _plot(figure, text: str = "") -> str:
+    return visualize.image_tag(figure, text, PLOT_DPI)
+
+
+def _plots(runs: list[Record]) -> list[str]:
+    """AP over steps and over minutes, if any was logged; the common burn-in first."""
+    logs = {run.name: run.log for run in runs if run.log}
+    if not any(line.get("AP_teacher") is not None for log in logs.values() for line in log):
+        return []
+    burn_ins = {run.name: (run.burn_in_name, run.burn_in) for run in runs}
+    by_step = "AP during training, on the tune split"
+    by_minute = "The same over the time of training"
+    return [
+        _plot(visualize.plot_curves(logs, "step", by_step, burn_ins)),
+        _plot(visualize.plot_curves(logs, "minutes", by_minute, burn_ins)),
+    ]
+
+
+# ---- pictures --------------------------------------------------------------------------------
+
+
+@dataclass
+class _Names:
+    """What images are called: by their files, else by numbers."""
+
+    digits: bool  # the embedded scenes have no files
+
+    def of(self, dataset, index: int, number: int, split: str) -> str:
+        kind = "scene" if self.digits else "image"
+        return image_name(dataset, index) or f"{split} {kind} {number}"
+
+
+def image_name(dataset, index: int) -> str | None:
+    """The file name of an image of a data set; None where images have no files."""
+    if isinstance(dataset, Subset):
+        return image_name(dataset.dataset, dataset.indices[index])
+    if isinstance(dataset, Joined):
+        for part in dataset.datasets:
+            if index < len(part):
+                return image_name(part, index)
+            index -= len(part)
+    if isinstance(dataset, ImageFolder):
+        return Path(dataset.paths[index]).name
+    names = getattr(dataset, "names", None)
+    return Path(names[index]).name if names else None
+
+
+def _detect(run: Record, test, truths: list[dict], score: float) -> Seen:
+    """What a run's teacher (or student, if alone) detects on the first test images."""
+    detector = semidetr_lite.load_detector(run.path, weights=run.weights[0])
+    found: list[dict] = []
+    for start in range(0, len(truths), BATCH):
+        batch = range(start, min(start + BATCH, len(truths)))
+        found += detector.detect([test[index][0] for index in batch], score=0.0)
+    errors = [visualize.count_hits(*pair, score) for pair in zip(found, truths)]
+    return Seen(run.name, found, errors)
+
+
+def _differences(seen: list[Seen], images: int) -> tuple[list[int], str]:
+    """The test images whose numbers of errors differ most; and who errs least how often."""
+    if len(seen) < 2:
+        return [], ""
+    counts = [[len(one["misses"]) + len(one["false_alarms"]) for one in run.errors] for run in seen]
+    wrong = np.array(counts)  # (runs, images)
+    spread, least = wrong.max(0) - wrong.min(0), wrong == wrong.min(0)
+    ranked = np.argsort(-spread, kind="stable")[:images]
+    chosen = [int(index) for index in ranked if spread[index] > 0]
+    alone = (least & (least.sum(0) == 1)).sum(1)
+    said = "; ".join(f"{run.name} alone on {count}" for run, count in zip(seen, alone))
+    total = wrong.shape[1]
+    note = f"Chosen for their difference, so not typical. Fewest errors on {total} images: {said}"
+    return chosen, f"{note}; equal on {total - alone.sum()}."
+
+
+def _card(index: int, splits: Splits, seen: list[Seen], names: _Names, pictures: dict) -> dict:
+    """One test image: its truth, then each run."""
+    image, truth = splits.test[index]
+    key, size, width = f"test-{index}", image.shape[-2:], PAGE // (len(seen) + 1)
+    name = names.of(splits.test, index, index, "test")
+    pictures[key] = image
+    objects = len(truth["boxes"])
+    said = f"{objects} {'object' if objects == 1 else 'objects'}"
+    rows = _box_rows(truth, range(objects), "truth", splits.categories)
+    cells = [(svg.picture(key, size, rows, f"truth of {name}: {said}", width), "truth", said, 0)]
+    for run in seen:
+        errors, found = run.errors[index], run.found[index]
+        said = visualize.hit_sentence(errors)
+        rows = _box_rows(truth, errors["misses"].tolist(), "missed", splits.categories)
+        for style, which in (("false_alarm", "false_alarms"), ("hit", "hits")):
+            rows += _box_rows(found, errors[which].tolist(), style, splits.categories)
+        drawn = svg.picture(key, size, rows, f"{run.name} on {name}: {said}", width)
+        cells.append((drawn, run.name, said, 0))
+    return {"name": name, "cells": cells}
+
+
+def _box_rows(target: dict, places, style: str, categories) -> list[tuple]:
+    """Some boxes of a target as rows of a picture: (style, box, "class .score")."""
+    rows = []
+    for place in places:
+        score = float(target["scores"][place]) if "scores" in target else None
+        text = visualize.label_text(int(target["labels"][place]), categories, score)
+        rows.append((style, [float(side) for side in target["boxes"][place]], text))
+    return rows
+
+
+def _timeline(run: Record, splits: Splits, names: _Names, pictures: dict) -> dict:
+    """The watched unlabelled images over training: a row per image, a column per step."""
+    steps = sorted({line["step"] for line in run.pseudo_lines})
+    places = np.linspace(0, len(steps) - 1, FRAMES).round().astype(int)
+    steps = [steps[place] for place in np.unique(places)]
+    lines = {(line["image_id"], line["step"]): line for line in run.pseudo_lines}
+    ids = list(dict.fromkeys(line["image_id"] for line in run.pseudo_lines))
+    watched, cells, styles, more = _watched(splits.unlabelled, ids, names), [], set(), False
+    for image_id in [image_id for image_id in ids if image_id in watched]:
+        name, image, truth = watched[image_id]
+        key = f"unlabelled-{image_id}"
+        pictures[key] = image
+        for frame, step in enumerate(steps, 1):
+            line, drawn, said = lines.get((image_id, step)), "", "not recorded"
+            if line is not None:
+                said = visualize.pseudo_sentence(line, truth)
+                rows, hidden = _pseudo_rows(line, truth, splits.categories)
+                alt = f"{name}, step {step:,}: {said}"
+                drawn = svg.picture(key, image.shape[-2:], rows, alt, NARROW, hidden)
+                styles, more = styles | {row[0] for row in rows}, more or bool(hidden)
+            cells.append((drawn, f"{name}, step {step:,}", said, frame))
+    known = any("pseudo_per_image" in line for line in run.log)
+    return {
+        "name": run.name,
+        "quality": _plot(visualize.plot_pseudo_quality(run.log)) if known else "",
+        "steps": [f"step {step:,}" for step in steps],
+        "cells": cells,
+        "styles": [style for style in visualize.STYLES if style in styles],
+        "more": more,  # whether boxes are hidden at first
+        "lost": [image_id for image_id in ids if image_id not in watched],
+    }
+
+
+def _pseudo_rows(line: dict, truth: dict | None, categories) -> tuple[list[tuple], set[int]]:
+    """A line of pseudo_boxes.jsonl as rows over the truth; and the places of those first hidden."""
+    styles = visualize.pseudo_styles(line, truth)
+    true_boxes = truth["boxes"] if truth is not None else []
+    rows = [("truth", [float(side) for side in box], "") for box in true_boxes]
+    hidden = {len(rows) + place for place in visualize.drop_most(line["scores"], styles)}
+    for place, style in enumerate(styles):
+        [(_, box, text)] = _box_rows(line, [place], style, categories)
+        rows.append((style, box, "" if style == "dropped" else text))
+    return rows, hidden
+
+
+def _watched(unlabelled, ids: list, names: _Names) -> dict:
+    """{image id: (name, image, truth or None)} of some unlabelled images."""
+    found: dict = {}
+    for index in range(len(unlabelled)):
+        if len(found) == len(ids):  # all of them
+            break
+        image, target = unlabelled[index]
+        if target.get("image_id") in ids:
+            name = names.of(unlabelled, index, target["image_id"], "unlabelled")
+            found[target["image_id"]] = (name, image, target.get("truth"))
+    return found

@@ -36,6 +36,7 @@ CLASS_COLORS = (
 )
 METHOD_COLORS = {
     "control": "#8C6D1F",  # before the method it is a control for
+    "same-time": "#8C6D1F",  # "supervised, same time": the same
     "supervised": "#5A5A5A",
     "mean-teacher": "#0072B2",
     "semi-detr": "#D55E00",
@@ -44,6 +45,7 @@ METHOD_COLORS = {
     "+shm+cqc": "#7B5FC7",
     "+shm": "#56B4E9",
 }
+BURN_IN_COLOR = "#A6A6A6"
 OTHER_COLORS = ("#56B4E9", "#7B5FC7", "#000000")
 LINE_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8C6D1F", "#56B4E9", "#5A5A5A")
 # style: (colour, None for the colour of the class; line width in points; line style; hatch)
@@ -54,12 +56,20 @@ STYLES = {
     "hit": (BLUE, 1.6, "-", None),
     "false_alarm": (ORANGE, 1.6, "-", "//"),
     "missed": (RED, 2.2, "-", None),
-    "kept": (None, 2.4, "-", None),  # of the teacher's boxes, as are the next two
-    "mined": (None, 1.6, "--", None),
+    "kept": (BLUE, 2.4, "-", None),  # of the teacher's boxes, as are the next four
+    "kept_wrong": (ORANGE, 2.4, "-", "//"),  # where the truth is known
+    "mined": (BLUE, 1.6, "--", None),
+    "mined_wrong": (ORANGE, 1.6, "--", None),
     "dropped": (GREY, 0.9, ":", None),
 }
 SHARES = ("AP_student", "AP_teacher", "pseudo_precision", "pseudo_recall")  # of a log, drawn in %
-NAMES = {"false_alarm": "false alarm", "mined": "mined only"}  # of styles in a legend, where they differ
+NAMES = {  # of styles in a legend, where they differ
+    "false_alarm": "false alarm",
+    "kept_wrong": "kept, wrong",
+    "mined": "mined only",
+    "mined_wrong": "mined only, wrong",
+}
+BEST_DROPPED = 5  # boxes: of those that the teacher drops the best are drawn
 LABEL_POINTS, MOST_LABELS = 7, 12
 WIDTH, EDGE, DPI = 9.0, 0.1, 80  # inches, inches, pixels an inch
 BESIDE = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.02), "fontsize": 8, "frameon": False}  # a legend
@@ -136,13 +146,13 @@ def draw_boxes(ax, image, target=None, truth=None, categories=None, style="predi
     rows = _rows(target)
     labels = []
     for box, label, _ in _rows(truth):
-        labels.append(_draw_box(ax, box, "truth", label, "" if rows else _text(label, categories)))
+        labels.append(_draw_box(ax, box, "truth", label, "" if rows else label_text(label, categories)))
     styles = [style] * len(rows) if isinstance(style, str) else style
     ranked = sorted(range(len(rows)), key=lambda place: -1 if rows[place][2] is None else -rows[place][2])
     named = [place for place in ranked if styles[place] != "dropped"][:MOST_LABELS]
     for place, (box, label, score) in enumerate(rows):
         box = np.clip(box, -1, [width + 1, height + 1] * 2)  # what lies beyond would cross the words around the image
-        text = _text(label, categories, score) if place in named else ""
+        text = label_text(label, categories, score) if place in named else ""
         labels.append(_draw_box(ax, box, styles[place], label, text))
     _write_labels(ax, labels, (height, width))
 
@@ -177,7 +187,7 @@ def _write_labels(ax, labels, size: tuple[int, int]) -> None:
         if not text:
             continue
         extent = text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] + 3
-        place = _free_place(box, per_point * np.array([extent, LABEL_POINTS + 3]), size, boxes, taken)
+        place = free_place(box, per_point * np.array([extent, LABEL_POINTS + 3]), size, boxes, taken)
         taken.append(place)
         ink = "white" if np.dot(to_rgb(color), (0.299, 0.587, 0.114)) < 0.55 else "black"
         around = {"facecolor": color, "edgecolor": "none", "pad": 0.8}
@@ -185,11 +195,17 @@ def _write_labels(ax, labels, size: tuple[int, int]) -> None:
         ax.text(*(place[:2] + place[2:]) / 2, text, color=ink, bbox=around, **style)
 
 
-def _free_place(box, extent: np.ndarray, size: tuple[int, int], boxes, taken) -> np.ndarray:
-    """The place, xyxy, for a text of `extent` (width, height) at `box`, in the image, that overlaps others least."""
+def free_place(box, extent: np.ndarray, size: tuple[int, int], boxes, taken) -> np.ndarray:
+    """Where a text beside `box` overlaps other texts and boxes least: xyxy, inside the image.
+
+    `extent` is the text's (width, height), `size` the image's (H, W), `boxes` are all boxes and
+    `taken` the places of the texts so far, all in one unit.
+    """
     (x1, y1, x2, y2), (width, height) = box, extent
-    over, right, left = y1 - height, x2 - width, x1 - width
-    corners = [(x1, over), (x1, y2), (right, over), (right, y2), (x2, y1), (left, y1), (x1, y1)]
+    across, down = (x1, x2 - width, (x1 + x2 - width) / 2), (y1, y2 - height, (y1 + y2 - height) / 2)
+    corners = [(x, y) for y in (y1 - height, y2) for x in across]  # over and under the box
+    corners += [(x, y) for x in (x2, x1 - width) for y in down]  # to its right and left
+    corners += [(x1, y1), (x2 - width, y1), (x1, y2 - height), (x2 - width, y2 - height)]  # inside
     corners = np.clip(corners, 0, np.maximum((size[1] - width, size[0] - height), 0))
     places = np.hstack([corners, corners + extent])
     others = (torch.tensor(np.reshape(part, (-1, 4)), dtype=torch.float64) for part in (taken, boxes))
@@ -206,7 +222,7 @@ def _rows(target) -> list:
     return [(box, label, None if score != score else score) for box, label, score in zip(boxes, labels, scores)]
 
 
-def _text(label: int, categories, score: float | None = None) -> str:
+def label_text(label: int, categories, score: float | None = None) -> str:
     """The words at a box: "cat .87"."""
     name = str(label) if categories is None else str(categories[label]["name"])
     return name if score is None else f"{name} {f'{score:.2f}'.removeprefix('0')}"
@@ -315,9 +331,9 @@ def count_hits(detection: dict, truth: dict, score=0.3) -> dict:
 
 
 def hit_sentence(*errors: dict) -> str:
-    """The counts of one or several `count_hits` in words: "3 hits · 1 false alarm · 0 missed"."""
+    """The counts of one or several `count_hits` in words: "3 hits, 1 false alarm, 0 missed"."""
     hits, alarms, misses = (sum(len(error[key]) for error in errors) for key in ("hits", "false_alarms", "misses"))
-    return f"{_count(hits, 'hit')} · {_count(alarms, 'false alarm')} · {misses:,} missed"
+    return f"{_count(hits, 'hit')}, {_count(alarms, 'false alarm')}, {misses:,} missed"
 
 
 def _found_sentence(error: dict) -> str:
@@ -329,31 +345,56 @@ def _found_sentence(error: dict) -> str:
 def show_pseudo_boxes(image, line, truth=None, categories=None, title=None) -> Picture:
     """The teacher's boxes for one image at one step against the truth: kept, mined only, dropped.
 
-    `line` is a line of `pseudo_boxes.jsonl`, or a list of such lines for the same image, drawn as a row over the steps.
-    `truth` is a target of the image or None. A box both kept and mined counts as kept. `title=""` leaves out every word
-    around the images.
+    `line` is a line of `pseudo_boxes.jsonl`, or a list of such lines for the same image, drawn as a
+    row over the steps. `truth` is a target of the image or None. A box both kept and mined counts
+    as kept. Blue boxes are right and orange ones wrong, where the truth is known. Of the dropped
+    ones the BEST_DROPPED are drawn. `title=""` leaves out every word around the images.
     """
     lines = [line] if isinstance(line, dict) else list(line)
     captions = [f"step {one['step']:,}: {pseudo_sentence(one, truth)}" for one in lines]
-    words = (captions, title or "", ("truth", "kept", "mined", "dropped")) if title != "" else ()
+    styles = [pseudo_styles(one, truth) for one in lines]
+    wrong = [key for key in ("kept_wrong", "mined_wrong") if any(key in row for row in styles)]
+    legend = [key for key in STYLES if key in ("truth", "kept", "mined", "dropped", *wrong)]
+    words = (captions, title or "", legend) if title != "" else ()
     figure, axes = _page([image] * len(lines), len(lines), *words)
-    for ax, one in zip(axes, lines):
-        draw_boxes(ax, image, one, truth, categories, style=_pseudo_styles(one))
+    for ax, one, row in zip(axes, lines, styles):
+        hidden = drop_most(one["scores"], row)
+        shown = [place for place in range(len(row)) if place not in hidden]
+        boxes, row = _chosen(one, shown), [row[place] for place in shown]
+        draw_boxes(ax, image, boxes, truth, categories, style=row)
     return figure
+
+
+def drop_most(scores, styles: list[str]) -> set[int]:
+    """The places of the dropped boxes that are not drawn: all but the BEST_DROPPED by score."""
+    dropped = [place for place, style in enumerate(styles) if style == "dropped"]
+    return set(sorted(dropped, key=lambda place: -scores[place])[BEST_DROPPED:])
 
 
 def pseudo_sentence(line: dict, truth: dict | None = None) -> str:
     """The counts of a line of `pseudo_boxes.jsonl` in words; how many kept boxes are right, if there is a truth."""
-    styles = _pseudo_styles(line)
-    kept = [index for index, style in enumerate(styles) if style == "kept"]
+    styles = pseudo_styles(line)
+    kept = [place for place, style in enumerate(styles) if style == "kept"]
     right = ""
     if truth is not None and kept:
         right = f" ({len(box_errors(_chosen(line, kept), truth, iou=0.5)['hits'])} right)"
-    return f"{len(kept)} kept{right} · {styles.count('mined')} mined only · {styles.count('dropped')} dropped"
+    return f"{len(kept)} kept{right}, {styles.count('mined')} mined only, {styles.count('dropped')} dropped"
 
 
-def _pseudo_styles(line: dict) -> list[str]:
-    return ["kept" if kept else "mined" if mined else "dropped" for kept, mined in zip(line["kept"], line["mined"])]
+def pseudo_styles(line: dict, truth: dict | None = None) -> list[str]:
+    """A key of STYLES for each box of a line of `pseudo_boxes.jsonl`.
+
+    A box is kept, else mined, else dropped. With a truth, kept boxes that are no hit (IoU 0.5) are
+    "kept_wrong", and mined ones likewise "mined_wrong".
+    """
+    pairs = zip(line["kept"], line["mined"])
+    styles = ["kept" if kept else "mined" if mined else "dropped" for kept, mined in pairs]
+    for style in ("kept", "mined") if truth is not None else ():
+        places = [place for place, one in enumerate(styles) if one == style]
+        if places:
+            for wrong in box_errors(_chosen(line, places), truth, iou=0.5)["false_alarms"]:
+                styles[places[int(wrong)]] += "_wrong"
+    return styles
 
 
 def _count(count: int, word: str, many: str = "") -> str:
@@ -397,33 +438,45 @@ def _page(images, columns, titles=None, title="", legend=(), cell=2.2, gap=EDGE)
 
 def _wrap(text: str, inches: float, points: int) -> str:
     """Break a line to fit a width, not after a number; a letter is about 0.6 times as wide as its size."""
-    together = re.sub(r"(?<=\d) | (?=·)", "\u00a0", text)
+    together = re.sub(r"(?<=\d) ", "\u00a0", text)
     return textwrap.fill(together, max(12, int(inches / (0.0082 * points)))).replace("\u00a0", " ")
 
 
 # ---- curves and diagrams ---------------------------------------------------------------------------------------------
 
 
-def plot_curves(logs: dict[str, list[dict]], x="step", title=None) -> Picture:
+def plot_curves(logs: dict[str, list[dict]], x="step", title=None, burn_ins=None) -> Picture:
     """AP on the tune split over steps, or over minutes (x="minutes"), student and teacher of every run.
 
-    `logs` maps the name of a run to the lines of its log.jsonl; lines without an AP are skipped. A method has its fixed
-    colour, so the name should mention it; a second run of a method gets another marker.
+    `logs` maps the name of a run to the lines of its log.jsonl; lines without an AP are skipped. A
+    method has its fixed colour, so the name should mention it; a second run of a method gets
+    another marker. `burn_ins` maps the name of a run to (what to call it, log) of the run it went
+    on from: a grey curve, drawn once, and the run's own curve begins at its end.
     """
-    figure, ax = _plot(7.5, 3.4)
-    ends, used = [], []
+    figure, ax = _plot(6.4, 3.6)
+    ends, used, starts = [], [], {}
+    for name in logs:
+        called, burn_in = (burn_ins or {}).get(name, ("", []))
+        starts[name] = [line for line in burn_in if line.get("AP_teacher") is not None][-1:]
+        if starts[name] and burn_in not in (*used, *logs.values()):
+            style = {"color": BURN_IN_COLOR, "linewidth": 2.0, "marker": "o", "markersize": 4}
+            ax.plot(*_series(burn_in, "AP_teacher", x), label=called, gid="burn-in", **style)
+            used.append(burn_in)
+    handles, used = list(ax.lines), []
     for position, (name, log) in enumerate(logs.items()):
         color = method_color(name, position)
-        students, teachers = (_series(log, key, x) for key in ("AP_student", "AP_teacher"))
+        lines = starts[name] + log
+        students, teachers = (_series(lines, key, x) for key in ("AP_student", "AP_teacher"))
         ax.plot(*students, gid=f"{name} AP_student", color=color, linestyle=(0, (3, 1.5)), linewidth=1.1)
         style = {"color": color, "linewidth": 2.0, "marker": "os^Dv"[used.count(color) % 5], "markersize": 4}
-        (drawn,) = ax.plot(*teachers, gid=f"{name} AP_teacher", **style)
+        (drawn,) = ax.plot(*teachers, gid=f"{name} AP_teacher", label=name, **style)
         ends += [(end, name, drawn) for end in teachers[1][-1:]]
         used.append(color)
     ranked = sorted(ends, key=lambda end: -end[0])
-    handles = [drawn for _, _, drawn in ranked] + [Line2D([], [], color=INK, linewidth=1.1, linestyle="--")]
-    words = [f"{name} {end:.1f}" for end, name, _ in ranked] + ["dashed: student"]
-    legend = ax.legend(handles, words, title="teacher, at the end", title_fontsize=8, **BESIDE)
+    handles = [drawn for _, _, drawn in ranked] + handles
+    dashed = {"linestyle": "--", "label": "dashed: student (solid: EMA teacher)"}
+    handles.append(Line2D([], [], color=INK, linewidth=1.1, **dashed))
+    legend = ax.legend(handles=handles, loc="lower right", fontsize=8.5, framealpha=0.8, edgecolor="none")
     for text in legend.get_texts():
         text.set_parse_math(False)
     ax.set(xlabel="step" if x == "step" else "minutes of training", ylabel="AP on the tune split, %", ylim=(0, None))
@@ -539,7 +592,7 @@ def plot_matching(
     for query, target, value in zip(queries, targets, quality):
         _draw_box(left, boxes[query], "prediction", target, width=0.6 + 1.6 * value)
     _write_labels(left, [(box, class_color(place), str(place)) for place, (box, _, _) in enumerate(objects)], size)
-    names = [f"object {place}: {_text(label, categories)}" for place, (_, label, _) in enumerate(objects)]
+    names = [f"object {place}: {label_text(label, categories)}" for place, (_, label, _) in enumerate(objects)]
     _draw_pairs(right, names, queries, targets, quality)
     answered = f"{len(set(targets))} of {_count(len(objects), 'object')}"
     return _headline(figure, title, f"{len(queries)} of {len(boxes)} queries answer for {answered}")
@@ -561,7 +614,7 @@ def _draw_pairs(ax, names, queries, targets, quality) -> None:
         style = {"color": class_color(target), "linewidth": 0.5 + 2.5 * value, "zorder": 1}
         ax.plot([0.28, 0.7], [heights[target], spot], **style)
         if len(pairs) <= 40:
-            ax.text(0.72, spot, _text(f"query {query}", None, value if value < 1 else None), **text)
+            ax.text(0.72, spot, label_text(f"query {query}", None, value if value < 1 else None), **text)
 
 
 def plot_attention_mask(mask, queries: int, names=None, title=None) -> Picture:

@@ -1,4 +1,4 @@
-"""A student's first minutes: JupyterLab in a real browser, Run All, and a slider that redraws its picture."""
+"""What a real browser does: JupyterLab's Run All with a slider that redraws its picture; the report page."""
 
 import json
 import os
@@ -12,6 +12,9 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
+
+from semidetr_lite.data import digits
+from semidetr_lite.report import write_report
 
 pytest.importorskip("selenium", reason="selenium is not installed: pip install -e '.[dev]'")
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService, Keys
@@ -111,3 +114,68 @@ def test_a_slider_redraws_its_picture_after_run_all(lab, browser):
     # in one script: a picture may be replaced between being found and being asked
     sources = "return [...document.querySelectorAll('.jp-OutputArea .widget-html img')].map(one => one.src)"
     wait(lambda: [one for one in browser.execute_script(sources) if one != before], 10, "another picture")
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Path:
+    """A report on a run of Semi-DETR with the shipped weights, two recorded steps and nine dropped boxes."""
+    run = tmp_path_factory.mktemp("page") / "semi-detr"
+    run.mkdir()
+    config = {"method": "semi-detr", "detector": "dino", "data": "digits", "percent": 10, "fold": 1}
+    config |= {"seed": 0, "steps": 200, "recipe": {}, "categories": digits.CATEGORIES}
+    (run / "config.json").write_text(json.dumps(config))
+    shutil.copy(NOTEBOOKS / "checkpoints" / "semi_detr.safetensors", run / "teacher.safetensors")
+    figures = {part: {"AP": ap, "AP50": ap + 0.1} for part, ap in (("teacher", 0.5), ("student", 0.4))}
+    lines = [{"step": step, "seconds": 1.0 * step, "AP_teacher": 0.4, "AP_student": 0.3} for step in (100, 200)]
+    lines[-1] |= {"test": figures, "losses": {"class": 1.0}, "pseudo_per_image": 1.0}
+    (run / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    boxes = [[5.0 * place, 5, 5.0 * place + 20, 30] for place in range(10)]
+    line = {"image_id": 0, "boxes": boxes, "scores": [0.9] + [0.1] * 9, "labels": [3] * 10}
+    line |= {"cost": [None] * 10, "kept": [True] + [False] * 9, "mined": [False] * 10}
+    watched = [json.dumps({"step": step, **line}) for step in (100, 200)]
+    (run / "pseudo_boxes.jsonl").write_text("\n".join(watched) + "\n")
+    return write_report([run], run.parent / "out", images=3)
+
+
+def seen(browser, selector: str) -> int:
+    """How many of the elements take room on the page."""
+    script = "return [...document.querySelectorAll(arguments[0])].filter(one => one.getClientRects().length).length"
+    return browser.execute_script(script, selector)
+
+
+@pytest.mark.parametrize("scripts", [True, False])
+def test_the_page_shows_more_when_asked_with_and_without_scripts(page, browser, scripts):
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": not scripts})
+    browser.get(page.as_uri())
+    assert seen(browser, "g.dropped.more") == 0 and seen(browser, ".timeline g.dropped") == 2
+    browser.find_element("css selector", "label[for=dropped-1]").click()
+    assert seen(browser, "g.dropped.more") == 2
+    assert seen(browser, "tr.student") == 0 and seen(browser, "tr") == 2
+    browser.find_element("css selector", "label[for=students]").click()
+    assert seen(browser, "tr.student") == 1
+    assert seen(browser, ".timeline figure") == 2
+    sliders = browser.find_elements("css selector", "input[type=range]")
+    assert len(sliders) == scripts
+    if scripts:
+        sliders[0].send_keys(Keys.ARROW_RIGHT)
+        assert seen(browser, ".timeline figure") == 1
+        assert browser.find_element("css selector", ".slider output").text == "step 100"
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_page_fits_its_window(page, browser, width):
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get(page.as_uri())
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    script = "return [...document.querySelectorAll(arguments[0])].map(one => one.getBoundingClientRect().toJSON())"
+    rows = browser.execute_script(script, ".card")
+    pictures = browser.execute_script(script, ".card svg.picture")
+    assert len(pictures) == 6 and all(box["width"] >= 140 and box["height"] >= 100 for box in pictures)
+    right = max(box["right"] for box in rows)
+    shown = browser.execute_script("return document.documentElement.clientWidth")  # no scroll bar
+    assert shown - right < 0.05 * width  # the cards use the whole width
+    if width == 1280:
+        assert pictures[0]["bottom"] < 900  # the first row is on the first screen
+    drawn = browser.execute_script("return getComputedStyle(document.querySelector('.hit path:last-child')).stroke")
+    assert drawn == "rgb(86, 180, 233)"

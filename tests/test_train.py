@@ -223,3 +223,17 @@ def test_duplicates_are_counted_with_and_without_suppression():
     assert found == {"duplicates": 1.0, "duplicates_nms": 0.5}  # two further boxes on two found objects, then one
     nothing = [(None, {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)})]
     assert measure_module.duplicates(Seer(), nothing)["duplicates"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["/env/lib/semidetr_lite/__main__.py", "demo", "--seed", "0"], "semidetr demo --seed 0"),
+        (["/env/bin/semidetr", "train", "--out", "my runs"], "semidetr train --out 'my runs'"),
+        (["benchmarks/record_demo.py", "--seeds", "0"], "record_demo --seeds 0"),
+        (["/env/lib/pytest/__main__.py", "-q"], "__main__ -q"),
+    ],
+)
+def test_the_command_is_recorded_as_it_is_typed(arguments, command, monkeypatch):
+    monkeypatch.setattr("sys.argv", arguments)
+    assert new_config()["command"] == command

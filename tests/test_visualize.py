@@ -162,7 +162,7 @@ def test_hits_false_alarms_and_misses_are_told_apart():
     assert alarm.get_hatch() and not hit.get_hatch() and not missed.get_hatch()
     assert to_hex(hit.get_edgecolor()) == to_hex(class_color(0))
     assert words(figure) == ["dog", r"$\cow$", r"$\cow$ .80", "dog .70", "cat .90"]
-    assert ax.get_title(loc="left").replace("\n", " ") == "1 hit · 2 false alarms · 2 missed"
+    assert ax.get_title(loc="left").replace("\n", " ") == "1 hit, 2 false alarms, 2 missed"
     assert len(figure.legends[0].get_texts()) == 3
 
 
@@ -171,7 +171,7 @@ def test_hits_with_nothing_found_and_nothing_true():
     figure = visualize.show_hits([HIGH, WIDE], [none, FOUND], [TRUTH, target()], CATEGORIES, score=0.75)
     assert styles(figure.axes[0]) == ["missed"] * 3
     assert styles(figure.axes[1]) == ["false_alarm"] * 2
-    assert figure.texts[0].get_text() == "0 hits · 2 false alarms · 3 missed at score 0.75"
+    assert figure.texts[0].get_text() == "0 hits, 2 false alarms, 3 missed at score 0.75"
 
 
 def test_count_hits_points_into_the_whole_detection():
@@ -199,13 +199,38 @@ LINE = {
 def test_pseudo_boxes_are_kept_mined_or_dropped():
     figure = visualize.show_pseudo_boxes(HIGH, LINE, TRUTH, CATEGORIES)
     ax = figure.axes[0]
-    assert styles(ax) == ["truth"] * 3 + ["kept", "mined", "dropped", "kept"]
-    kept, mined, dropped = drawn(ax)[3:6]
-    assert [patch.get_linestyle() for patch in (kept, mined, dropped)] == ["-", "--", ":"]
+    # the last box has no object of its class under it
+    assert styles(ax) == ["truth"] * 3 + ["kept", "mined", "dropped", "kept_wrong"]
+    kept, mined, dropped, wrong = drawn(ax)[3:7]
+    lines = [patch.get_linestyle() for patch in (kept, wrong, mined, dropped)]
+    assert lines == ["-", "-", "--", ":"]
     assert kept.get_linewidth() > mined.get_linewidth() > dropped.get_linewidth()
+    assert to_hex(kept.get_edgecolor()) == to_hex(mined.get_edgecolor()) != to_hex(wrong.get_edgecolor())
+    assert wrong.get_hatch() and not kept.get_hatch()
     assert words(figure) == ["cat .90", "dog .30", r"$\cow$ .80"]
     title = ax.get_title(loc="left").replace("\n", " ")
-    assert title == "step 400: 2 kept (1 right) · 1 mined only · 1 dropped"
+    assert title == "step 400: 2 kept (1 right), 1 mined only, 1 dropped"
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["truth", "kept", "kept, wrong", "mined only", "dropped"]
+
+
+def test_of_the_dropped_boxes_the_best_are_drawn():
+    count = visualize.BEST_DROPPED + 3
+    boxes = [[10 * place, 1, 10 * place + 8, 9] for place in range(count)]
+    line = {"step": 1, "boxes": boxes, "labels": [0] * count, "cost": [None] * count}
+    line |= {"scores": [0.1 + 0.01 * place for place in range(count)]}
+    line |= {"kept": [False] * count, "mined": [False] * count}
+    figure = visualize.show_pseudo_boxes(HIGH, line, None, CATEGORIES)
+    assert [patch.get_x() for patch in drawn(figure.axes[0])] == [30, 40, 50, 60, 70]
+    assert f"{count} dropped" in figure.axes[0].get_title(loc="left")  # the count is of all
+
+
+def test_a_mined_box_is_right_by_itself():
+    line = {**LINE, "boxes": [[50, 50, 80, 90], [50, 50, 80, 90], [0, 0, 9, 9], [50, 50, 80, 90]]}
+    line |= {"labels": [1, 1, 1, 1], "kept": [True, False, False, True], "mined": [False, True, True, True]}
+    assert visualize.pseudo_styles(line, TRUTH) == ["kept", "mined", "mined_wrong", "kept_wrong"]
+    assert visualize.pseudo_styles(line) == ["kept", "mined", "mined", "kept"]
+    assert visualize.pseudo_sentence(line, TRUTH) == "2 kept (1 right), 2 mined only, 0 dropped"
 
 
 def test_pseudo_boxes_over_the_steps_without_truth():
@@ -254,6 +279,23 @@ def test_curves_hold_student_and_teacher_of_each_run():
     assert figure.get_suptitle() == ("semi-detr: the teacher ends at 42.0 AP, 10.0 above supervised")
     minutes = visualize.plot_curves({"mine": log(0.3)}, x="minutes").axes[0].lines[0]
     assert np.allclose(minutes.get_xdata(), [2, 4])
+
+
+def test_curves_begin_at_the_end_of_their_burn_in():
+    start = log(0.20)
+    later = [line | {"step": line["step"] + 400, "seconds": line["seconds"] + 240} for line in log(0.30)]
+    burn_ins = {"supervised": ("supervised burn-in", start), "semi-detr": ("supervised burn-in", list(start))}
+    figure = visualize.plot_curves({"supervised": later, "semi-detr": later, "other": log(0.1)}, burn_ins=burn_ins)
+    lines = {line.get_gid(): line for line in figure.axes[0].lines}
+    assert np.allclose(lines["burn-in"].get_xdata(), [200, 400])  # once, though two runs have it
+    assert to_hex(lines["burn-in"].get_color()) == visualize.BURN_IN_COLOR.lower()
+    assert [line.get_gid() for line in figure.axes[0].lines].count("burn-in") == 1
+    for name in ("supervised", "semi-detr"):
+        assert np.allclose(lines[f"{name} AP_teacher"].get_xydata(), [[400, 22], [600, 16], [800, 32]])
+    assert np.allclose(lines["other AP_teacher"].get_xdata(), [200, 400])
+    named = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert named[-2] == "supervised burn-in" and set(named[:3]) == {"supervised", "semi-detr", "other"}
+    assert not any(character.isdigit() for character in "".join(named))  # numbers stand in the table
 
 
 def test_a_title_is_text_and_not_mathematics():

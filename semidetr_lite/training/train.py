@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -114,7 +115,14 @@ def _origin() -> dict:
     except (OSError, subprocess.SubprocessError):
         commit = None
     machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, torch {torch.__version__}"
-    return {"commit": commit, "machine": machine, "command": " ".join([Path(sys.argv[0]).stem, *sys.argv[1:]])}
+    return {"commit": commit, "machine": machine, "command": _command(sys.argv)}
+
+
+def _command(arguments: list[str]) -> str:
+    """The command as a user types it; `python -m semidetr_lite` is `semidetr`."""
+    program = Path(arguments[0])
+    name = "semidetr" if program.parts[-2:] == ("semidetr_lite", "__main__.py") else program.stem
+    return shlex.join([name, *arguments[1:]])
 
 
 class Run:

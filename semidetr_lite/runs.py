@@ -1,0 +1,270 @@
+"""Finished runs, read from their folders to be compared: logs, figures, names, who is best.
+
+A run folder holds config.json, log.jsonl, pseudo_boxes.jsonl and weights; a weights file alone is a
+run without a log. Its figures on the test split stand in the log, or are measured.
+"""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import semidetr_lite
+from semidetr_lite.data import digits
+from semidetr_lite.data.splits import Splits
+from semidetr_lite.errors import UserError, reading
+from semidetr_lite.training import presets
+from semidetr_lite.training.checkpoint import read_config, read_lines
+from semidetr_lite.training.measure import measure
+
+SAME_TIME = 2  # supervised steps that take no longer than one semi-supervised step
+METHODS = {
+    "supervised": "supervised",
+    "mean-teacher": "mean teacher",
+    "semi-detr": "Semi-DETR",
+    "soft-teacher": "Soft Teacher",
+    "dense-teacher": "Dense Teacher",
+}
+DIGITS = {"data": "digits", "percent": 10, "fold": 1, "recipe": {}}  # to load the embedded data
+DATA_KEYS = ("data", "validation", "categories")  # in which compared runs agree
+
+
+@dataclass
+class Record:
+    """What a run folder or a weights file holds, and its figures on the test split.
+
+    Steps and seconds of `log` and `pseudo_lines` count the burn-in.
+    """
+
+    path: Path  # the run folder, or the weights file
+    config: dict
+    log: list[dict]
+    pseudo_lines: list[dict]
+    weights: list[str]  # of "teacher" and "student", those whose file exists
+    burn_in: list[dict] = field(default_factory=list)  # log of the run it went on from, and before
+    burn_in_name: str = ""
+    data: dict = field(default_factory=dict)  # settings of the data it is tested on
+    name: str = ""
+    figures: dict = field(default_factory=dict)  # {"student": COCO's twelve, "teacher": ...}
+    live: bool = False  # whether the figures were measured here, not recorded
+
+    @property
+    def method(self) -> str:
+        return str(self.config.get("method") or "")
+
+    @property
+    def main(self) -> dict:
+        """The figures of the EMA teacher, or of the student where there is no teacher."""
+        return self.figures.get("teacher") or self.figures.get("student") or {}
+
+    @property
+    def ap(self) -> float | None:
+        """The AP of the main figures in %, None if there is none."""
+        value = self.main.get("AP")
+        return 100 * value if is_measured(value) else None
+
+
+# ---- reading ---------------------------------------------------------------------------------
+
+
+def read_runs(paths, names: dict | None = None) -> list[Record]:
+    """Run folders and weights files, checked to be on the same data, with a name each.
+
+    `names` maps the name of a folder or file to the name of its run. Raises UserError for a folder
+    that is no run, a damaged file, a run given twice, or runs on different data.
+    """
+    runs = [read_run(path) for path in paths]
+    if not runs:
+        raise UserError("no run to report on: give at least one run folder")
+    places = [run.path.resolve() for run in runs]
+    folders = [run for run in runs if run.data]
+    for position, run in enumerate(runs):
+        if places[position] in places[:position]:
+            raise UserError(f"{run.path}: given twice; give every run once")
+        _check_data(run, folders[0] if folders else runs[0])
+        if not folders and run.config["categories"] != digits.CATEGORIES:
+            fault = "a weights file does not say on which images to measure it"
+            advice = "give a run folder trained on the same data with it"
+            raise UserError(f"{run.path}: {fault}; {advice}")
+    for run in runs:
+        run.data = run.data or (folders[0].data if folders else DIGITS)
+    _name_runs(runs, names or {})
+    return runs
+
+
+def read_run(path) -> Record:
+    """The run in a folder, or a weights file. Raises UserError for none, or for a damaged file."""
+    path = Path(path)
+    if path.is_file() or path.suffix == ".safetensors":
+        return _read_weights(path)
+    config = read_config(path)
+    with reading(path / "config.json", "its burn-in cannot be followed"):
+        burn_in_name, burn_in = _burn_in(path, config)
+    log = _lines(path / "log.jsonl", burn_in)
+    pseudo_lines = _lines(path / "pseudo_boxes.jsonl", burn_in)
+    kinds = ("teacher", "student")
+    weights = [which for which in kinds if (path / f"{which}.safetensors").is_file()]
+    return Record(path, config, log, pseudo_lines, weights, burn_in, burn_in_name, data=config)
+
+
+def _read_weights(path: Path) -> Record:
+    """A weights file as a run without a log; a file named like a method is of it."""
+    detector = semidetr_lite.load_detector(path, weights="teacher")
+    kinds = {kind: name for name, kind in presets.DETECTORS.items()}
+    method = path.stem.lower().replace("_", "-")
+    config = {
+        "method": method if method in METHODS else None,
+        "detector": kinds.get(type(detector)),
+        "categories": detector.categories,
+    }
+    return Record(path, config, [], [], ["teacher"])
+
+
+def _check_data(run: Record, first: Record) -> None:
+    for key in DATA_KEYS if run.data else ("categories",):
+        if run.config.get(key) != first.config.get(key):
+            where = "of config.json" if run.data else "of the weights"
+            fault = f'{run.path} and {first.path} differ in "{key}" {where}'
+            raise UserError(f"{fault}; compare runs on the same data")
+
+
+def _burn_in(folder: Path, config: dict) -> tuple[str, list[dict]]:
+    """Name and log of the run this one went on from, with those before; none if not on disk."""
+    named = Path(config.get("burn_in") or folder)
+    for place in (named, folder.parent / named.name):
+        if config.get("burn_in") and (place / "config.json").is_file():
+            own = read_config(place)
+            before = _burn_in(place, own)[1]
+            method = str(own.get("method", ""))
+            name = f"{METHODS.get(method, method)} burn-in"
+            return name, before + _lines(place / "log.jsonl", before)
+    return "", []
+
+
+def _lines(path: Path, before: list[dict]) -> list[dict]:
+    """The lines of a log, counted from the end of the log before it."""
+    lines = read_lines(path, unfinished=True)
+    start = {"step": last(before, "step") or 0, "seconds": last(before, "seconds") or 0.0}
+    counted = []
+    with reading(path, "not the log of a run"):
+        for line in lines:
+            known = [key for key in start if line.get(key) is not None]
+            counted.append(line | {key: line[key] + start[key] for key in known})
+    return counted
+
+
+# ---- names -----------------------------------------------------------------------------------
+
+
+def _name_runs(runs: list[Record], names: dict) -> None:
+    """Names as given, else by method; with the folder's name where two would be equal."""
+    for run in runs:
+        place = run.path.resolve()
+        given = [names[key] for key in (place.name, place.stem) if key in names]
+        run.name = str(given[0]) if given else default_name(run, runs)
+    known, paths = [run.name for run in runs], [run.path.resolve().parts for run in runs]
+    shared = -1  # of a path all but the folder's name goes without saying
+    if len({path[-1] for path in paths}) < len(paths):
+        shared = len(os.path.commonprefix([path[:-1] for path in paths]))
+    for run, path in zip(runs, paths):
+        if known.count(run.name) > 1:
+            run.name += f" ({'/'.join(path[shared:])})"
+
+
+def default_name(run: Record, runs: list[Record]) -> str:
+    """A run's name among others by its method, or by its folder or file where that is not known."""
+    place = run.path.resolve()
+    if place.stem in ("teacher", "student") and place.is_file():  # one of a run folder's
+        return f"{place.parent.name} {place.stem}"
+    name = METHODS.get(run.method, run.method or place.stem.replace("_", " "))
+    return f"{name}, same time" if same_time(run, runs) else name
+
+
+def same_time(run: Record, runs: list[Record]) -> bool:
+    """Whether a supervised run trains about as long as the others, from the same burn-in on.
+
+    Decided by steps: it has at least SAME_TIME times those of every semi-supervised run from there.
+    """
+    start, steps = run.config.get("burn_in"), run.config.get("steps")
+    if run.method != "supervised" or not start or not isinstance(steps, int):
+        return False
+    others = [other.config for other in runs if other.method not in ("", "supervised")]
+    others = [config.get("steps") for config in others if config.get("burn_in") == start]
+    others = [other for other in others if isinstance(other, int)]
+    return bool(others) and all(steps >= SAME_TIME * other for other in others)
+
+
+def as_training(run: Record, runs: list[Record]) -> str:
+    """A run in a sentence: "supervised training of the same time", not "supervised, same time"."""
+    if run.method != "supervised" or run.name != default_name(run, runs):
+        return run.name
+    return "supervised training" + " of the same time" * same_time(run, runs)
+
+
+# ---- figures ---------------------------------------------------------------------------------
+
+
+def splits_of(run: Record) -> Splits:
+    """The data a run was trained and tested on."""
+    return presets.load_splits(run.data, run.path / "config.json")
+
+
+def fill_figures(run: Record, splits: Splits | None = None) -> None:
+    """Fill in a run's figures on the test split: recorded, else measured, else none."""
+    recorded = [line["test"] for line in run.log if line.get("test")]
+    if recorded:
+        run.figures = recorded[-1]
+    elif run.weights:
+        test = (splits or splits_of(run)).test
+        run.live = len(test) > 0
+        for which in run.weights if run.live else ():
+            detector = semidetr_lite.load_detector(run.path, weights=which)
+            run.figures[which] = measure(detector, test)
+
+
+def is_measured(value) -> bool:
+    """Whether a figure exists: COCO marks a class of objects that does not occur by nan or -1."""
+    return value is not None and value >= 0
+
+
+def last(log: list[dict], key: str):
+    """The last value a log has for a key, None if it has none."""
+    return next((line[key] for line in reversed(log) if line.get(key) is not None), None)
+
+
+def best_sentence(runs: list[Record]) -> str:
+    """Who has the highest AP on the test split, and how far that is from the first run's.
+
+    Where the first run is the best, how far it is above the best of the others. AP that are equal
+    at one decimal are a tie.
+    """
+    base, known = runs[0], [run for run in runs if run.ap is not None]
+    if not known:
+        return "No AP on the test split yet"
+    top = max(run.ap for run in known)
+    reached, first = f"{top:.1f} AP on the test split", as_training(base, runs)
+    best = [run for run in known if f"{run.ap:.1f}" == f"{top:.1f}"]
+    others = [run for run in known if run is not base]
+    if base in best and len(best) > 1:
+        equal = listed([as_training(run, runs) for run in best])
+        return capital(f"a tie: {equal} reach {reached}")
+    if base in best and others:
+        rival = max(others, key=lambda run: run.ap)
+        ahead = f"{top - rival.ap:.1f} AP more than {as_training(rival, runs)}"
+        more = ", the best of the others" if len(others) > 1 else ""
+        return capital(f"{first} wins: {reached}, {ahead}{more}")
+    who = capital(listed([as_training(run, runs) for run in best]))
+    if len(runs) == 1:
+        return f"{who}: {reached}"
+    if base.ap is None:
+        return f"{who}: {reached} ({first} has none yet)"
+    gain = f"+{top - base.ap:.1f} AP over {first}" if others else "the others have none yet"
+    return f"{who}: {reached}, {gain}"
+
+
+def listed(words: list[str]) -> str:
+    """Words as a list in a sentence."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def capital(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
