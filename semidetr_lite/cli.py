@@ -20,7 +20,7 @@ from semidetr_lite.errors import Stopped, UserError, reading
 from semidetr_lite.evaluate import evaluate as evaluate_detections
 from semidetr_lite.evaluate import to_coco_json
 from semidetr_lite.gallery import write_gallery
-from semidetr_lite.report import write_report
+from semidetr_lite.report import headline, write_report
 from semidetr_lite.training.ablate import TABLES, Ablation, markdown, summarise
 from semidetr_lite.training.checkpoint import load_detector, read_config, read_lines, write_whole
 from semidetr_lite.training.demo import DEMO_RUNS, QUICK_INTERVALS, TITLES, train_demo_run, train_side_by_side
@@ -61,9 +61,11 @@ def demo(
     print(_plan(names, quick))
     burn_in = train_demo_run("supervised", out, seed, **changes)
     runs = train_side_by_side(names, out, seed, **changes)
-    page = write_report(runs if control else [burn_in, *runs], out)
+    compared = runs if control else [burn_in, *runs]  # the first is what the others are compared with
+    page = write_report(compared, out)
     print(f"\n{_table([burn_in, *runs])}")
-    print(f"\nIt took {(time.perf_counter() - start) / 60:.1f} minutes. Page with pictures: {page}")
+    print(f"\n{headline(compared)}.")
+    print(f"It took {(time.perf_counter() - start) / 60:.1f} minutes. Page with pictures: {page}")
 
 
 def _plan(names: list[str], quick: bool) -> str:
@@ -307,7 +309,7 @@ def compare(runs: Folders, out: Path, images: int = 8, score: float = 0.3) -> No
     """Write one page about several runs: AP table, curves, pseudo-boxes over training, pictures side by side.
 
     Args:
-        runs: run folders; the first is what the others are compared with.
+        runs: run folders or .safetensors files; the first is what the others are compared with.
         out: folder for report.html.
         images: pictures in the gallery.
         score: the least score of a box that is drawn.
