@@ -600,6 +600,20 @@ def test_mined_are_the_boxes_that_cost_the_last_layer_no_more_than_the_threshold
     )
 
 
+def test_the_costs_of_confident_boxes_join_the_mixture_too():
+    """Also of those whose scores do not stand out in their image, which are no candidates."""
+    finite = {}
+    for threshold in (0.0, 0.99):  # every box is confident, then none
+        method, step = make("stage one", cost_queue_size=50, score_threshold=threshold)
+        batch = some_batch()
+        method(batch, step)
+        targets = targets_by_hand(method, batch, threshold=0.0)
+        finite[threshold] = int(method.cost_queue.isfinite().sum())
+        partners = [min(len(target["boxes"]), method.student.num_queries) for target in targets]
+        assert finite[threshold] == sum(partners)
+    assert finite[0.0] > finite[0.99] > 0
+
+
 def nothing_costs_little(method):
     """Fill the queue of costs so that no box is mined."""
     method.cost_queue.fill_(torch.nan)
