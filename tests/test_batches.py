@@ -101,7 +101,7 @@ def test_a_batch_as_the_methods_get_it():
 @pytest.mark.parametrize("processes", [2, 3])
 def test_the_shares_of_all_processes_are_the_batch(processes, monkeypatch):
     whole, parts = Batches(some_splits(), 3, 5, VIEWS, seed=0)[11], []
-    monkeypatch.setattr(distributed, "world", lambda: processes)
+    monkeypatch.setattr(distributed, "world_size", lambda: processes)
     for rank in range(processes):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         parts.append(Batches(some_splits(), 3, 5, VIEWS, seed=0)[11])
@@ -111,7 +111,7 @@ def test_the_shares_of_all_processes_are_the_batch(processes, monkeypatch):
         assert all(torch.equal(*pair) for pair in zip(together, images, strict=True))
         places = [target["position"] for part in parts for target in part[kind][1]]
         assert places == [target["position"] for target in targets]
-    monkeypatch.setattr(distributed, "world", lambda: 4)
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
     with pytest.raises(UserError, match="4 processes for 3 labelled images a step: start fewer"):
         Batches(some_splits(), 3, 5, VIEWS, seed=0)
 

@@ -600,6 +600,20 @@ def test_mined_are_the_boxes_that_cost_the_last_layer_no_more_than_the_threshold
     )
 
 
+def test_the_costs_of_confident_boxes_join_the_mixture_too():
+    """Also of those whose scores do not stand out in their image, which are no candidates."""
+    finite = {}
+    for threshold in (0.0, 0.99):  # every box is confident, then none
+        method, step = make("stage one", cost_queue_size=50, score_threshold=threshold)
+        batch = some_batch()
+        method(batch, step)
+        targets = targets_by_hand(method, batch, threshold=0.0)
+        finite[threshold] = int(method.cost_queue.isfinite().sum())
+        partners = [min(len(target["boxes"]), method.student.num_queries) for target in targets]
+        assert finite[threshold] == sum(partners)
+    assert finite[0.0] > finite[0.99] > 0
+
+
 def nothing_costs_little(method):
     """Fill the queue of costs so that no box is mined."""
     method.cost_queue.fill_(torch.nan)
@@ -797,9 +811,10 @@ def test_equal_views_and_networks_agree_completely():
     assert method(batch, 0)["consistency"].item() > 1e-3
 
 
-def test_both_decoders_get_one_content_at_the_box_in_their_own_view():
+@pytest.mark.parametrize("name", ["square", "wide", "mixed"])
+def test_both_decoders_get_one_content_at_the_box_in_their_own_view(name):
     method, step = make("stage one", score_threshold=0.0)
-    groups, batch = watched_groups(method), some_batch()
+    groups, batch = watched_groups(method), some_batch(**BATCHES[name])
     method(batch, step)
     student_group, teacher_group = groups["student"][-1], groups["teacher"][-1]
     assert torch.equal(student_group.content, teacher_group.content)
@@ -807,7 +822,7 @@ def test_both_decoders_get_one_content_at_the_box_in_their_own_view():
     sizes = torch.tensor([target["size"] for target in batch["weak"][1]])
     pseudo = select_pseudo_boxes(method.teacher(batch["weak"][0]), sizes, 12, method.nms)
     strong_boxes, kept = map_all(pseudo.boxes, batch)
-    for image in range(3):
+    for image in range(len(sizes)):
         keep = pseudo.valid[image] & kept[image]  # every box is confident
         assert keep.any()
         weak = to_model(pseudo.boxes[image][keep], batch["weak"][1][image]["size"])

@@ -323,8 +323,8 @@ class MeanTeacher(TeacherStudent):
         self.stats = {"pseudo_per_image": float(confident.sum() / len(strong_images))}
 
         # 2. One student pass over labelled and strong images, with denoising queries of both
-        parts = [labelled, pseudo]
-        denoising = self.make_denoising_queries(parts, [truths, strong_views], step)
+        target_sets = [labelled, pseudo]
+        denoising = self.make_denoising_queries(target_sets, [truths, strong_views], step)
         groups = [queries.group for queries in denoising]
         outputs = self.student([*images, *strong_images], groups)
         layers = stack_layers(outputs)
@@ -338,16 +338,16 @@ class MeanTeacher(TeacherStudent):
         # 4. One-to-one matching; class, L1 and GIoU losses of both kinds of images
         assignments = [
             match_layers(
-                layers.of_images(part.images),
-                part.targets,
+                layers.of_images(target_set.images),
+                target_set.targets,
                 "one_to_one",
-                costs=part_costs,
-                valid=part.valid,
+                costs=its_costs,
+                valid=target_set.valid,
             )
-            for part, part_costs in zip(parts, costs, strict=True)
+            for target_set, its_costs in zip(target_sets, costs, strict=True)
         ]
-        losses = detection_losses(layers, parts, assignments, "one_to_one")
-        return losses | denoising_losses(outputs["groups"], denoising, parts)
+        losses = detection_losses(layers, target_sets, assignments, "one_to_one")
+        return losses | denoising_losses(outputs["groups"], denoising, target_sets)
 
     def prepare(
         self, micro_batches: list[dict], step: int, keep_teacher: bool = False
@@ -359,11 +359,11 @@ class MeanTeacher(TeacherStudent):
             step: number of the step.
             keep_teacher: whether the teacher's memory and outputs are kept.
         """
-        predicted = [self.predict_pseudo_labels(part, keep_teacher) for part in micro_batches]
+        predicted = [self.predict_pseudo_labels(batch, keep_teacher) for batch in micro_batches]
         masks = [mask for labels in predicted for mask in (labels.confident, labels.candidates)]
         masks = copy_to_host(*masks)
         confident, candidates = masks[::2], masks[1::2]
-        truths = [pad_targets(part["labelled"][1]) for part in micro_batches]
+        truths = [pad_targets(batch["labelled"][1]) for batch in micro_batches]
         labelled = make_target_sets(
             "labelled",
             truths,
@@ -376,7 +376,7 @@ class MeanTeacher(TeacherStudent):
             "pseudo",
             [labels.strong._replace(valid=labels.confident) for labels in predicted],
             valid_masks=confident,
-            first_images=[len(part["labelled"][0]) for part in micro_batches],
+            first_images=[len(batch["labelled"][0]) for batch in micro_batches],
             student=self.student,
             loss_weights=self.pseudo_loss_weights,
         )

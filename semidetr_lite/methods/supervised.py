@@ -44,7 +44,7 @@ class Supervised(TeacherStudent):
         """Count the boxes of the whole step; Faster R-CNN and FCOS divide by their own numbers."""
         if isinstance(self.student, Pyramid):
             return [None] * len(micro_batches)
-        truths = [pad_targets(part["labelled"][1]) for part in micro_batches]
+        truths = [pad_targets(batch["labelled"][1]) for batch in micro_batches]
         labelled = make_target_sets(
             "labelled",
             truths,
