@@ -148,6 +148,18 @@ def test_labels_are_drawn_anew_at_about_the_rate(rate):
     assert (others / others.sum() - 1 / (CLASSES - 1)).abs().max() < 0.06  # all wrong labels alike
 
 
+def test_a_random_label_says_nothing_about_the_shift_of_the_box():
+    boxes, labels, valid = some_targets(5, 5)
+    group, targets = numbered(queries=3000, label_noise=0.5)(boxes, labels, valid, rngs(2))
+    times = 2 * group.copies
+    changed = group.content[..., 0] != labels.repeat(1, times)
+    shifts = corner_shifts(group.boxes, boxes.repeat(1, times, 1))
+    positive = targets.assigned >= 0
+    for shift in (shifts, shifts.abs()):
+        means = [shift[positive & mask].mean(0) for mask in (changed, ~changed)]
+        assert (means[0] - means[1]).abs().max() < 0.05
+
+
 def test_number_of_copies():
     for most, copies in ((1, 10), (3, 3), (10, 1), (25, 1)):
         group, _ = numbered(queries=10)(*some_targets(most), rngs(1))

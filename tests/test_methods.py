@@ -440,6 +440,20 @@ def test_a_step_is_a_function_of_its_weights_batch_and_number(kind):
     )  # new noise, everything else as before
 
 
+@pytest.mark.parametrize("kind", ["mean teacher", "stage two"])
+def test_the_denoising_of_every_image_has_random_numbers_of_its_own(kind):
+    """Of labelled and unlabelled images alike, and in every step."""
+    drawn = []
+    for step in (12, 13):
+        method, _ = make(kind)
+        hook = method.student.denoising.register_forward_pre_hook(
+            lambda _, given: drawn.extend(copy.deepcopy(rng).random() for rng in given[3])
+        )
+        method(some_batch(), step)
+        hook.remove()
+    assert len(drawn) == 2 * (2 + 3) == len(set(drawn))
+
+
 # Losses rebuilt by hand
 
 
