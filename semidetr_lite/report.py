@@ -16,9 +16,10 @@ from jinja2 import Template
 
 import semidetr_lite
 from semidetr_lite import visualize
-from semidetr_lite.errors import UserError, reading
+from semidetr_lite.errors import UserError, as_user_error
+from semidetr_lite.files import read_jsonl, write_atomic
 from semidetr_lite.training import presets
-from semidetr_lite.training.checkpoint import read_config, read_lines, write_whole
+from semidetr_lite.training.checkpoint import read_config
 from semidetr_lite.training.measure import measure
 
 FRAMES = 6  # steps of the pseudo-box timeline
@@ -53,9 +54,9 @@ def write_report(runs, out, images: int = 8, score: float = 0.3) -> Path:
     Raises UserError for a folder that is no run, a file that cannot be read, or runs on different data.
     """
     path, runs = Path(out) / "report.html", _read_runs(runs)
-    with reading(", ".join(str(run.folder) for run in runs), "its config or logs cannot be shown"):
+    with as_user_error(", ".join(str(run.folder) for run in runs), "its config or logs cannot be shown"):
         page = _page(runs, images, score)
-    write_whole(path, page)
+    write_atomic(path, page)
     return path
 
 
@@ -97,7 +98,7 @@ def read_run(folder) -> Record:
     """The run in a folder. Raises UserError where there is none, or where one of its files is damaged."""
     folder = Path(folder)
     config = read_config(folder)
-    with reading(folder / "config.json", "its burn-in cannot be followed"):
+    with as_user_error(folder / "config.json", "its burn-in cannot be followed"):
         start = _burn_in(folder, config)
     log, pseudo_lines = (_lines(folder / name, **start) for name in ("log.jsonl", "pseudo_boxes.jsonl"))
     weights = [which for which in ("teacher", "student") if (folder / f"{which}.safetensors").is_file()]
@@ -136,8 +137,8 @@ def _burn_in(folder: Path, config: dict) -> dict:
 
 def _lines(path: Path, **start) -> list[dict]:
     """The lines of a log, counted from an earlier start."""
-    lines = read_lines(path, unfinished=True)
-    with reading(path, "not the log of a run"):
+    lines = read_jsonl(path, unfinished=True)
+    with as_user_error(path, "not the log of a run"):
         return [line | {key: line[key] + start[key] for key in start if line.get(key) is not None} for line in lines]
 
 

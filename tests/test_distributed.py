@@ -17,7 +17,7 @@ from test_train import small
 
 from semidetr_lite import distributed
 from semidetr_lite.data import digits
-from semidetr_lite.data.splits import Splits, Subset, Unlabelled
+from semidetr_lite.data.splits import Splits, Subset, WithoutLabels
 from semidetr_lite.detectors.backbone import Tiny
 from semidetr_lite.detectors.denoising import Answers
 from semidetr_lite.detectors.detr import DETR
@@ -78,7 +78,7 @@ def step_of(kind: str, case: str, parts: int = 1, look: bool = True) -> tuple[di
 def few_digits() -> Splits:
     train = digits.DigitScenes("train", 12)
     few = Subset(digits.DigitScenes("test", 6), range(6))
-    return Splits(Subset(train, range(4)), Unlabelled(train, range(4, 12)), few, few, digits.CATEGORIES, flip=False)
+    return Splits(Subset(train, range(4)), WithoutLabels(train, range(4, 12)), few, few, digits.CATEGORIES, flip=False)
 
 
 def run(out, **how) -> dict:

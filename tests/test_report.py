@@ -12,7 +12,7 @@ from PIL import Image
 
 import semidetr_lite
 from semidetr_lite import report, visualize
-from semidetr_lite.data.splits import Splits, Unlabelled
+from semidetr_lite.data.splits import Splits, WithoutLabels
 from semidetr_lite.errors import UserError
 from semidetr_lite.report import write_report
 
@@ -72,7 +72,7 @@ DOT = PNG(visualize.Picture(figsize=(0.1, 0.1)))
 def fakes(monkeypatch):
     """Data and detectors of this file, and no time spent on pictures except where a test wants them."""
     monkeypatch.setattr(visualize, "png", lambda figure, dpi=None: DOT)
-    splits = Splits(Scenes(2), Unlabelled(Scenes(4), range(4)), Scenes(2), TEST, CATEGORIES, flip=False)
+    splits = Splits(Scenes(2), WithoutLabels(Scenes(4), range(4)), Scenes(2), TEST, CATEGORIES, flip=False)
     monkeypatch.setattr(report.presets, "load_splits", lambda config, file: splits)
     monkeypatch.setattr(semidetr_lite, "load_detector", lambda path, weights: Perfect(blind="supervised" in str(path)))
 
@@ -305,7 +305,7 @@ def test_a_report_that_cannot_be_written(tmp_path):
 
 
 def test_an_empty_test_split(tmp_path, monkeypatch):
-    splits = Splits(Scenes(2), Unlabelled(Scenes(4), range(4)), Scenes(2), Scenes(0), CATEGORIES, flip=False)
+    splits = Splits(Scenes(2), WithoutLabels(Scenes(4), range(4)), Scenes(2), Scenes(0), CATEGORIES, flip=False)
     monkeypatch.setattr(report.presets, "load_splits", lambda config, file: splits)
     page = Page(write_report([make_run(tmp_path / "supervised", "supervised", 0.4)], tmp_path / "out"))
     assert "The test split holds no image." in page.text

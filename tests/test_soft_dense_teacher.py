@@ -12,7 +12,7 @@ from torchvision.models.detection._utils import BoxLinearCoder
 from semidetr_lite import load_detector
 from semidetr_lite.boxes import overlaps
 from semidetr_lite.data import digits
-from semidetr_lite.data.splits import Splits, Subset, Unlabelled
+from semidetr_lite.data.splits import Splits, Subset, WithoutLabels
 from semidetr_lite.data.views import ViewSettings, map_boxes, strong_view, warp, weak_view
 from semidetr_lite.detectors.pyramid import Cells
 from semidetr_lite.methods.dense_teacher import DenseTeacher, dense_losses, select_regions
@@ -321,7 +321,7 @@ def test_dense_targets_come_from_the_carried_view():
 def splits() -> Splits:
     train = digits.DigitScenes("train", 12)
     few = Subset(digits.DigitScenes("test", 6), range(3))
-    return Splits(Subset(train, range(4)), Unlabelled(train, range(4, 12)), few, few, digits.CATEGORIES, flip=False)
+    return Splits(Subset(train, range(4)), WithoutLabels(train, range(4, 12)), few, few, digits.CATEGORIES, flip=False)
 
 
 @pytest.mark.parametrize("kind", KINDS)
