@@ -1,13 +1,15 @@
-"""COCO 2017: train2017, val2017, unlabeled2017 and their annotations, in the layout that `semidetr
-train --data` reads.
+"""COCO 2017: images and annotations, in the layout that `semidetr train --data` reads.
 
-    TARGET/annotations/instances_train2017.json, instances_val2017.json,
-    image_info_unlabeled2017.json TARGET/train2017/  val2017/  unlabeled2017/
+    TARGET/annotations/instances_train2017.json  instances_val2017.json
+                       image_info_unlabeled2017.json
+    TARGET/train2017/  val2017/  unlabeled2017/
 
-    python data_scripts/download_coco.py data/coco                         everything, 40 GB of
-    downloads python data_scripts/download_coco.py data/coco --only train --only val    for 1 to 10
-    % labels, 20 GB python data_scripts/download_coco.py data/coco --from-archive disk/val2017.zip
-    --from-archive disk/...
+    python data_scripts/download_coco.py data/coco
+        everything, 40 GB of downloads
+    python data_scripts/download_coco.py data/coco --only train --only val
+        what 1 to 10 % labels need, 20 GB
+    python data_scripts/download_coco.py data/coco --from-archive disk/val2017.zip
+        an archive that you have already
 
 A second run of the same command continues where the first was stopped or cut off. Of the
 annotations only the boxes (instances_*) are unpacked. Terms: the annotations are CC BY 4.0, each

@@ -1,11 +1,13 @@
-"""Pascal VOC: 2007 trainval and test, 2012 trainval, as the VOCdevkit tree that voc_to_coco.py
-reads.
+"""Pascal VOC 2007 trainval and test, 2012 trainval, as the tree that voc_to_coco.py reads.
 
     TARGET/VOCdevkit/VOC2007/  VOC2012/    each with Annotations/ ImageSets/ JPEGImages/
 
-    python data_scripts/download_voc.py data/voc                            everything, 2.9 GB of
-    downloads python data_scripts/download_voc.py data/voc --only 2007-test python
-    data_scripts/download_voc.py data/voc --from-archive disk/VOCtest_06-Nov-2007.tar
+    python data_scripts/download_voc.py data/voc
+        everything, 2.9 GB of downloads
+    python data_scripts/download_voc.py data/voc --only 2007-test
+        one part
+    python data_scripts/download_voc.py data/voc --from-archive disk/VOCtest_06-Nov-2007.tar
+        an archive that you have already
 
 A second run of the same command continues where the first was stopped or cut off. Terms: the
 photographs are from Flickr and fall under its terms of use; for research and teaching.

@@ -1,12 +1,14 @@
 """digits-v1 as a miniature COCO on disk, to walk every path that COCO takes without COCO.
 
-    OUT/annotations/instances_train2017.json, instances_val2017.json, image_info_unlabeled2017.json
+    OUT/annotations/instances_train2017.json  instances_val2017.json
+                    image_info_unlabeled2017.json
     OUT/train2017/  val2017/  unlabeled2017/  000000000001.png ...
 
-    python data_scripts/export_digits.py data/digits                                  about 100 MB,
-    half a minute python data_scripts/export_digits.py data/digits --scenes 100 --val 20
-    --unlabelled 50 semidetr train --data data/digits --unlabelled data/digits/unlabeled2017 --out
-    RUN
+    python data_scripts/export_digits.py data/digits
+        about 100 MB, half a minute
+    python data_scripts/export_digits.py data/digits --scenes 100 --val 20 --unlabelled 50
+        fewer scenes
+    semidetr train --data data/digits --unlabelled data/digits/unlabeled2017 --out RUN
 
 train2017 are the first scenes of digits-v1's training split, val2017 those of its test split, so
 that an AP measured on all of them stands beside one of the embedded data. unlabeled2017 are more

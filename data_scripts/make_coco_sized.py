@@ -1,13 +1,13 @@
-"""A data set of COCO's measures: all but the photographs is as there, to run the COCO recipe
-without COCO.
+"""Generated images of COCO's measures, to run the COCO recipe without COCO.
 
-    OUT/annotations/instances_train2017.json  instances_val2017.json      OUT/train2017/  val2017/
-    000000000001.jpg ...
+    OUT/annotations/instances_train2017.json  instances_val2017.json
+    OUT/train2017/  val2017/  000000000001.jpg ...
 
-    python data_scripts/make_coco_sized.py data/coco-sized                                   1,200
-    images, about 150 MB python data_scripts/make_coco_sized.py data/coco-sized --train 118287 --val
-    5000         as many as COCO has semidetr train --preset coco-10pct --data data/coco-sized --out
-    RUN
+    python data_scripts/make_coco_sized.py data/coco-sized
+        1,200 images, about 150 MB
+    python data_scripts/make_coco_sized.py data/coco-sized --train 118287 --val 5000
+        as many as COCO has
+    semidetr train --preset coco-10pct --data data/coco-sized --out RUN
 
 Sizes and aspect ratios come about as often as in COCO (fractions written down from memory), so do
 objects in an image (7 on average, up to 93, none in 1 %) and their sizes (four in ten under 32 x 32

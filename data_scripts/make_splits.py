@@ -1,15 +1,19 @@
-"""Folds of labelled and unlabelled images, as files under the names that semi-supervised detection
-code agrees on.
+"""Folds of labelled and unlabelled images, as files under their usual names.
 
     python data_scripts/make_splits.py data/coco/annotations/instances_train2017.json
         writes annotations/semi_supervised/instances_train2017.{fold}@{percent}.json (labelled, with
         boxes) and instances_train2017.{fold}@{percent}-unlabeled.json (the rest) for 1, 2, 5, 10 %
         and folds 1 to 5, and manifest.json; outlines ("segmentation") are left out
-    ... --percent 10 --fold 1                     these alone; each may be repeated ... --stratified
-    small data: every class gets its fraction, the rare ones first ... --indices
-    COCO_supervision.txt            folds as Unbiased Teacher published them ... --pairs FOLDER
-    folds others published as pairs of such jsons python data_scripts/make_splits.py --check
-    data/coco/annotations/semi_supervised
+    ... --percent 10 --fold 1
+        these alone; each may be repeated
+    ... --stratified
+        small data: every class gets its fraction, the rare ones first
+    ... --indices COCO_supervision.txt
+        folds as Unbiased Teacher published them
+    ... --pairs FOLDER
+        folds that others published as pairs of such jsons
+    python data_scripts/make_splits.py --check data/coco/annotations/semi_supervised
+        compare the files with their manifest
 
 Without an option the draw is that of `semidetr train --percent P --fold F`: both call the same
 function, so a fold on disk and one drawn in training have the same images. The -unlabeled.json hold
@@ -21,10 +25,10 @@ version: then the files are the fold, and semidetr_lite.data.folds reads them. I
 same folds give the same manifest, byte for byte.
 
 Index lists, {percent: {fold: [index]}}, count the images as detectron2 lists them: sorted by id,
-images without a box that is no crowd region left out first. (Unbiased Teacher's lists fit that: 0.1
-% are 117 indices, of 117,266 images; of all 118,287 it would be 118.) Each list is checked to be as
-long as its percentage of that count. The images left out go to the unlabelled part here, since
-leaving them out would use their labels; there they are in neither.
+images without a box that is no crowd region left out first. (Unbiased Teacher's lists fit that:
+0.1 % are 117 indices, of 117,266 images; of all 118,287 it would be 118.) Each list is checked to
+be as long as its percentage of that count. The images left out go to the unlabelled part here,
+since leaving them out would use their labels; there they are in neither.
 """
 
 import argparse
@@ -228,8 +232,7 @@ def classes_of(document: dict) -> list[set[int]]:
 
 
 def stratified_indices(classes: list[set[int]], percent: float, fold: int) -> list[int]:
-    """As many sorted indices as `labelled_indices` draws, so that each class gets its fraction of
-    them.
+    """Sorted indices, as many as `labelled_indices` draws, with its fraction of every class.
 
     A class that is on n images should be on percent % of n labelled ones, at least on one. Images
     without any class count as one more class, without that minimum. From the rarest class to the
@@ -320,10 +323,9 @@ def _index_lists(path: Path) -> dict[Fold, list]:
 def read_pairs(
     folder: Path, document: dict, stem: str, wanted: list[Fold], all_needed: bool
 ) -> Drawn:
-    """Folds from STEM.{fold}@{percent}.json and -unlabeled.json, by their image ids; boxes come
-    from `document`.
+    """Folds from the image ids of STEM.{fold}@{percent}.json and -unlabeled.json.
 
-    An image in neither part becomes unlabelled, and a line on stderr counts them. Raises UserError
+    Boxes come from `document`. An image in neither part becomes unlabelled, and a line on stderr counts them. Raises UserError
     for an id that `document` does not have, for an image in both parts, and with `all_needed` for a
     fold that is not there.
     """

@@ -1,14 +1,17 @@
-"""Pascal VOC to COCO's format: one json of boxes for each set of images. The photographs stay where
-they are.
+"""Pascal VOC to COCO's format: one json of boxes for each set of images.
 
     python data_scripts/voc_to_coco.py data/voc/VOCdevkit
         writes VOCdevkit/annotations/instances_train.json (VOC07 trainval, labelled),
         instances_val.json (VOC07 test) and image_info_unlabeled.json (VOC12 trainval, no boxes):
         the setting of the paper. Then semidetr train --data data/voc/VOCdevkit --percent 100 ...
-    python data_scripts/voc_to_coco.py data/voc/VOCdevkit --train VOC2007/trainval --train
-    VOC2012/trainval python data_scripts/voc_to_coco.py FOLDER --classes found
+    python data_scripts/voc_to_coco.py data/voc/VOCdevkit \\
+            --train VOC2007/trainval --train VOC2012/trainval
+        sets of your choice
+    python data_scripts/voc_to_coco.py FOLDER --classes found
         your own XML files, in FOLDER/Annotations or FOLDER, their images in FOLDER/JPEGImages or
         FOLDER
+
+The photographs stay where they are.
 
 A set is [FOLDER/]NAME, listed in FOLDER/ImageSets/Main/NAME.txt, or FOLDER/all for every XML file.
 An XML file has the name of its image. Without a --val, a fifth of the images is set aside in
@@ -91,9 +94,12 @@ def convert(
 ) -> None:
     """Write a json for each split that has a set.
 
-    Args: data: the folder of the VOC folders. sets: {"train", "val", "unlabelled"}: names of sets;
-        without any, those of the paper or all images. classes: names with commas between, "found",
-        or None for VOC's. out: the folder of the jsons, `data`/annotations if not given.
+    Args:
+        data: the folder of the VOC folders.
+        sets: {"train", "val", "unlabelled"}: names of sets; without any, those of the paper or all
+            images.
+        classes: names with commas between, "found", or None for VOC's.
+        out: the folder of the jsons, `data`/annotations if not given.
 
     Raises UserError for the first thing that cannot be used; then nothing is written.
     """

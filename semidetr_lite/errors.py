@@ -22,8 +22,10 @@ class Stopped(KeyboardInterrupt):
 def as_user_error(source, problem: str) -> Iterator[None]:
     """Turn every exception of the block into one UserError: for files that others may have written.
 
-    Args: source: the file that is read; the message starts with it. problem: what to say about it.
-        The kind and the first line of the exception follow in brackets.
+    Args:
+        source: the file that is read; the message starts with it.
+        problem: what to say about it. The kind and the first line of the exception follow in
+            brackets.
 
     Raises UserError. One that the block raises itself passes unchanged.
     """

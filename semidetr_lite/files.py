@@ -21,8 +21,10 @@ BLOCK = 1 << 20  # bytes read at a time
 def write_atomic(path: Path, content: str | bytes | Callable[[Path], None]) -> None:
     """Write a file whole, or leave what was there.
 
-    Args: path: the file; its folder is made. content: text (written as UTF-8), bytes, or a function
-        that writes to the temporary path it is given.
+    Args:
+        path: the file; its folder is made.
+        content: text (written as UTF-8), bytes, or a function that writes to the temporary path it
+            is given.
 
     Raises UserError where the file cannot be written.
     """

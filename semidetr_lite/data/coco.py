@@ -1,9 +1,9 @@
-"""Annotated images in COCO's format: a json with the boxes, and perhaps a folder of unlabelled
-images.
+"""Annotated images in COCO's format: a json with the boxes, perhaps a folder of unlabelled images.
 
     {"images": [{"id", "file_name", "width", "height"}],
-     "annotations": [{"id", "image_id", "category_id", "bbox": [x, y, width, height], "area",
-     "iscrowd", "difficult"}], "categories": [{"id", "name"}]}
+     "annotations": [{"id", "image_id", "category_id", "bbox": [x, y, width, height],
+                      "area", "iscrowd", "difficult"}],
+     "categories": [{"id", "name"}]}
 
 A Pascal VOC or YOLO folder is read into the same rows (formats.py), so there is one data set class
 for all. Category ids may have gaps; the labels 0..C-1 follow them in ascending order. A crowd
@@ -61,16 +61,18 @@ def load(
 ) -> Splits:
     """The splits of a data set on disk.
 
-    Args: data, images, validation: as `find_annotations` takes them. unlabelled: a folder of images
-        without labels, or a COCO json of such. Images that the annotations list are left
-            out.
+    Args:
+        data, images, validation: as `find_annotations` takes them.
+        unlabelled: a folder of images without labels, or a COCO json of such. Images that the
+            annotations list are left out.
         percent: of the training images that are labelled. The others are unlabelled.
         fold: the number of the draw of labelled images, from 1.
         folds: a folder of folds with its manifest, to read the draw from.
         flip: whether a mirrored object is still the same.
 
-    Returns: Splits whose tune and test split are both the validation images. If there are none, a
-        fifth of the training images, always the same, is set aside, and one line on stderr says so.
+    Returns:
+        Splits whose tune and test split are both the validation images. If there are none, a fifth
+        of the training images, always the same, is set aside, and one line on stderr says so.
 
     Raises UserError for data that cannot be used.
     """
@@ -125,9 +127,8 @@ def find_annotations(
         data: a COCO json, its images in the folder `images`; or a folder of one of these kinds:
 
             COCO   instances_train*.json and perhaps instances_val*.json in it or in its
-            annotations/, and the images
-                   in train2017/ and val2017/ (named as the jsons are), in images/ or in the folder
-                   itself
+                   annotations/; the images in train2017/ and val2017/ (named as the jsons are),
+                   in images/ or in the folder itself
             VOC    JPEGImages/, Annotations/*.xml and perhaps ImageSets/Main/*.txt; see `read_voc`
             YOLO   images/ and labels/ with data.yaml or classes.txt; see `read_yolo`
 
@@ -167,14 +168,18 @@ def find_annotations(
 class CocoDataset:
     """Labelled images: `dataset[i] -> (image uint8 (3, H, W), target)`, boxes in pixels, xyxy.
 
-    Args: annotations: a json; or Annotations, which name their folders of images. images: for a
-        json, its folder of images or a list of them. The first that holds an image of the json is
-        taken. problems: a list that takes one line about each defect of the json; without it the
-        first one is raised.
+    Args:
+        annotations: a json; or Annotations, which name their folders of images.
+        images: for a json, its folder of images or a list of them. The first that holds an image of
+            the json is taken.
+        problems: a list that takes one line about each defect of the json; without it the first one
+            is raised.
 
-    Attributes: categories: [{"id", "name"}] in the order of the labels. sizes: [(H, W)] and
-        `image_ids` [int], in the order of the json. fields: {"boxes" (A, 4) float32 xyxy, "labels",
-        "crowd", "area", perhaps "difficult"}, arrays over all boxes.
+    Attributes:
+        categories: [{"id", "name"}] in the order of the labels.
+        sizes: [(H, W)] and `image_ids` [int], in the order of the json.
+        fields: {"boxes" (A, 4) float32 xyxy, "labels", "crowd", "area", perhaps "difficult"},
+            arrays over all boxes.
 
     Raises UserError: at opening for a defect of the json or a missing image, at reading for an
     image that cannot be decoded or has another size than the json says.
@@ -325,8 +330,9 @@ def _boxes_in_image(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cut boxes (A, 4) xywh to the sizes (A, 2), H and W, of their images.
 
-    Returns: float32 xyxy (A, 4); usable (A,) bool; cut (A,) bool: usable and shortened by more than
-        a pixel.
+    Returns:
+        float32 xyxy (A, 4); usable (A,) bool; cut (A,) bool: usable and shortened by more than a
+        pixel.
     """
     finite = np.isfinite(xywh).all(1, keepdims=True)
     xywh = np.where(finite, xywh, 0)  # a box that is not finite becomes an empty one
@@ -341,8 +347,7 @@ def _boxes_in_image(
 
 
 def read_coco(path) -> dict:
-    """The content of a COCO json whose ids are checked: they exist, are unique and refer to each
-    other.
+    """The content of a COCO json whose ids are checked: unique, and referring to each other.
 
     Raises UserError naming the file and its first problem.
     """
@@ -363,8 +368,7 @@ def read_annotations(path, image_dirs: list[Path]) -> Annotations:
 
 
 def read_coco_json(path):
-    """The content of a json, the outlines of objects left out. Raises UserError as
-    `files.read_json` does.
+    """The content of a json without outlines. Raises UserError as `files.read_json` does.
 
     Outlines, the "segmentation" of an annotation, are cut from the text before it is parsed: they
     are two thirds of COCO's files, and nothing here uses them.

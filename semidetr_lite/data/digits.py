@@ -1,5 +1,4 @@
-"""`digits-v1`: real handwritten digits pasted on real photographs, drawn when asked for, nothing to
-download.
+"""`digits-v1`: real handwritten digits pasted on real photographs; nothing to download.
 
 A scene is a crop of one of scikit-learn's two sample photographs with zero to six of its 8x8
 handwritten digits pasted at random size, aspect, rotation, colour and position, plus noise. The box
@@ -117,8 +116,7 @@ def _free_box(
     boxes: list[np.ndarray],
     crowd: bool,
 ) -> np.ndarray | None:
-    """A box (x1, y1, x2, y2) for the shape inside the scene that respects `boxes`, or None after 40
-    tries.
+    """A box (x1, y1, x2, y2) for the shape that respects `boxes`, or None after 40 tries.
 
     With `crowd` it lies near the last of `boxes` and overlaps it as CROWDED_COVER says.
     """
@@ -238,8 +236,7 @@ def _draw_size(rng: np.random.Generator) -> tuple[int, int]:
 
 
 class DigitScenes:
-    """The first `count` scenes of a split. A scene is drawn on its first access and kept (about 30
-    kB each).
+    """The first `count` scenes of a split, each drawn on its first access and kept (30 kB).
 
     `sizes` [(H, W)] are known without drawing.
     """

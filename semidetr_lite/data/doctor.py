@@ -30,11 +30,12 @@ def doctor_data(
         data, images, unlabelled, validation: as `load` takes them.
         workers: processes that decode the images; 0 decodes in this one.
 
-    Returns: The lines to print; a summary; the number of problems. The summary has an entry for
-        each of "train", "validation" and "unlabelled" that is there: {"source", "images",
-        "image_sides"}, and with labels also "boxes", "crowd", "difficult", "empty" (images without
-        a box), "classes" {name: boxes} and "box_sides". Sides are {"edges", "counts"} in pixels:
-        the longer side of an image, the square root of the area of a box.
+    Returns:
+        The lines to print; a summary; the number of problems. The summary has an entry for each of
+        "train", "validation" and "unlabelled" that is there: {"source", "images", "image_sides"},
+        and with labels also "boxes", "crowd", "difficult", "empty" (images without a box),
+        "classes" {name: boxes} and "box_sides". Sides are {"edges", "counts"} in pixels: the longer
+        side of an image, the square root of the area of a box.
     """
     datasets, problems = _open(data, images, unlabelled, validation)
     summary: dict[str, dict] = {}

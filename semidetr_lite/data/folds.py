@@ -14,11 +14,13 @@ from semidetr_lite.files import file_digest, read_json
 def check_manifest(path, percent: float | None = None, fold: int | None = None) -> dict:
     """The manifest of a folder of folds, after its files proved to be those it lists.
 
-    Args: path: a manifest.json or its folder. percent, fold: check the files of this percentage and
-        fold only; None checks all of them. The json they were
-            drawn from is checked where it is there.
+    Args:
+        path: a manifest.json or its folder.
+        percent, fold: check the files of this percentage and fold only; None checks all of them.
+            The json they were drawn from is checked where it is there.
 
-    Returns: The manifest; its "files" {name: {"sha256", "percent", "fold", "labelled", "images",
+    Returns:
+        The manifest; its "files" {name: {"sha256", "percent", "fold", "labelled", "images",
         "boxes"}} are those checked.
 
     Raises UserError for a file that is missing or has other content, and for a fold that is not

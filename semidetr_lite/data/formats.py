@@ -115,9 +115,11 @@ def read_voc(
     training and test for validation, or train and val. Without a pair, trainval, train or all
     images are for training.
 
-    Args: folder: of the XML files; see `read_voc_images`. images: the folder of the images, if it
-        is not JPEGImages. categories: [{"id", "name"}]; if not given, the classes found, numbered
-        from 1 in alphabetical order.
+    Args:
+        folder: of the XML files; see `read_voc_images`.
+        images: the folder of the images, if it is not JPEGImages.
+        categories: [{"id", "name"}]; if not given, the classes found, numbered from 1 in
+            alphabetical order.
     """
     readable, problems = read_voc_images(folder, images=images)
     if categories is None:
@@ -147,12 +149,16 @@ def read_voc_images(
     The XML files lie in Annotations/ or in the folder itself, the images in JPEGImages/ or in the
     folder itself. An XML file has the name of its image.
 
-    Args: folder: the VOC folder. stems: file names without suffix; if not given, those of all XML
-        files. images: the folder of the images, if it is another one. with_objects: False reads no
-        XML file, which then need not exist, and only the size of each image.
+    Args:
+        folder: the VOC folder.
+        stems: file names without suffix; if not given, those of all XML files.
+        images: the folder of the images, if it is another one.
+        with_objects: False reads no XML file, which then need not exist, and only the size of each
+            image.
 
-    Returns: {stem: image}, its file name relative to the folder of images; {stem: what is wrong
-        with it}.
+    Returns:
+        {stem: image}, its file name relative to the folder of images; {stem: what is wrong with
+        it}.
     """
     image_dir = Path(images) if images else voc_image_dir(folder)
     image_paths = {Path(path).stem: path for path in images_below(image_dir).values()}
@@ -194,7 +200,7 @@ def _missing_xml(folder: Path, stem: str) -> str:
 
 def read_voc_list(path: Path) -> list[str]:
     """The image names in a list of ImageSets/Main: the first word of each line."""
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     return [line.split()[0] for line in lines if line.strip()]
 
 
@@ -242,10 +248,9 @@ def voc_annotation(path: Path, image) -> tuple[tuple[int, int], list[BoxObject]]
 
 
 def read_yolo(folder: Path) -> tuple[Annotations, Annotations | None]:
-    """A YOLO folder: for each image below an images/ folder a text file at the same path below
-    labels/.
+    """A YOLO folder: an image below images/ has its text file at the same path below labels/.
 
-    A line of it is `class cx cy width height`: the class counted from 0, the box in 0..1 of the
+    A line of the file is `class cx cy width height`: the class counted from 0, the box in 0..1 of the
     image turned upright. An image without a text file has no object. A folder on the way to an
     image that is called train, val (valid, validation) or test names its split. val, or else test,
     is for validation, everything else for training. The names of the classes stand in data.yaml (or
@@ -358,8 +363,7 @@ def _different(names: list[str], path: Path) -> list[str]:
 
 
 def names_in_yaml(path: Path) -> list[str]:
-    """The `names:` of a data.yaml, a list or a map {number: name}, in the order of the class
-    numbers.
+    """The `names:` of a data.yaml, a list or a map {number: name}, in the order of numbers.
 
     YAML's BaseLoader takes every value as text, so that classes called `no`, `007` or `1e3` keep
     their names. It builds lists, maps and text only: no tag of the file runs anything. Raises

@@ -102,19 +102,20 @@ def images_below(folder) -> dict[str, str]:
 
 
 class ImageFolder:
-    """The images in a folder and below it, without labels: `dataset[i] -> (image, {"size",
-    "image_id"})`.
+    """Images of a folder, without labels: `dataset[i] -> (image, {"size", "image_id"})`.
 
-    Images are sorted by path and turned upright as their EXIF data ask, as every viewer shows them.
+    All images in the folder and below it, sorted by path and turned upright as their EXIF data ask, as every viewer shows them.
 
-    Args: folder: the folder. first_id: image ids count from here. listed: files to leave out, as
-        `CocoDataset.paths` returns them: an image that is labelled or evaluated on is
-            not unlabelled as well.
+    Args:
+        folder: the folder.
+        first_id: image ids count from here.
+        listed: files to leave out, as `CocoDataset.paths` returns them: an image that is labelled
+            or evaluated on is not unlabelled as well.
         paths: the images, if not all of the folder are meant.
 
-    Attributes: sizes: [(H, W)]. All headers are read on the first access. An image whose header
-        cannot be read has the size
-            (0, 0) and is counted on stderr.
+    Attributes:
+        sizes: [(H, W)]. All headers are read on the first access. An image whose header cannot be
+            read has the size (0, 0) and is counted on stderr.
 
     Raises UserError for a missing folder, one without any image, and an image that cannot be read.
     """

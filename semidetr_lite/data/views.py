@@ -1,5 +1,4 @@
-"""Weak, strong and labelled views of an image, each with the 3x3 matrix that says where every pixel
-went.
+"""Weak, strong and labelled views of an image, each with the 3x3 matrix that moved its pixels.
 
 The teacher sees the weak view, the student the strong view. A box found in the weak view is mapped
 to the strong view by `strong["matrix"] @ inverse(weak["matrix"])` (paper section 3.1; released
@@ -78,7 +77,8 @@ def map_boxes(boxes: torch.Tensor, matrix: torch.Tensor, size) -> tuple[torch.Te
         matrix: (3, 3), acting on columns (x, y, 1); or (B, 3, 3).
         size: (H, W) of the image the boxes are mapped to; or a tensor (B, 2).
 
-    Returns: (T, 4) the bounding boxes of the mapped corners, clamped to the image; (T,) bool, False
+    Returns:
+        (T, 4) the bounding boxes of the mapped corners, clamped to the image; (T,) bool, False
         where nothing of the box is left.
     """
     mapped = _bounding_boxes_of_corners(boxes, matrix)
@@ -105,10 +105,12 @@ def map_target(
 ) -> dict:
     """The same target in another view.
 
-    Args: target: boxes and what belongs to them, perhaps a "truth" inside; it is not changed.
-        matrix: (3, 3), from the pixels of `target` to those of the view. size: (H, W) of the view.
+    Args:
+        target: boxes and what belongs to them, perhaps a "truth" inside; it is not changed.
+        matrix: (3, 3), from the pixels of `target` to those of the view.
+        size: (H, W) of the view.
         visible: a box of which a smaller fraction remains in view is dropped, with its row in every
-        other entry.
+            other entry.
     """
     mapped = {key: value for key, value in target.items() if key not in PER_BOX and key != "truth"}
     mapped["size"] = (int(size[0]), int(size[1]))
@@ -261,8 +263,7 @@ def _resized_image(
 
 
 def resized(size: tuple[int, int], short_side: int, long_side: int) -> tuple[int, int]:
-    """(H, W) scaled so that the short side is `short_side`, or less where the long side would
-    exceed `long_side`.
+    """(H, W) scaled to `short_side`, or to less where the long side would exceed `long_side`.
 
     Each side is at least 1 pixel.
     """
