@@ -325,9 +325,9 @@ def read_pairs(
 ) -> Drawn:
     """Folds from the image ids of STEM.{fold}@{percent}.json and -unlabeled.json.
 
-    Boxes come from `document`. An image in neither part becomes unlabelled, and a line on stderr counts them. Raises UserError
-    for an id that `document` does not have, for an image in both parts, and with `all_needed` for a
-    fold that is not there.
+    Boxes come from `document`. An image in neither part becomes unlabelled, and a line on stderr
+    counts them. Raises UserError for an id that `document` does not have, for an image in both
+    parts, and with `all_needed` for a fold that is not there.
     """
     index_of = {image["id"]: index for index, image in enumerate(document["images"])}
     names = {(percent, fold): f"{stem}.{fold}@{percent:g}" for percent, fold in wanted}

@@ -250,8 +250,8 @@ def voc_annotation(path: Path, image) -> tuple[tuple[int, int], list[BoxObject]]
 def read_yolo(folder: Path) -> tuple[Annotations, Annotations | None]:
     """A YOLO folder: an image below images/ has its text file at the same path below labels/.
 
-    A line of the file is `class cx cy width height`: the class counted from 0, the box in 0..1 of the
-    image turned upright. An image without a text file has no object. A folder on the way to an
+    A line of the file is `class cx cy width height`: the class counted from 0, the box in 0..1 of
+    the image turned upright. An image without a text file has no object. A folder on the way to an
     image that is called train, val (valid, validation) or test names its split. val, or else test,
     is for validation, everything else for training. The names of the classes stand in data.yaml (or
     the only .yaml file of the folder), or one per line in classes.txt. Raises UserError for a

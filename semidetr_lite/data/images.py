@@ -104,7 +104,8 @@ def images_below(folder) -> dict[str, str]:
 class ImageFolder:
     """Images of a folder, without labels: `dataset[i] -> (image, {"size", "image_id"})`.
 
-    All images in the folder and below it, sorted by path and turned upright as their EXIF data ask, as every viewer shows them.
+    All images in the folder and below it, sorted by path and turned upright as their EXIF data ask,
+    as every viewer shows them.
 
     Args:
         folder: the folder.
