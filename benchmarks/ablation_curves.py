@@ -12,7 +12,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from semidetr_lite.training.checkpoint import read_lines
+from semidetr_lite.files import read_jsonl
 
 RECORD = Path(__file__).parents[1] / "notebooks/recorded/ablation_curves.jsonl"
 LOOKS = {"mean-teacher": ("#E69F00", "mean teacher"), "semi-detr": ("#0072B2", "Semi-DETR")}
@@ -55,7 +55,7 @@ def main() -> None:
     """Draw a row of panels for each share of labels."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ablation_curves.png"))
-    out, lines = parser.parse_args().out, read_lines(RECORD)
+    out, lines = parser.parse_args().out, read_jsonl(RECORD)
     figure = Figure(figsize=(10.5, 5.6), dpi=100, layout="constrained")
     axes = figure.subplots(2, len(QUANTITIES), sharex=True, sharey="col")
     for row, percent in zip(axes, (5, 10)):

@@ -57,7 +57,7 @@ def batches(steps: int, parts: int, splits: Splits):
     recipe, rng = make_recipe(new_config("coco-10pct", data="none")), np.random.default_rng(0)
     drawn, sides = Batches(splits, recipe.labelled_images, recipe.unlabelled_images, recipe.views, 0), recipe.views
     for step in range(steps):
-        shape, turn = drawn.shape_and_turn(step)
+        shape, turn = drawn.shape_and_draw_index(step)
         labelled = [splits.labelled.sizes[index] for index in drawn.labelled.draw(shape, turn)]
         unlabelled = [splits.unlabelled.sizes[index] for index in drawn.unlabelled.draw(shape, turn)]
         batch = {}

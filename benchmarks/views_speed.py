@@ -64,8 +64,8 @@ def main() -> None:
             timed("weak: mirror", views.warp, weak, views._matrix([-1, 0, size[1]], [0, 1, 0]), size)
             strong = timed("strong: resize", views._resized_image, image, tuple(image.shape[1:]), rng, settings)[0]
             moved = timed("strong: geometry", views.warp, strong, views._strong_matrix(size, rng, settings), size)
-            coloured = timed("strong: colour", views.recolour, moved, rng)
-            timed("strong: erase", views.erase, coloured, rng, settings)
+            coloured = timed("strong: colour", views.color_augment, moved, rng)
+            timed("strong: erase", views.random_erase, coloured, rng, settings)
 
     print(f"{platform.machine()}, one thread, torch {torch.__version__}, 640 x 480 to short side {options.short_side}")
     for name, spent in (("by the clock", clock), ("of processor time", times.pop("all"))):

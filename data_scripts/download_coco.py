@@ -1,15 +1,19 @@
-"""COCO 2017: train2017, val2017, unlabeled2017 and their annotations, in the layout that `semidetr train --data` reads.
+"""COCO 2017: images and annotations, in the layout that `semidetr train --data` reads.
 
-    TARGET/annotations/instances_train2017.json, instances_val2017.json, image_info_unlabeled2017.json
+    TARGET/annotations/instances_train2017.json  instances_val2017.json
+                       image_info_unlabeled2017.json
     TARGET/train2017/  val2017/  unlabeled2017/
 
-    python data_scripts/download_coco.py data/coco                         everything, 40 GB of downloads
-    python data_scripts/download_coco.py data/coco --only train --only val    for 1 to 10 % labels, 20 GB
-    python data_scripts/download_coco.py data/coco --mirror https://course.example.org/coco
-    python data_scripts/download_coco.py data/coco --from-archive disk/val2017.zip --from-archive disk/...
+    python data_scripts/download_coco.py data/coco
+        everything, 40 GB of downloads
+    python data_scripts/download_coco.py data/coco --only train --only val
+        what 1 to 10 % labels need, 20 GB
+    python data_scripts/download_coco.py data/coco --from-archive disk/val2017.zip
+        an archive that you have already
 
-Stopped or cut off, the same command goes on where it was. Of the annotations only the boxes (instances_*) are
-unpacked. Terms: the annotations are CC BY 4.0, each photograph has the licence its row in the json names.
+A second run of the same command continues where the first was stopped or cut off. Of the
+annotations only the boxes (instances_*) are unpacked. Terms: the annotations are CC BY 4.0, each
+photograph has the licence its row in the json names.
 """
 
 import sys
@@ -19,7 +23,8 @@ from _download import main as download_main
 
 HOST = "http://images.cocodataset.org"
 
-# Sizes and MD5 are those of the files on images.cocodataset.org, as several public download scripts that check them
+# Sizes and MD5 are those of the files on images.cocodataset.org, as several public download scripts
+# that check them
 # agree on; `unpacked` is rounded up. They were not downloaded to be measured for this table.
 TRAIN = Archive(
     "train2017.zip",
@@ -70,7 +75,8 @@ PARTS = {
     "unlabeled": [UNLABELED_LIST, UNLABELED],
 }
 NEXT = (
-    "{target}: ready; next: python data_scripts/make_splits.py {target}/annotations/instances_train2017.json, "
+    "{target}: ready; next: "
+    "python data_scripts/make_splits.py {target}/annotations/instances_train2017.json, "
     "or semidetr train --preset coco-10pct --data {target} --out RUN"
 )
 

@@ -1,14 +1,16 @@
-"""Pascal VOC: 2007 trainval and test, 2012 trainval, as the VOCdevkit tree that voc_to_coco.py reads.
+"""Pascal VOC 2007 trainval and test, 2012 trainval, as the tree that voc_to_coco.py reads.
 
     TARGET/VOCdevkit/VOC2007/  VOC2012/    each with Annotations/ ImageSets/ JPEGImages/
 
-    python data_scripts/download_voc.py data/voc                            everything, 2.9 GB of downloads
+    python data_scripts/download_voc.py data/voc
+        everything, 2.9 GB of downloads
     python data_scripts/download_voc.py data/voc --only 2007-test
-    python data_scripts/download_voc.py data/voc --mirror https://course.example.org/voc
+        one part
     python data_scripts/download_voc.py data/voc --from-archive disk/VOCtest_06-Nov-2007.tar
+        an archive that you have already
 
-Stopped or cut off, the same command goes on where it was. Terms: the photographs are from Flickr and fall under its
-terms of use; for research and teaching.
+A second run of the same command continues where the first was stopped or cut off. Terms: the
+photographs are from Flickr and fall under its terms of use; for research and teaching.
 """
 
 import sys
@@ -18,7 +20,8 @@ from _download import main as download_main
 
 HOST = "https://thor.robots.ox.ac.uk/pascal/VOC"
 
-# Addresses and MD5 as in torchvision.datasets.voc; the sizes are what the servers state. Not downloaded for this table.
+# Addresses and MD5 as in torchvision.datasets.voc; the sizes are what the servers state. Not
+# downloaded for this table.
 # Both archives of 2007 fill the same folders: the list of its images tells which one is there.
 TRAINVAL_2007 = Archive(
     "VOCtrainval_06-Nov-2007.tar",
@@ -48,7 +51,11 @@ TRAINVAL_2012 = Archive(
     witnesses=("VOCdevkit/VOC2012/ImageSets/Main/trainval.txt",),
 )
 
-PARTS = {"2007-trainval": [TRAINVAL_2007], "2007-test": [TEST_2007], "2012-trainval": [TRAINVAL_2012]}
+PARTS = {
+    "2007-trainval": [TRAINVAL_2007],
+    "2007-test": [TEST_2007],
+    "2012-trainval": [TRAINVAL_2012],
+}
 NEXT = "{target}: ready; next: python data_scripts/voc_to_coco.py {target}/VOCdevkit"
 
 

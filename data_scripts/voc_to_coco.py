@@ -1,29 +1,34 @@
-"""Pascal VOC to COCO's format: one json of boxes for each set of images, the photographs stay where they are.
+"""Pascal VOC to COCO's format: one json of boxes for each set of images.
 
     python data_scripts/voc_to_coco.py data/voc/VOCdevkit
-        writes VOCdevkit/annotations/instances_train.json (VOC07 trainval, labelled), instances_val.json (VOC07 test)
-        and image_info_unlabeled.json (VOC12 trainval, no boxes): the setting of the paper. Then
-        semidetr train --data data/voc/VOCdevkit --percent 100 ...
-    python data_scripts/voc_to_coco.py data/voc/VOCdevkit --train VOC2007/trainval --train VOC2012/trainval
+        writes VOCdevkit/annotations/instances_train.json (VOC07 trainval, labelled),
+        instances_val.json (VOC07 test) and image_info_unlabeled.json (VOC12 trainval, no boxes):
+        the setting of the paper. Then semidetr train --data data/voc/VOCdevkit --percent 100 ...
+    python data_scripts/voc_to_coco.py data/voc/VOCdevkit \\
+            --train VOC2007/trainval --train VOC2012/trainval
+        sets of your choice
     python data_scripts/voc_to_coco.py FOLDER --classes found
-        your own XML files, in FOLDER/Annotations or FOLDER, their images in FOLDER/JPEGImages or FOLDER
+        your own XML files, in FOLDER/Annotations or FOLDER, their images in FOLDER/JPEGImages or
+        FOLDER
 
-A set is [FOLDER/]NAME, listed in FOLDER/ImageSets/Main/NAME.txt, or FOLDER/all for every XML file. Without a --val, a
-fifth of the images is set aside in training.
+The photographs stay where they are.
 
-Boxes. VOC's corners are pixels counted from 1, and both belong to the box: in the official evaluation a box has
-xmax - xmin + 1 columns. So bbox is [xmin - 1, ymin - 1, xmax - xmin + 1, ymax - ymin + 1]: the box from the left edge
-of its first pixel to the right edge of its last one, and every IoU is the official one, in COCO's AP as in VOC's.
-(Released code of Semi-DETR and mmdetection subtracts 1 from all four corners, so its boxes are a pixel smaller.)
+A set is [FOLDER/]NAME, listed in FOLDER/ImageSets/Main/NAME.txt, or FOLDER/all for every XML file.
+An XML file has the name of its image. Without a --val, a fifth of the images is set aside in
+training.
 
-Difficult objects have "difficult": 1 and also "iscrowd": 1, as in the released code. They are then neither trained on
-nor missed: pycocotools knows no other way to leave a box out of AP (its own "ignore" it overwrites with "iscrowd").
-COCO's AP is lenient with such a box: any number of detections that lie in it go uncounted. VOC's AP
-(semidetr_lite.evaluate.evaluate_voc) follows the official rule for difficult boxes.
+XML files are read by `semidetr_lite.data.formats.read_voc_images`, which says what becomes of a
+box. (The released code of Semi-DETR and mmdetection subtracts 1 from all four corners, so its boxes
+are a pixel smaller.)
 
-Only <object> right below <annotation> is an object; the <part> of one (head, hand, foot) is not. Where <size> is
-missing or 0, the image is opened for it. Categories have the ids 1..20 in alphabetical order. An image's id is the
-digits of its name (2007_000027: 2007000027) where all names allow that, else its place in the list.
+Difficult objects have "difficult": 1 and also "iscrowd": 1, as in the released code. They are then
+neither trained on nor missed: pycocotools has no other way to leave a box out of AP (its own
+"ignore" it overwrites with "iscrowd"). COCO's AP is lenient with such a box: any number of
+detections that lie in it are not counted. VOC's AP (semidetr_lite.evaluate.evaluate_voc) follows
+the official rule for difficult boxes.
+
+Categories have the ids 1..20 in alphabetical order. The id of an image is the digits of its name
+(2007_000027 is 2007000027) if the names of all images allow that, else its place in the list.
 """
 
 import argparse
@@ -31,172 +36,203 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
-from xml.etree import ElementTree
 
-from _script import run, write_json
+from _script import run
 
-from semidetr_lite.data.coco import DROPPED_AT_MOST
-from semidetr_lite.data.formats import voc_annotation
-from semidetr_lite.data.images import IMAGE_SUFFIXES, header_size
+from semidetr_lite.data.coco import MAX_DROPPED_FRACTION
+from semidetr_lite.data.formats import (
+    BoxImage,
+    coco_rows,
+    read_voc_images,
+    read_voc_list,
+    voc_image_dir,
+    voc_xml_dir,
+)
 from semidetr_lite.errors import UserError
+from semidetr_lite.files import write_json
 
 CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
-    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+    *("diningtable", "dog", "horse", "motorbike", "person"),
+    *("pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
-PAPER = {"train": ["VOC2007/trainval"], "val": ["VOC2007/test"], "unlabelled": ["VOC2012/trainval"]}
-FILES = {"train": "instances_train.json", "val": "instances_val.json", "unlabelled": "image_info_unlabeled.json"}
+PAPER = {
+    "train": ["VOC2007/trainval"],
+    "val": ["VOC2007/test"],
+    "unlabelled": ["VOC2012/trainval"],
+}
+FILES = {
+    "train": "instances_train.json",
+    "val": "instances_val.json",
+    "unlabelled": "image_info_unlabeled.json",
+}
 
 
 def main(argv=None) -> int:
     """Write the jsons; the exit status is 0, or 2 after one line about what is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="the VOCdevkit folder, or a folder of XML files and images")
-    for part in FILES:
-        parser.add_argument(f"--{part}", action="append", metavar="SET", help="may be repeated: the sets are joined")
-    parser.add_argument("--classes", help='names with commas between, or "found" for those in the files (default: VOC)')
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "data", type=Path, help="the VOCdevkit folder, or a folder of XML files and images"
+    )
+    for split in FILES:
+        parser.add_argument(
+            f"--{split}", action="append", metavar="SET", help="repeat it to join several sets"
+        )
+    parser.add_argument(
+        "--classes", help='names with commas between, or "found" for those in the files'
+    )
     parser.add_argument("--out", type=Path, help="folder of the jsons (default: DATA/annotations)")
-    return run(_work, parser.parse_args(argv))
+    options = parser.parse_args(argv)
+    sets = {split: getattr(options, split) or [] for split in FILES}
+    return run(convert, options.data, sets, options.classes, options.out)
 
 
-def _work(options) -> None:
-    data = options.data
+def convert(
+    data: Path, sets: dict[str, list[str]], classes: str | None = None, out: Path | None = None
+) -> None:
+    """Write a json for each split that has a set.
+
+    Args:
+        data: the folder of the VOC folders.
+        sets: {"train", "val", "unlabelled"}: names of sets; without any, those of the paper or all
+            images.
+        classes: names with commas between, "found", or None for VOC's.
+        out: the folder of the jsons, `data`/annotations if not given.
+
+    Raises UserError for the first thing that cannot be used; then nothing is written.
+    """
     if not data.is_dir():
         raise UserError(f"{data}: no such folder")
-    sets = {part: getattr(options, part) for part in FILES}
     if not any(sets.values()):
-        sets = PAPER if (data / "VOC2007").is_dir() else {"train": ["all"], "val": None, "unlabelled": None}
-    listed = {part: [item for name in names for item in images_of(data, name)] for part, names in sets.items() if names}
-    check_apart(listed)
-    read = {
-        part: [read_image(*item, data, with_boxes=part != "unlabelled") for item in listed[part]] for part in listed
+        sets = PAPER if (data / "VOC2007").is_dir() else {"train": ["all"]}
+    sets = {split: names for split, names in sets.items() if names}
+    images = {
+        split: [
+            image
+            for name in names
+            for image in read_set(data, name, with_objects=split != "unlabelled")
+        ]
+        for split, names in sets.items()
     }
-    categories = choose_classes(options.classes, read)
-    ids = image_ids([path for part in read.values() for path, *_ in part])
-    for part, images in read.items():
-        path = (options.out or data / "annotations") / FILES[part]
-        document = as_coco(images, categories, ids, path)
-        write_json(path, document)
-        difficult = sum(row["difficult"] for row in document["annotations"])
-        boxes = f", {len(document['annotations'])} boxes, {difficult} of them difficult" if part != "unlabelled" else ""
-        print(f"{path}: {len(images)} images{boxes}")
+    check_disjoint(images)
+    categories = choose_classes(classes, [image for split in images.values() for image in split])
+    category_ids = {category["name"]: category["id"] for category in categories}
+    ids = image_ids([image.file_name for split in images.values() for image in split])
+    folder = out or data / "annotations"
+    usable = {
+        split: without_empty_boxes(split_images, folder / FILES[split])
+        for split, split_images in images.items()
+    }
+    for split, split_images in usable.items():
+        of_split = [ids[image.file_name] for image in split_images]
+        rows, annotations = coco_rows(split_images, of_split, category_ids)
+        document = {"images": rows, "annotations": annotations, "categories": categories}
+        write_json(folder / FILES[split], document)
+        counts = f"{len(rows)} images"
+        if split != "unlabelled":
+            difficult = sum(row["difficult"] for row in annotations)
+            counts += f", {len(annotations)} boxes, {difficult} of them difficult"
+        print(f"{folder / FILES[split]}: {counts}")
 
 
-def images_of(data: Path, name: str) -> list[tuple[Path, str]]:
-    """[(folder, name without suffix)] of the images of a set, [FOLDER/]NAME. Raises UserError for one without any."""
-    below, _, name = name.rpartition("/")
+def read_set(data: Path, name: str, with_objects: bool) -> list[BoxImage]:
+    """The images of a set [FOLDER/]NAME, file names relative to `data`. Raises UserError."""
+    below, _, list_name = name.rpartition("/")
     folder = data / below
-    if name == "all":
-        stems = sorted(path.stem for path in _xml_folder(folder).glob("[!.]*.xml"))
-        if not stems:
-            raise UserError(f"{_xml_folder(folder)}: no XML file in this folder")
-        return [(folder, stem) for stem in stems]
-    listing = folder / "ImageSets" / "Main" / f"{name}.txt"
-    if not listing.is_file():
-        raise UserError(
-            f"{listing}: no such list of images; a set is FOLDER/NAME as in VOC2007/trainval, or FOLDER/all"
-        )
-    lines = listing.read_text(encoding="utf-8").split("\n")
-    stems = [line.split()[0] for line in lines if line.strip()]  # a second column would say which class is there
-    for stem, count in Counter(stems).items():
-        if count > 1 or "/" in stem or "\\" in stem:
-            raise UserError(f"{listing}: {stem!r} is {'listed twice' if count > 1 else 'not a plain name'}")
-    if not stems:
-        raise UserError(f"{listing}: the list is empty")
-    return [(folder, stem) for stem in stems]
-
-
-def _xml_folder(folder: Path) -> Path:
-    return folder / "Annotations" if (folder / "Annotations").is_dir() else folder
-
-
-def check_apart(listed: dict[str, list]) -> None:
-    """Raise UserError where an image is in two sets, or twice in one: a validation image must not be trained on."""
-    seen = {}
-    for part, items in listed.items():
-        for folder, stem in items:
-            if (folder, stem) in seen:
-                raise UserError(f"{folder / stem}: is in the sets --{seen[folder, stem]} and --{part}; leave one out")
-            seen[folder, stem] = part
-
-
-def read_image(folder: Path, stem: str, data: Path, with_boxes: bool) -> tuple[Path, int, int, list, Path]:
-    """(path below `data`, width, height, objects, XML file); an object is (class, [x, y, width, height], difficult).
-
-    Without boxes an XML file need not exist, and its objects are not read. Raises UserError.
-    """
-    xml = _xml_folder(folder) / f"{stem}.xml"
-    try:
-        stated = ElementTree.parse(xml).getroot().findtext("filename") if with_boxes or xml.is_file() else None
-        image = _image_file(folder, stem, stated)
-        (height, width), objects = voc_annotation(xml, image) if with_boxes else (header_size(image), [])
-    except FileNotFoundError:
-        raise UserError(f"{xml}: is missing, though the set lists it") from None
-    except ElementTree.ParseError as problem:
-        raise UserError(f"{xml}: not valid XML: {problem}") from None
-    except ValueError as problem:
-        raise problem if isinstance(problem, UserError) else UserError(f"{xml}: {problem}") from None
-    return image.relative_to(data), width, height, objects, xml
-
-
-def _image_file(folder: Path, stem: str, stated: str | None) -> Path:
-    """The image of that name, else the one its XML file states (its last part alone). Raises UserError."""
-    folder = folder / "JPEGImages" if (folder / "JPEGImages").is_dir() else folder
-    names = [stem + suffix for suffix in IMAGE_SUFFIXES] + [stem + suffix.upper() for suffix in IMAGE_SUFFIXES]
-    names += [re.split(r"[/\\]", stated)[-1]] if stated else []
-    for name in names:
-        if (folder / name).is_file() and name.lower().endswith(IMAGE_SUFFIXES):
-            return folder / name
-    raise UserError(f"{folder / stem}.jpg: the image is missing")
-
-
-def choose_classes(asked: str | None, read: dict[str, list]) -> list[dict]:
-    """COCO's categories [{"id" from 1, "name"}]. Raises UserError for a name in the files that is not among them."""
-    found = Counter(name for images in read.values() for *_, objects, _ in images for name, *_ in objects)
-    if asked == "found":
-        names = sorted(found)
+    stems = None
+    if list_name == "all":
+        source = voc_xml_dir(folder)
     else:
-        names = [name.strip() for name in asked.split(",")] if asked else CLASSES
-    unknown = {name: count for name, count in found.items() if name not in names}
+        source = folder / "ImageSets" / "Main" / f"{list_name}.txt"
+        if not source.is_file():
+            advice = "a set is FOLDER/NAME as in VOC2007/trainval, or FOLDER/all"
+            raise UserError(f"{source}: no such list of images; {advice}")
+        stems = read_voc_list(source)
+        for stem, count in Counter(stems).items():
+            if count > 1:
+                raise UserError(f"{source}: {stem!r} is listed twice")
+    images, problems = read_voc_images(folder, stems, with_objects=with_objects)
+    for problem in problems.values():
+        raise UserError(problem)
+    if not images:
+        raise UserError(f"{source}: no image in this set")
+    image_dir = voc_image_dir(folder).relative_to(data)
+    return [
+        image._replace(file_name=(image_dir / image.file_name).as_posix())
+        for image in images.values()
+    ]
+
+
+def check_disjoint(images: dict[str, list[BoxImage]]) -> None:
+    """Raise UserError where an image is in two sets: a validation image must not be trained on."""
+    split_of: dict[str, str] = {}
+    for split, split_images in images.items():
+        for image in split_images:
+            name = image.file_name
+            if name in split_of:
+                both = f"--{split_of[name]} and --{split}"
+                raise UserError(f"{name}: is in the sets {both}; leave one out")
+            split_of[name] = split
+
+
+def choose_classes(wanted: str | None, images: list[BoxImage]) -> list[dict]:
+    """COCO's categories [{"id" from 1, "name"}].
+
+    Raises UserError for a class in the files that is not among them.
+    """
+    counts = Counter(entry.name for image in images for entry in image.objects)
+    if wanted == "found":
+        names = sorted(counts)
+    elif wanted:
+        names = [name.strip() for name in wanted.split(",")]
+    else:
+        names = list(CLASSES)
+    unknown = {name: count for name, count in counts.items() if name not in names}
     if unknown:
-        listed = ", ".join(f"{name} ({count} boxes)" for name, count in sorted(unknown.items())[:10])
-        raise UserError(
-            f"categories not among the {len(names)} known ones: {listed}; use --classes found, or name them"
-        )
+        first_ten = sorted(unknown.items())[:10]
+        listed = ", ".join(f"{name} ({count} boxes)" for name, count in first_ten)
+        advice = "use --classes found, or name them"
+        raise UserError(f"classes not among the {len(names)} known ones: {listed}; {advice}")
     if not names or len(set(names)) < len(names):
         raise UserError("--classes: no class, or one twice")
     return [{"id": number, "name": name} for number, name in enumerate(names, 1)]
 
 
-def image_ids(paths: list[Path]) -> dict[Path, int]:
-    """An id for each image: the digits of its name where every name has nothing else and all differ, else its place."""
-    digits = [path.stem.replace("_", "") for path in paths]
-    if all(re.fullmatch("[0-9]{1,15}", name) for name in digits) and len({int(name) for name in digits}) == len(paths):
-        return {path: int(name) for path, name in zip(paths, digits)}
-    return {path: place for place, path in enumerate(paths, 1)}
+def image_ids(file_names: list[str]) -> dict[str, int]:
+    """An id for each image: the digits of its name if that works for all, else its place."""
+    digits = [Path(name).stem.replace("_", "") for name in file_names]
+    if all(re.fullmatch("[0-9]{1,15}", name) for name in digits):
+        numbers = [int(name) for name in digits]
+        if len(set(numbers)) == len(numbers):
+            return dict(zip(file_names, numbers))
+    return {name: place for place, name in enumerate(file_names, 1)}
 
 
-def as_coco(images: list, categories: list[dict], ids: dict[Path, int], path: Path) -> dict:
-    """The COCO document of images as `read_image` gives them; `path` is where it goes, for messages."""
-    known = {category["name"]: category["id"] for category in categories}
-    rows, annotations, bad = [], [], []
-    for file, width, height, objects, xml in images:
-        rows.append({"id": ids[file], "file_name": file.as_posix(), "width": width, "height": height})
-        for name, bbox, difficult in objects:
-            if not (bbox[2] > 0 and bbox[3] > 0 and all(abs(value) < 1e9 for value in bbox)):
-                bad.append(xml)
-                continue
-            row = {"id": len(annotations) + 1, "image_id": ids[file], "category_id": known[name], "bbox": bbox}
-            row |= {"area": bbox[2] * bbox[3], "iscrowd": difficult, "difficult": difficult}
-            annotations.append(row)
-    total = len(annotations) + len(bad)
-    if len(bad) > DROPPED_AT_MOST * total:
-        raise UserError(
-            f"{bad[0]}: {len(bad)} of {total} boxes have xmax < xmin or ymax < ymin, here first; correct them"
-        )
-    if bad:
-        print(f"warning: {path}: {len(bad)} empty boxes are dropped (first: {bad[0]})", file=sys.stderr)
-    return {"images": rows, "annotations": annotations, "categories": categories}
+def without_empty_boxes(images: list[BoxImage], path: Path) -> list[BoxImage]:
+    """The images without their empty boxes, which one line on stderr counts; many are a UserError.
+
+    `path` is the json they go to, for the message.
+    """
+    kept = []
+    dropped_from = []
+    for image in images:
+        solid = [
+            entry
+            for entry in image.objects
+            if min(entry.bbox[2:]) > 0 and all(abs(value) < 1e9 for value in entry.bbox)
+        ]
+        dropped_from += [image.file_name] * (len(image.objects) - len(solid))
+        kept.append(image._replace(objects=solid))
+    total = sum(len(image.objects) for image in images)
+    if len(dropped_from) > MAX_DROPPED_FRACTION * total:
+        counts = f"{len(dropped_from)} of {total} boxes have xmax < xmin or ymax < ymin"
+        raise UserError(f"{path}: {counts} (first: {dropped_from[0]}); correct them")
+    if dropped_from:
+        counts = f"{len(dropped_from)} empty boxes are dropped (first: {dropped_from[0]})"
+        print(f"warning: {path}: {counts}", file=sys.stderr)
+    return kept
 
 
 if __name__ == "__main__":

@@ -16,13 +16,14 @@ from semidetr_lite.data.coco import IMAGE_SUFFIXES
 from semidetr_lite.data.doctor import doctor_data
 from semidetr_lite.detectors.detector import as_tensor
 from semidetr_lite.detectors.public_weights import describe
-from semidetr_lite.errors import Stopped, UserError, reading
+from semidetr_lite.errors import Stopped, UserError, as_user_error
 from semidetr_lite.evaluate import evaluate as evaluate_detections
 from semidetr_lite.evaluate import to_coco_json
+from semidetr_lite.files import read_jsonl, write_atomic
 from semidetr_lite.gallery import write_gallery
 from semidetr_lite.report import headline, write_report
 from semidetr_lite.training.ablate import TABLES, Ablation, markdown, summarise
-from semidetr_lite.training.checkpoint import load_detector, read_config, read_lines, write_whole
+from semidetr_lite.training.checkpoint import load_detector, read_config
 from semidetr_lite.training.demo import DEMO_RUNS, QUICK_INTERVALS, TITLES, train_demo_run, train_side_by_side
 from semidetr_lite.training.engine import HOW, PRECISIONS
 from semidetr_lite.training.measure import measure
@@ -89,7 +90,7 @@ def _table(runs: list[Path]) -> str:
     """AP of finished demo runs on the test split, EMA weights, without NMS unless the stage needs it."""
     lines = [f"{'run':<24}{'steps':>7}{'minutes':>9}{'AP':>7}{'AP50':>7}{'AP75':>7}"]
     for run in runs:
-        last = read_lines(run / "log.jsonl")[-1]
+        last = read_jsonl(run / "log.jsonl")[-1]
         test = last["test"]["teacher"]
         figures = "".join(f"{100 * test[key]:>7.1f}" for key in ("AP", "AP50", "AP75"))
         lines.append(f"{TITLES[run.name]:<24}{last['step']:>7}{last['seconds'] / 60:>9.1f}{figures}")
@@ -217,12 +218,12 @@ def predict(run: Folder, images: Folders, out: Path, score: float = 0.3, weights
             unread.append(problem)
             continue
         found[number] = detector.detect([image], score)[0]
-        write_whole(out / f"{number:05d}_{file.stem}.png", _picture(image, found[number], detector, file.name))
+        write_atomic(out / f"{number:05d}_{file.stem}.png", _picture(image, found[number], detector, file.name))
     if found:
         rows = to_coco_json(list(found.values()), list(found), detector.categories)
         listing = {"images": [{"id": number, "file_name": str(files[number])} for number in found]}
-        write_whole(out / "detections.json", json.dumps(rows))
-        write_whole(out / "images.json", json.dumps(listing))
+        write_atomic(out / "detections.json", json.dumps(rows))
+        write_atomic(out / "images.json", json.dumps(listing))
         what = f"{len(found)} pictures, {len(rows)} detections of at least {score:g}"
         print(f"{out}: {what} in detections.json (image ids in images.json)")
     if unread:
@@ -274,7 +275,7 @@ def doctor(
         lines, found, defects = doctor_data(data, images, unlabelled, validation)
         print("\n".join(lines))
         if out is not None:
-            write_whole(out, png(show_data_summary(found)))
+            write_atomic(out, png(show_data_summary(found)))
         if defects:
             raise UserError(f"{data}: {defects} {'defect' if defects == 1 else 'defects'}, listed above")
 
@@ -356,14 +357,14 @@ def ablate(
     if not show:
         few = {"steps": 4, "burn_in_steps": 4, **QUICK_INTERVALS} if quick else {}
         Ablation(out, record, **settings | few).go(list(tables), list(rows), list(percents), list(seeds))
-    lines = read_lines(record)
+    lines = read_jsonl(record)
     if not lines:
         raise UserError(f"{record}: no finished run to show; run `semidetr ablate` without --show first")
-    with reading(record, "not the record of an ablation"):
+    with as_user_error(record, "not the record of an ablation"):
         found = summarise(lines)
         print("\n".join(markdown(found)))
         picture = png(plot_ablation(found))
-    write_whole(out / "ablation.png", picture)
+    write_atomic(out / "ablation.png", picture)
     print(f"\npicture: {out / 'ablation.png'}")
 
 

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torchvision.ops import box_area, box_iou
 
-from semidetr_lite.data.coco import is_numbers, read_coco, read_json
+from semidetr_lite.data.coco import is_numbers, read_coco
 from semidetr_lite.errors import UserError
+from semidetr_lite.files import read_json
 
 FIGURES = (
     *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),

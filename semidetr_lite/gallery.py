@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from semidetr_lite.data import digits
 from semidetr_lite.errors import UserError
-from semidetr_lite.training.checkpoint import load_detector, write_whole
+from semidetr_lite.files import write_atomic
+from semidetr_lite.training.checkpoint import load_detector
 from semidetr_lite.visualize import Picture, count_hits, png, show_comparison
 
 CHECKPOINTS = Path(__file__).parents[1] / "notebooks" / "checkpoints"
@@ -61,5 +62,5 @@ def write_gallery(out: Path, scenes: int = 6, score: float = 0.3) -> tuple[Path,
     gallery = detect_scenes()
     shown = [index for index, truth in enumerate(gallery.truths) if len(truth["boxes"])][:scenes]
     picture = Path(out) / "gallery.png"
-    write_whole(picture, png(gallery.picture(shown, score), SHARPNESS))
+    write_atomic(picture, png(gallery.picture(shown, score), SHARPNESS))
     return picture, gallery

@@ -17,8 +17,9 @@ from jinja2 import Template
 import semidetr_lite
 from semidetr_lite import svg, visualize
 from semidetr_lite.data.images import ImageFolder
-from semidetr_lite.data.splits import Joined, Splits, Subset
-from semidetr_lite.errors import reading
+from semidetr_lite.data.splits import Concat, Splits, Subset
+from semidetr_lite.errors import as_user_error
+from semidetr_lite.files import write_atomic
 from semidetr_lite.runs import (
     Record,
     as_training,
@@ -30,7 +31,6 @@ from semidetr_lite.runs import (
     read_runs,
     splits_of,
 )
-from semidetr_lite.training.checkpoint import write_whole
 
 FRAMES = 6  # steps of the pseudo-box timeline
 POOL = 200  # test images among which the largest differences are looked for
@@ -60,9 +60,9 @@ def write_report(runs, out, images: int = 8, score: float = 0.3, names: dict | N
     data.
     """
     path, runs = Path(out) / "report.html", read_runs(runs, names)
-    with reading(_paths(runs), "its config or logs cannot be shown"):
+    with as_user_error(_paths(runs), "its config or logs cannot be shown"):
         page = _page(runs, images, score)
-    write_whole(path, page)
+    write_atomic(path, page)
     return path
 
 
@@ -72,7 +72,7 @@ def headline(runs, names: dict | None = None) -> str:
     Takes what `write_report` takes, and raises the same. A run without a recorded AP is measured.
     """
     runs = read_runs(runs, names)
-    with reading(_paths(runs), "its config or logs cannot be shown"):
+    with as_user_error(_paths(runs), "its config or logs cannot be shown"):
         for run in runs:
             fill_figures(run)
         return best_sentence(runs)
@@ -270,7 +270,7 @@ def image_name(dataset, index: int) -> str | None:
     """The file name of an image of a data set; None where images have no files."""
     if isinstance(dataset, Subset):
         return image_name(dataset.dataset, dataset.indices[index])
-    if isinstance(dataset, Joined):
+    if isinstance(dataset, Concat):
         for part in dataset.datasets:
             if index < len(part):
                 return image_name(part, index)

@@ -11,9 +11,10 @@ from pathlib import Path
 import semidetr_lite
 from semidetr_lite.data import digits
 from semidetr_lite.data.splits import Splits
-from semidetr_lite.errors import UserError, reading
+from semidetr_lite.errors import UserError, as_user_error
+from semidetr_lite.files import read_jsonl
 from semidetr_lite.training import presets
-from semidetr_lite.training.checkpoint import read_config, read_lines
+from semidetr_lite.training.checkpoint import read_config
 from semidetr_lite.training.measure import measure
 
 SAME_TIME = 2  # supervised steps that take no longer than one semi-supervised step
@@ -97,7 +98,7 @@ def read_run(path) -> Record:
     if path.is_file() or path.suffix == ".safetensors":
         return _read_weights(path)
     config = read_config(path)
-    with reading(path / "config.json", "its burn-in cannot be followed"):
+    with as_user_error(path / "config.json", "its burn-in cannot be followed"):
         burn_in_name, burn_in = _burn_in(path, config)
     log = _lines(path / "log.jsonl", burn_in)
     pseudo_lines = _lines(path / "pseudo_boxes.jsonl", burn_in)
@@ -142,10 +143,10 @@ def _burn_in(folder: Path, config: dict) -> tuple[str, list[dict]]:
 
 def _lines(path: Path, before: list[dict]) -> list[dict]:
     """The lines of a log, counted from the end of the log before it."""
-    lines = read_lines(path, unfinished=True)
+    lines = read_jsonl(path, unfinished=True)
     start = {"step": last(before, "step") or 0, "seconds": last(before, "seconds") or 0.0}
     counted = []
-    with reading(path, "not the log of a run"):
+    with as_user_error(path, "not the log of a run"):
         for line in lines:
             known = [key for key in start if line.get(key) is not None]
             counted.append(line | {key: line[key] + start[key] for key in known})

@@ -11,7 +11,7 @@ from semidetr_lite import cli
 from semidetr_lite.data import digits
 from semidetr_lite.errors import UserError
 from semidetr_lite.training import presets
-from semidetr_lite.training.ablate import ROWS, TABLES, Ablation, markdown, read_lines, summarise
+from semidetr_lite.training.ablate import ROWS, TABLES, Ablation, markdown, read_jsonl, summarise
 from semidetr_lite.training.train import Run
 from semidetr_lite.visualize import plot_ablation, png
 from tests.test_cli import FEW, SMALL, coco_folder
@@ -34,7 +34,7 @@ def command(monkeypatch, *words) -> int:
 def test_rows_percents_and_seeds_are_run_once_and_only_what_is_missing_later(monkeypatch, tmp_path, capsys):
     words = ["--out", tmp_path, "--percents", 50, 100, "--rows", "supervised", "+SHM", "--steps", 1]
     assert command(monkeypatch, *words, "--seeds", 3) == 0
-    lines = read_lines(tmp_path / "ablation.jsonl")
+    lines = read_jsonl(tmp_path / "ablation.jsonl")
     assert [(line["row"], line["percent"], line["steps"]) for line in lines] == [
         ("supervised", 50, 3),
         ("+SHM", 50, 1),
@@ -54,7 +54,7 @@ def test_rows_percents_and_seeds_are_run_once_and_only_what_is_missing_later(mon
 def test_a_run_counts_in_every_table_that_names_it(tmp_path):
     ablation = Ablation(tmp_path / "runs", tmp_path / "record.jsonl", quiet=True)
     ablation.go(["main", "matching"], ["semi-detr", "stage-wise"], [50], [0])
-    lines = read_lines(tmp_path / "record.jsonl")
+    lines = read_jsonl(tmp_path / "record.jsonl")
     assert [(line["table"], line["row"]) for line in lines] == [("main", "semi-detr"), ("matching", "stage-wise")]
     assert {key: lines[0][key] for key in ("AP", "seconds")} == {key: lines[1][key] for key in ("AP", "seconds")}
     assert sorted(path.name for path in (tmp_path / "runs/dino/50pct/seed0").iterdir()) == ["burn-in", "semi-detr"]
@@ -65,7 +65,7 @@ def test_a_run_of_another_table_is_not_made_again(tmp_path):
     record = tmp_path / "record.jsonl"
     Ablation(tmp_path / "there", record, quiet=True).go(["main"], ["semi-detr"], [50], [0])
     Ablation(tmp_path / "here", record, quiet=True).go(["matching", "boxes"], ["stage-wise", "union"], [50], [0])
-    first, *others = read_lines(record)
+    first, *others = read_jsonl(record)
     assert [(line["table"], line["row"]) for line in others] == [("matching", "stage-wise"), ("boxes", "union")]
     assert all({**line, "table": "main", "row": "semi-detr"} == first for line in others)
     assert not (tmp_path / "here").exists()
@@ -86,7 +86,7 @@ def test_an_unfinished_run_goes_on(monkeypatch, tmp_path):
     steps = []
     monkeypatch.setattr(Run, "train_step", lambda run, batch: steps.append(run.step) or step(run, batch))
     ablation.go(["main"], ["mean-teacher"], [50], [0])
-    assert steps == [1] and len(read_lines(tmp_path / "record.jsonl")) == 1
+    assert steps == [1] and len(read_jsonl(tmp_path / "record.jsonl")) == 1
 
 
 def test_every_row_runs_on_coco_data(tmp_path):
@@ -95,7 +95,7 @@ def test_every_row_runs_on_coco_data(tmp_path):
     ablation.go(
         list(TABLES), [row for table in TABLES.values() for row, name in table.items() if name in names], [50], [0]
     )
-    lines = read_lines(tmp_path / "record.jsonl")
+    lines = read_jsonl(tmp_path / "record.jsonl")
     assert len(lines) == sum(name in names for table in TABLES.values() for name in table.values())
     assert all(math.isfinite(line["AP"]) for line in lines)
 
@@ -134,7 +134,7 @@ def test_a_folder_of_other_runs_is_refused(tmp_path):
         Ablation(tmp_path, tmp_path / "a.jsonl", steps=3).go(["main"], ["supervised"], [50], [0])
     (tmp_path / "a.jsonl").write_text("{")
     with pytest.raises(UserError, match="not JSON lines"):
-        read_lines(tmp_path / "a.jsonl")
+        read_jsonl(tmp_path / "a.jsonl")
 
 
 def made(row: str, percent: float, values, table="main") -> list[dict]:
@@ -204,6 +204,6 @@ def test_options_of_the_data_reach_every_run(tmp_path):
 def test_what_was_measured_during_training_is_kept_once(tmp_path):
     ablation = Ablation(tmp_path, tmp_path / "record.jsonl", steps=2, quiet=True, log_every=1, evaluate_every=1)
     ablation.go(["main", "matching"], ["semi-detr", "stage-wise"], [50], [0])
-    lines = read_lines(tmp_path / "record_curves.jsonl")
+    lines = read_jsonl(tmp_path / "record_curves.jsonl")
     assert [(line["row"], line["step"]) for line in lines] == [("semi-detr", 1), ("semi-detr", 2)]
     assert {"AP_teacher", "pseudo_precision", "pseudo_recall", "duplicates", "duplicates_nms"} <= set(lines[0])

@@ -1,8 +1,9 @@
-"""Fuzz: whatever files and words a command is given, it works or says one line with status 2, and loses nothing.
+"""Fuzz: whatever files and words a command is given, it works or says one line with status 2, and
+loses nothing.
 
-Hypothesis mutates sound input: entries of JSON (gone, doubled, of another type, out of range), bytes of any file (cut,
-flipped, put in, from another file), words of the command line. The examples are the same in every run; FUZZ=10 tries
-ten times as many.
+Hypothesis mutates sound input: entries of JSON (gone, doubled, of another type, out of range),
+bytes of any file (cut, flipped, put in, from another file), words of the command line. The examples
+are the same in every run; FUZZ=10 tries ten times as many.
 """
 
 import contextlib
@@ -31,11 +32,40 @@ from tests.test_cli import FEW, SMALL, coco_folder
 
 MORE = int(os.environ.get("FUZZ", "1"))
 TEXTS = [
-    "", " ", "../x", "/etc/passwd", "a\0b", "a\nb", "\x1b[31m", "$\\frac{$", "x" * 5000, "\ud800", "日本語", "<b>&",
-    "nan", "train", "dino", "mixture", "%s{0}", "-1", "digits", "auto",
+    "", " ", "../x", "/etc/passwd", "a\0b", "a\nb", "\x1b[31m", "$\\frac{$", "x" * 5000, "\ud800",
+    "日本語", "<b>&", "nan", "train", "dino", "mixture", "%s{0}", "-1", "digits", "auto",
 ]  # fmt: skip
-ODD = [None, True, False, 0, 1, 2, -1, 3.5, -0.0, 1e-9, 1e30, 1e308, float("inf"), float("nan"), 2**31, 2**63, 10**30]
-ODD += [*TEXTS, [], {}, [None], [[]], {"a": None}, [0, 0, 0, 0], [1e308] * 4, [float("nan")] * 4, [-5, -5, 9, 9]]
+ODD = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    2,
+    -1,
+    3.5,
+    -0.0,
+    1e-9,
+    1e30,
+    1e308,
+    float("inf"),
+    float("nan"),
+    2**31,
+    2**63,
+    10**30,
+]
+ODD += [
+    *TEXTS,
+    [],
+    {},
+    [None],
+    [[]],
+    {"a": None},
+    [0, 0, 0, 0],
+    [1e308] * 4,
+    [float("nan")] * 4,
+    [-5, -5, 9, 9],
+]
 
 
 def examples(count: int):
@@ -92,11 +122,13 @@ def _at(document, path):
 
 @st.composite
 def mutated_bytes(draw, content: bytes) -> bytes:
-    """A file cut off, emptied, with some bytes changed, taken out or put in, or in another encoding."""
+    """A file cut off, emptied, with bytes changed, taken out or put in, or in another encoding."""
     kind = draw(st.sampled_from(["cut", "flip", "flip", "put", "take", "double", "empty", "code"]))
     if kind == "empty" or not content:
         return draw(
-            st.sampled_from([b"", b"\0" * 64, b"\n", b"null", b"[]", b"{}", b"[" * 50_000, b"\xff\xfe", b"\x80"])
+            st.sampled_from(
+                [b"", b"\0" * 64, b"\n", b"null", b"[]", b"{}", b"[" * 50_000, b"\xff\xfe", b"\x80"]
+            )
         )
     start = draw(st.integers(0, len(content) - 1))
     stop = min(len(content), start + draw(st.integers(1, 40)))
@@ -113,7 +145,9 @@ def mutated_bytes(draw, content: bytes) -> bytes:
         return content[:start] + content[stop:]
     if kind == "double":
         return content[:stop] + content[start:]
-    return content.decode("latin-1").encode(draw(st.sampled_from(["utf-16", "utf-8-sig", "utf-32"])))
+    return content.decode("latin-1").encode(
+        draw(st.sampled_from(["utf-16", "utf-8-sig", "utf-32"]))
+    )
 
 
 def changed(file: Path) -> st.SearchStrategy[bytes]:
@@ -121,24 +155,39 @@ def changed(file: Path) -> st.SearchStrategy[bytes]:
     content = file.read_bytes()
     if file.suffix == ".jsonl":
         rows = json.dumps([json.loads(line) for line in content.splitlines()])
-        entries = mutated_json(rows).map(lambda text: b"\n".join(json.dumps(row).encode() for row in json.loads(text)))
+        entries = mutated_json(rows).map(
+            lambda text: b"\n".join(json.dumps(row).encode() for row in json.loads(text))
+        )
         return st.one_of(entries, entries, mutated_bytes(content))
     if file.suffix != ".json":
         return mutated_bytes(content)
-    return st.one_of(mutated_json(content.decode()), mutated_json(content.decode()), mutated_bytes(content))
+    return st.one_of(
+        mutated_json(content.decode()), mutated_json(content.decode()), mutated_bytes(content)
+    )
 
 
 def tree(folder: Path) -> dict[str, bytes]:
     """The content of all files."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def call(*words) -> tuple[int, str]:
-    """Status and stderr of a command, in this process. Exceptions that the command lets out are not caught."""
+    """Status and stderr of a command, in this process.
+
+    Exceptions that the command lets out are not caught.
+    """
     out, err, before = io.StringIO(), io.StringIO(), sys.argv
     sys.argv = ["semidetr", *map(str, words)]
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             status = cli.main()
     except SystemExit as stop:  # of the parser of command lines
@@ -152,7 +201,7 @@ def call(*words) -> tuple[int, str]:
 
 
 def check(folder: Path, *words, kept: bool = True) -> int:
-    """Run a command: it works, or says one line; and what was in the folder is still there, whole."""
+    """Run a command: it works, or says one line; and the folder keeps what it had."""
     before = tree(folder)
     status, said = call(*words)
     assert status in (0, 2)
@@ -170,7 +219,11 @@ def check(folder: Path, *words, kept: bool = True) -> int:
 @pytest.fixture(scope="module", autouse=True)
 def small():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(presets.PRESETS, "digits", dataclasses.replace(presets.PRESETS["digits"], **SMALL, steps=2))
+        patch.setitem(
+            presets.PRESETS,
+            "digits",
+            dataclasses.replace(presets.PRESETS["digits"], **SMALL, steps=2),
+        )
         patch.setattr(digits, "COUNTS", FEW)
         yield
 
@@ -180,7 +233,10 @@ def sound(small, tmp_path_factory) -> Path:
     """Sound input of every kind, and a finished run."""
     root = tmp_path_factory.mktemp("sound")
     data = coco_folder(root / "coco", 4)
-    rows = [{**a, "score": 0.5} for a in json.loads((data / "instances_val.json").read_text())["annotations"]]
+    rows = [
+        {**a, "score": 0.5}
+        for a in json.loads((data / "instances_val.json").read_text())["annotations"]
+    ]
     (root / "detections.json").write_text(json.dumps(rows))
     for number in range(2):
         pixels = np.full((24, 32, 3), 60 * number, dtype=np.uint8)
@@ -191,10 +247,16 @@ def sound(small, tmp_path_factory) -> Path:
         entry = f"<object><name>box</name><difficult>0</difficult><bndbox>{box}</bndbox></object>"
         size = "<size><width>32</width><height>24</height><depth>3</depth></size>"
         (root / "voc/Annotations").mkdir(exist_ok=True)
-        (root / f"voc/Annotations/{number}.xml").write_text(f"<annotation>{size}{entry}</annotation>")
+        (root / f"voc/Annotations/{number}.xml").write_text(
+            f"<annotation>{size}{entry}</annotation>"
+        )
         (root / "yolo/labels/train").mkdir(parents=True, exist_ok=True)
-        (root / f"yolo/labels/train/{number}.txt").write_text("0 0.5 0.5 0.25 0.5\n1 0.2 0.2 0.1 0.1\n")
-    (root / "yolo/data.yaml").write_text("path: .\ntrain: images/train\nnames:\n  0: box\n  1: bar\n")
+        (root / f"yolo/labels/train/{number}.txt").write_text(
+            "0 0.5 0.5 0.25 0.5\n1 0.2 0.2 0.1 0.1\n"
+        )
+    (root / "yolo/data.yaml").write_text(
+        "path: .\ntrain: images/train\nnames:\n  0: box\n  1: bar\n"
+    )
     words = ["--data", data, "--percent", 50, "--out", root / "run", "--workers", 0]
     assert call("train", *words)[0] == 0
     return root
@@ -237,14 +299,31 @@ def test_annotation_json(work, name):
 
 
 def test_truth_and_detections(work):
-    words = ["evaluate", "--truth", work / "coco/instances_val.json", "--detections", work / "detections.json"]
+    words = [
+        "evaluate",
+        "--truth",
+        work / "coco/instances_val.json",
+        "--detections",
+        work / "detections.json",
+    ]
     fuzz(work, "detections.json", 200, *words)
     fuzz(work, "coco/instances_val.json", 150, *words)
 
 
 def test_loading_what_the_doctor_lets_pass(work):
     """Training goes through another door; the first batch is drawn from what came through it."""
-    words = ["train", "--data", work / "coco", "--percent", 50, "--workers", 0, "--steps", 1, "--out"]
+    words = [
+        "train",
+        "--data",
+        work / "coco",
+        "--percent",
+        50,
+        "--workers",
+        0,
+        "--steps",
+        1,
+        "--out",
+    ]
     file = work / "coco/instances_train.json"
 
     @examples(40)
@@ -294,7 +373,13 @@ def test_weights_with_another_header(work):
         header["__metadata__"]["semidetr_lite"] = about.decode("utf-8", "replace")
         text = json.dumps(header).encode()
         with spoilt(file, len(text).to_bytes(8, "little") + text + numbers):
-            words = ["predict", work / "run", work / "voc/JPEGImages/0.jpg", "--out", work.parent / "found"]
+            words = [
+                "predict",
+                work / "run",
+                work / "voc/JPEGImages/0.jpg",
+                "--out",
+                work.parent / "found",
+            ]
             seen.append(check(work, *words))
 
     one()
@@ -302,7 +387,10 @@ def test_weights_with_another_header(work):
 
 
 def test_weights_of_others(work):
-    tensors = {"class_embed.weight": torch.zeros(4, 8), "transformer.decoder.layers.0.norm1.weight": torch.zeros(8)}
+    tensors = {
+        "class_embed.weight": torch.zeros(4, 8),
+        "transformer.decoder.layers.0.norm1.weight": torch.zeros(8),
+    }
     torch.save({"model": tensors}, work / "others.pth")
     fuzz(work, "others.pth", 100, "doctor", "--weights", work / "others.pth")
 
@@ -312,7 +400,10 @@ def test_config_of_a_run(work, command, count, monkeypatch):
     monkeypatch.setattr(Run, "_loader", lambda self: [])
     go = Run.go
     monkeypatch.setattr(Run, "go", lambda self: {"test": {}, **go(self)})
-    more = {"compare": ["--out", work.parent / "page", "--images", 1], "train": ["--resume", "--out", work / "run"]}
+    more = {
+        "compare": ["--out", work.parent / "page", "--images", 1],
+        "train": ["--resume", "--out", work / "run"],
+    }
     words = [command, *([] if command == "train" else [work / "run"]), *more.get(command, [])]
     if command == "train":  # which reads config.json only where there is no checkpoint yet
         (work / "run/last.pt").unlink()
@@ -329,21 +420,42 @@ def test_files_of_a_run(work, name, monkeypatch):
 
 
 def test_record_of_an_ablation(work):
-    row = {"table": "main", "row": "semi-detr", "method": "semi-detr", "detector": "dino", "preset": "digits"}
-    row |= {"data": "digits", "percent": 10.0, "fold": 1, "seed": 0, "steps": 4, "AP": 0.5, "AP50": 0.7, "seconds": 2.0}
-    rows = [{**row, "row": name, "seed": seed} for name in ("supervised", "semi-detr") for seed in (0, 1)]
+    row = {
+        "table": "main",
+        "row": "semi-detr",
+        "method": "semi-detr",
+        "detector": "dino",
+        "preset": "digits",
+    }
+    row |= {
+        "data": "digits",
+        "percent": 10.0,
+        "fold": 1,
+        "seed": 0,
+        "steps": 4,
+        "AP": 0.5,
+        "AP50": 0.7,
+        "seconds": 2.0,
+    }
+    rows = [
+        {**row, "row": name, "seed": seed}
+        for name in ("supervised", "semi-detr")
+        for seed in (0, 1)
+    ]
     (work / "record.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     words = ["ablate", "--show", "--record", work / "record.jsonl", "--out", work.parent / "shown"]
     fuzz(work, "record.jsonl", 80, *words)
 
 
 WORDS = [
-    *cli.COMMANDS, "--out", "--data", "--percent", "--seed", "--steps", "--fold", "--preset", "--method",
-    "--detector", "--images", "--unlabelled", "--validation", "--burn-in", "--folds", "--resume", "--workers",
-    "--accumulate", "--precision", "--show", "--record", "--rows", "--tables", "--seeds", "--percents", "--score",
-    "--weights", "--truth", "--detections", "--voc", "--no-flip", "--quick", "0", "-1", "1.5", "1e9", "nan", "inf",
-    "", "supervised", "semi-detr", "dino", "digits", "coco-10pct", "main", "--", "-h", "--nope", "\0", "../..", "ü",
-    "none.json", "run", "coco", "detections.json", "voc", "yolo", "coco/images", "coco/instances_val.json",
+    *cli.COMMANDS, "--out", "--data", "--percent", "--seed", "--steps", "--fold", "--preset",
+    "--method", "--detector", "--images", "--unlabelled", "--validation", "--burn-in", "--folds",
+    "--resume", "--workers", "--accumulate", "--precision", "--show", "--record", "--rows",
+    "--tables", "--seeds", "--percents", "--score", "--weights", "--truth", "--detections",
+    "--voc", "--no-flip", "--quick", "0", "-1", "1.5", "1e9", "nan", "inf", "", "supervised",
+    "semi-detr", "dino", "digits", "coco-10pct", "main", "--", "-h", "--nope", "\0", "../..", "ü",
+    "none.json", "run", "coco", "detections.json", "voc", "yolo", "coco/images",
+    "coco/instances_val.json",
 ]  # fmt: skip
 
 
@@ -352,7 +464,9 @@ def nothing_trained(monkeypatch):
     """No step is run and no worker started: what is tried here are words."""
     go = Run.go
     monkeypatch.setattr(Run, "_loader", lambda self: [])
-    monkeypatch.setattr(Run, "go", lambda self: {"test": {}, "AP_student": 0.0, "seconds": 0.0, **go(self)})
+    monkeypatch.setattr(
+        Run, "go", lambda self: {"test": {}, "AP_student": 0.0, "seconds": 0.0, **go(self)}
+    )
 
 
 def test_command_lines(work, monkeypatch, nothing_trained):
@@ -361,7 +475,10 @@ def test_command_lines(work, monkeypatch, nothing_trained):
     before, statuses = tree(work), []
 
     @examples(300)
-    @given(words=st.lists(st.sampled_from(WORDS), max_size=8), command=st.sampled_from([*cli.COMMANDS, None]))
+    @given(
+        words=st.lists(st.sampled_from(WORDS), max_size=8),
+        command=st.sampled_from([*cli.COMMANDS, None]),
+    )
     def one(words, command):
         words = [command, *words] if command else words
         if {"demo", "ablate"} & set(words):

@@ -1,4 +1,4 @@
-"""The batch of a step depends on seed and step alone; every pass shows every image once; a step has one shape."""
+"""A batch depends on seed and step alone; a pass shows every image once."""
 
 from collections import Counter
 from dataclasses import replace
@@ -9,7 +9,7 @@ import torch
 
 from semidetr_lite import distributed
 from semidetr_lite.data.batches import Batches, Sampler
-from semidetr_lite.data.splits import Joined, Splits, Subset, Unlabelled
+from semidetr_lite.data.splits import Concat, Splits, Subset, WithoutLabels
 from semidetr_lite.data.views import ViewSettings
 from semidetr_lite.errors import UserError
 
@@ -34,14 +34,19 @@ class Noise:
         generator = torch.Generator().manual_seed(self.first + index)
         image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
         boxes, labels = torch.tensor([[4.0, 4, 12, 12]]), torch.tensor([index % 3])
-        return image, {"boxes": boxes, "labels": labels, "size": size, "image_id": self.first + index}
+        return image, {
+            "boxes": boxes,
+            "labels": labels,
+            "size": size,
+            "image_id": self.first + index,
+        }
 
 
 def some_splits(labelled: int = 10, unlabelled: int = 40, bad=()) -> Splits:
     shapes = [SQUARE, SQUARE, SQUARE, WIDE, TALL]
     data = Noise([shapes[i % 5] for i in range(labelled)], bad=bad)
     other = Noise([shapes[i % 5] for i in range(unlabelled)], first=1000, bad=bad)
-    return Splits(data, Unlabelled(other, list(range(unlabelled))), data, data, [], flip=True)
+    return Splits(data, WithoutLabels(other, list(range(unlabelled))), data, data, [], flip=True)
 
 
 def same(a: dict, b: dict) -> bool:
@@ -52,7 +57,9 @@ def same(a: dict, b: dict) -> bool:
             if ours.shape != theirs.shape or not torch.equal(ours, theirs):
                 return False
         for ours, theirs in zip(a[key][1], b[key][1], strict=True):
-            if ours["image_id"] != theirs["image_id"] or not torch.equal(ours["matrix"], theirs["matrix"]):
+            if ours["image_id"] != theirs["image_id"] or not torch.equal(
+                ours["matrix"], theirs["matrix"]
+            ):
                 return False
     return True
 
@@ -121,7 +128,9 @@ def test_weak_and_strong_are_two_views_of_one_image():
     (weak_images, weak), (strong_images, strong) = batch["weak"], batch["strong"]
     assert [target["image_id"] for target in weak] == [target["image_id"] for target in strong]
     assert not any(torch.equal(*pair) for pair in zip(weak_images, strong_images))
-    assert len({tuple(target["matrix"].flatten().tolist()) for target in strong}) == 6  # each strong view has its own
+    assert (
+        len({tuple(target["matrix"].flatten().tolist()) for target in strong}) == 6
+    )  # each strong view has its own
 
 
 def test_methods_see_the_same_labelled_images():
@@ -136,7 +145,9 @@ def test_views_are_mirrored_only_where_the_data_allow_it():
     for flip in (True, False):
         batches = Batches(replace(some_splits(), flip=flip), 3, 3, ViewSettings(flip=True), seed=0)
         for kind in ("labelled", "weak", "strong"):
-            turned = [target["matrix"][0, 0] < 0 for step in range(6) for target in batches[step][kind][1]]
+            turned = [
+                target["matrix"][0, 0] < 0 for step in range(6) for target in batches[step][kind][1]
+            ]
             assert any(turned) == flip and not all(turned)
 
 
@@ -168,10 +179,18 @@ def test_an_unreadable_unlabelled_image_is_replaced_and_counted(capsys):
             assert old == new or old in bad
             replaced += old != new
     assert replaced > 3
-    assert all(same(batches[step], seen[step]) for step in (14, 3, 12))  # whatever was skipped before
+    assert all(
+        same(batches[step], seen[step]) for step in (14, 3, 12)
+    )  # whatever was skipped before
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 3 and all(line.startswith("warning: ") and "not a readable image" in line for line in lines)
-    assert ["1 unreadable image " in lines[0], "2 unreadable" in lines[1], "4 unreadable" in lines[2]] == [True] * 3
+    assert len(lines) == 3 and all(
+        line.startswith("warning: ") and "not a readable image" in line for line in lines
+    )
+    assert [
+        "1 unreadable image " in lines[0],
+        "2 unreadable" in lines[1],
+        "4 unreadable" in lines[2],
+    ] == [True] * 3
 
 
 def test_an_unreadable_labelled_image_ends_the_run_unless_told_otherwise(capsys):
@@ -192,11 +211,16 @@ def test_where_nothing_can_be_read_the_run_ends(capsys):
 
 def test_images_of_unknown_size_are_not_drawn():
     sampler = Sampler([SQUARE, (0, 0), WIDE, (0, 0), SQUARE], 2, seed=0)
-    assert {index for turn in range(9) for shape in (0, 1, -1) for index in sampler.draw(shape, turn)} == {0, 2, 4}
+    assert {
+        index
+        for draw_index in range(9)
+        for shape in (0, 1, -1)
+        for index in sampler.draw(shape, draw_index)
+    } == {0, 2, 4}
 
 
 def test_no_unlabelled_image_at_all():
-    splits = replace(some_splits(), unlabelled=Unlabelled(Noise([]), []))
+    splits = replace(some_splits(), unlabelled=WithoutLabels(Noise([]), []))
     assert list(Batches(splits, 2, 0, VIEWS, seed=0)[0]) == ["labelled"]
     with pytest.raises(UserError, match="unlabelled"):
         Batches(splits, 2, 2, VIEWS, seed=0)
@@ -223,19 +247,22 @@ def test_shapes_come_in_their_proportions():
     batches = Batches(some_splits(), 2, 3, VIEWS, seed=0)
     for cycle in (0, 3):
         steps = range(cycle * batches.cycle, (cycle + 1) * batches.cycle)
-        shapes = Counter(batches.shape_and_turn(step)[0] for step in steps)
+        shapes = Counter(batches.shape_and_draw_index(step)[0] for step in steps)
         assert shapes == {0: 60, 1: 20, -1: 20}
-    orders = [[batches.shape_and_turn(100 * cycle + place)[0] for place in range(100)] for cycle in (0, 1)]
+    orders = [
+        [batches.shape_and_draw_index(100 * cycle + place)[0] for place in range(100)]
+        for cycle in (0, 1)
+    ]
     assert orders[0] != orders[1]
 
 
-def test_turns_of_a_shape_count_up_without_a_gap():
+def test_draws_of_a_shape_count_up_without_a_gap():
     batches = Batches(some_splits(), 2, 3, VIEWS, seed=0)
-    turns = {-1: [], 0: [], 1: []}
+    draws = {-1: [], 0: [], 1: []}
     for step in range(250):
-        shape, turn = batches.shape_and_turn(step)
-        turns[shape].append(turn)
-    assert all(found == list(range(len(found))) for found in turns.values())
+        shape, draw_index = batches.shape_and_draw_index(step)
+        draws[shape].append(draw_index)
+    assert all(found == list(range(len(found))) for found in draws.values())
 
 
 # Passes
@@ -245,9 +272,12 @@ def test_turns_of_a_shape_count_up_without_a_gap():
 def test_a_pass_shows_every_image_once(batch):
     sampler = Sampler([SQUARE] * 7 + [WIDE] * 3, batch, seed=4)
     for shape, pool in ((0, set(range(7))), (1, {7, 8, 9})):
-        drawn = [index for turn in range(30) for index in sampler.draw(shape, turn)]
-        assert all(len(sampler.draw(shape, turn)) == batch for turn in range(3))
-        passes = [drawn[start : start + len(pool)] for start in range(0, len(drawn) - len(pool) + 1, len(pool))]
+        drawn = [index for draw_index in range(30) for index in sampler.draw(shape, draw_index)]
+        assert all(len(sampler.draw(shape, draw_index)) == batch for draw_index in range(3))
+        passes = [
+            drawn[start : start + len(pool)]
+            for start in range(0, len(drawn) - len(pool) + 1, len(pool))
+        ]
         assert len(passes) > 3 and all(set(once) == pool for once in passes)
         assert len({tuple(once) for once in passes}) > 1  # reshuffled
 
@@ -257,9 +287,9 @@ def test_no_image_falls_behind_over_many_steps():
     batches = Batches(splits, 2, 3, VIEWS, seed=0)
     counts = {"labelled": Counter(), "unlabelled": Counter()}
     for step in range(200):
-        shape, turn = batches.shape_and_turn(step)
-        counts["labelled"].update(batches.labelled.draw(shape, turn))
-        counts["unlabelled"].update(batches.unlabelled.draw(shape, turn))
+        shape, draw_index = batches.shape_and_draw_index(step)
+        counts["labelled"].update(batches.labelled.draw(shape, draw_index))
+        counts["unlabelled"].update(batches.unlabelled.draw(shape, draw_index))
     for kind, expected in (("labelled", 20), ("unlabelled", 20)):
         assert len(counts[kind]) == {"labelled": 20, "unlabelled": 30}[kind]
         assert all(abs(count - expected) <= 1 for count in counts[kind].values())
@@ -268,7 +298,7 @@ def test_no_image_falls_behind_over_many_steps():
 def test_a_shape_that_no_image_has_takes_any():
     splits = some_splits(labelled=3, unlabelled=40)  # the labelled ones are all square
     batches = Batches(splits, 2, 2, VIEWS, seed=0)
-    wide = next(step for step in range(100) if batches.shape_and_turn(step)[0] == 1)
+    wide = next(step for step in range(100) if batches.shape_and_draw_index(step)[0] == 1)
     batch = batches[wide]
     assert len(batch["labelled"][0]) == 2 and {shape_of(image) for image in batch["weak"][0]} == {1}
 
@@ -280,9 +310,13 @@ def test_subset_unlabelled_and_joined():
     data = Noise([SQUARE, WIDE, TALL, SQUARE])
     part = Subset(data, [2, 0])
     assert part.sizes == [TALL, SQUARE] and part[0][1]["image_id"] == 2 and len(part) == 2
-    hidden = Unlabelled(data, [3, 1])[1][1]
-    assert hidden["truth"]["labels"].tolist() == [1] and set(hidden) == {"size", "image_id", "truth"}
-    joined = Joined([part, Subset(data, [1])])
+    hidden = WithoutLabels(data, [3, 1])[1][1]
+    assert hidden["truth"]["labels"].tolist() == [1] and set(hidden) == {
+        "size",
+        "image_id",
+        "truth",
+    }
+    joined = Concat([part, Subset(data, [1])])
     assert joined.sizes == [TALL, SQUARE, WIDE] and len(joined) == 3
     assert [joined[index][1]["image_id"] for index in (0, 1, 2, -1)] == [2, 0, 1, 1]
     with pytest.raises(IndexError):

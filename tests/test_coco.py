@@ -1,4 +1,4 @@
-"""COCO-format data: what comes out of a json and a folder, how it is split, and one clear line for everything bad."""
+"""COCO-format data: what is read, how it is split, and one line for every defect."""
 
 import copy
 import json
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from semidetr_lite.data import images as image_files
-from semidetr_lite.data.coco import CocoDataset, load, read_json
+from semidetr_lite.data.coco import CocoDataset, load, read_coco_json
 from semidetr_lite.data.images import ImageFolder, header_size, read_image
 from semidetr_lite.errors import UserError
 
@@ -35,7 +35,9 @@ def box(number: int, image: int, category: int, *xywh, **others) -> dict:
 
 def document(images: int = 3) -> dict:
     """Three annotations on image 11 (one a crowd region), one on image 10, none on the others."""
-    rows = [{"id": 10 + i, "file_name": f"{i}.png", "height": 24, "width": 32} for i in range(images)]
+    rows = [
+        {"id": 10 + i, "file_name": f"{i}.png", "height": 24, "width": 32} for i in range(images)
+    ]
     boxes = [
         box(1, 11, 40, 1, 2, 10, 12, area=77.5, iscrowd=0),
         box(2, 10, 2, 0, 0, 32, 24),
@@ -51,8 +53,10 @@ def write(path: Path, content) -> Path:
     return path
 
 
-def make(folder: Path, content: dict | None = None, json_name="instances_train.json", images="images") -> Path:
-    """A data set on disk: the json in `folder`, its pictures in folder/`images`. Returns the json."""
+def make(
+    folder: Path, content: dict | None = None, json_name="instances_train.json", images="images"
+) -> Path:
+    """A data set on disk: the json in `folder`, its pictures in folder/`images`."""
     content = content or document()
     for place, row in enumerate(content["images"]):
         picture(folder / images / row["file_name"], row["height"], row["width"], seed=place)
@@ -66,24 +70,45 @@ def image_ids(dataset) -> list[int]:
 class TestCocoDataset:
     def test_what_comes_out(self, tmp_path, capsys):
         dataset = CocoDataset(make(tmp_path), tmp_path / "images")
-        assert dataset.categories == [{"id": 2, "name": "cat"}, {"id": 9, "name": "dog"}, {"id": 40, "name": "cow"}]
-        assert len(dataset) == 3 and dataset.sizes == [(24, 32)] * 3 and dataset.image_ids == [10, 11, 12]
+        assert dataset.categories == [
+            {"id": 2, "name": "cat"},
+            {"id": 9, "name": "dog"},
+            {"id": 40, "name": "cow"},
+        ]
+        assert (
+            len(dataset) == 3
+            and dataset.sizes == [(24, 32)] * 3
+            and dataset.image_ids == [10, 11, 12]
+        )
         image, target = dataset[1]
         assert image.dtype == torch.uint8 and image.shape == (3, 24, 32)
         expected = picture(tmp_path / "again.png", seed=1)
         assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
         assert target["boxes"].tolist() == [[1, 2, 11, 14], [20.25, 4.5, 26.25, 12.5], [3, 3, 8, 8]]
-        assert target["labels"].tolist() == [2, 0, 1] and target["crowd"].tolist() == [False, True, False]
+        assert target["labels"].tolist() == [2, 0, 1] and target["crowd"].tolist() == [
+            False,
+            True,
+            False,
+        ]
         assert target["area"].tolist() == [77.5, 40, 25]
         assert target["size"] == (24, 32) and target["image_id"] == 11
-        types = {"boxes": torch.float32, "labels": torch.int64, "crowd": torch.bool, "area": torch.float32}
+        types = {
+            "boxes": torch.float32,
+            "labels": torch.int64,
+            "crowd": torch.bool,
+            "area": torch.float32,
+        }
         assert {name: target[name].dtype for name in types} == types
         assert dataset[0][1]["area"].tolist() == [32 * 24]  # the box's own, where the json has none
         assert capsys.readouterr() == ("", "")
 
     def test_image_without_boxes(self, tmp_path):
         target = CocoDataset(make(tmp_path), tmp_path / "images")[2][1]
-        assert target["boxes"].shape == (0, 4) and target["labels"].shape == (0,) and target["crowd"].shape == (0,)
+        assert (
+            target["boxes"].shape == (0, 4)
+            and target["labels"].shape == (0,)
+            and target["crowd"].shape == (0,)
+        )
         content = {**document(), "annotations": []}
         target = CocoDataset(make(tmp_path / "none", content), tmp_path / "none" / "images")[0][1]
         assert target["boxes"].shape == (0, 4) and target["boxes"].dtype == torch.float32
@@ -97,8 +122,10 @@ class TestCocoDataset:
     def test_files_in_folders_below(self, tmp_path):
         content = document()
         content["images"][2]["file_name"] = "deep/er/2.png"
-        dataset = CocoDataset(make(tmp_path, content), [tmp_path / "elsewhere", tmp_path, tmp_path / "images"])
-        assert dataset.folder == tmp_path / "images" and dataset[2][0].shape == (3, 24, 32)
+        dataset = CocoDataset(
+            make(tmp_path, content), [tmp_path / "elsewhere", tmp_path, tmp_path / "images"]
+        )
+        assert dataset.image_dir == tmp_path / "images" and dataset[2][0].shape == (3, 24, 32)
 
     def test_rotation_in_exif_is_not_applied(self, tmp_path):
         exif = Image.Exif()
@@ -114,15 +141,22 @@ class TestCocoDataset:
         exif[0x0112] = 6
         pixels = picture(tmp_path / "images" / "1.png", 24, 32, exif=exif)
         image, target = CocoDataset(write(path, content), tmp_path / "images")[1]
-        assert target["size"] == (32, 24) and np.array_equal(image.permute(1, 2, 0).numpy(), np.rot90(pixels, -1))
+        assert target["size"] == (32, 24) and np.array_equal(
+            image.permute(1, 2, 0).numpy(), np.rot90(pixels, -1)
+        )
 
     def test_difficult_objects_are_marked(self, tmp_path):
         content = document()
         content["annotations"][3]["difficult"] = 1
         dataset = CocoDataset(make(tmp_path, content), tmp_path / "images")
         assert dataset.target(1)["difficult"].tolist() == [False, False, True]
-        assert dataset.target(2)["difficult"].shape == (0,) and dataset.target(2)["difficult"].dtype == torch.bool
-        assert "difficult" not in CocoDataset(make(tmp_path / "b"), tmp_path / "b" / "images").target(1)
+        assert (
+            dataset.target(2)["difficult"].shape == (0,)
+            and dataset.target(2)["difficult"].dtype == torch.bool
+        )
+        assert "difficult" not in CocoDataset(
+            make(tmp_path / "b"), tmp_path / "b" / "images"
+        ).target(1)
 
     @pytest.mark.parametrize("indent", [None, 1])
     def test_outlines_are_left_out_and_nothing_else(self, tmp_path, indent, monkeypatch):
@@ -135,7 +169,7 @@ class TestCocoDataset:
         path = write(tmp_path / "a.json", json.dumps(content, indent=indent))
         expected = copy.deepcopy(content)
         expected["annotations"][0]["segmentation"] = []
-        assert read_json(path) == expected
+        assert read_coco_json(path) == expected
         path.write_text(path.read_text()[:-1])
         end = path.read_text().count("\n") + 1
         refused(path, tmp_path, f"line {end} ")
@@ -158,18 +192,31 @@ class TestCocoDataset:
             box(21, 12, 2, float("nan"), 3, 5, 5),
             box(22, 12, 2, 0, float("inf"), 5, 5),
         ]
-        over = [box(30, 10, 9, -0.5, 0, 10, 24.9), box(31, 10, 9, 28, 20, 8, 8), box(32, 10, 9, -3, 0, 5, 5)]
+        over = [
+            box(30, 10, 9, -0.5, 0, 10, 24.9),
+            box(31, 10, 9, 28, 20, 8, 8),
+            box(32, 10, 9, -3, 0, 5, 5),
+        ]
         content["annotations"] += good + bad + over
         path = make(tmp_path, content)
         dataset = CocoDataset(path, tmp_path / "images")
         assert dataset.target(2)["boxes"].tolist() == [[1, 1, 6, 6]] * 600
-        assert dataset.target(0)["boxes"].tolist()[1:] == [[0, 0, 9.5, 24], [28, 20, 32, 24], [0, 0, 2, 5]]
+        assert dataset.target(0)["boxes"].tolist()[1:] == [
+            [0, 0, 9.5, 24],
+            [28, 20, 32, 24],
+            [0, 0, 2, 5],
+        ]
         out, err = capsys.readouterr()
         assert out == "" and err.count("\n") == 1 and str(path) in err
         assert "6 boxes empty or outside their image are dropped (first: annotation 7)" in err
-        assert "2 boxes that reach out of their image are cut at its edge (first: annotation 31)" in err
+        assert (
+            "2 boxes that reach out of their image are cut at its edge (first: annotation 31)"
+            in err
+        )
 
-    @pytest.mark.parametrize("xywh", [(0, 0, 0, 5), (5, 5, 3, -2), (40, 3, 5, 5), (float("nan"), 1, 2, 3)])
+    @pytest.mark.parametrize(
+        "xywh", [(0, 0, 0, 5), (5, 5, 3, -2), (40, 3, 5, 5), (float("nan"), 1, 2, 3)]
+    )
     def test_a_file_with_many_unusable_boxes_is_refused(self, tmp_path, xywh):
         content = document()
         content["annotations"].append(box(77, 12, 2, *xywh))
@@ -177,7 +224,7 @@ class TestCocoDataset:
 
 
 def refused(path: Path, images: Path, *words: str, names: Path | None = None) -> None:
-    """Opening the data raises one line that names the file (the json, unless `names` says another) and says `words`."""
+    """Opening the data raises one line with `words` that names the json, or `names`."""
     with pytest.raises(UserError) as error:
         CocoDataset(path, images)
     one_line(error.value, names or path, *words)
@@ -327,7 +374,9 @@ class TestBadImages:
             assert read_image(tmp_path / name)[:, 0, 0].tolist() == [255, 0, 0]
         assert not list(recwarn) and len(ImageFolder(tmp_path)) == 4
 
-    @pytest.mark.parametrize("factor", [1.5, 3])  # Pillow warns over its limit, and raises over twice that
+    @pytest.mark.parametrize(
+        "factor", [1.5, 3]
+    )  # Pillow warns over its limit, and raises over twice that
     def test_far_too_many_pixels(self, tmp_path, factor, monkeypatch, recwarn):
         picture(tmp_path / "a.png")
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", int(24 * 32 / factor))
@@ -342,7 +391,9 @@ class TestBadImages:
         picture(tmp_path / "images" / "1.png", height=32, width=24)
         with pytest.raises(UserError) as error:
             dataset[1]
-        one_line(error.value, tmp_path / "images" / "1.png", "24 x 32", "32 x 24", str(dataset.annotations))
+        one_line(
+            error.value, tmp_path / "images" / "1.png", "24 x 32", "32 x 24", str(dataset.source)
+        )
 
 
 class TestImageFolder:
@@ -356,31 +407,47 @@ class TestImageFolder:
         assert [str(path.relative_to(tmp_path)) for path in dataset.paths] == sorted(names)
         assert dataset.sizes == [(10 + names.index(name), 20) for name in sorted(names)]
         image, target = dataset[1]
-        assert image.shape == (3, *dataset.sizes[1]) and target == {"size": dataset.sizes[1], "image_id": 51}
+        assert image.shape == (3, *dataset.sizes[1]) and target == {
+            "size": dataset.sizes[1],
+            "image_id": 51,
+        }
         assert dataset[-1][1]["image_id"] == 54
 
     def test_bad_folders(self, tmp_path):
         (tmp_path / "empty" / "below").mkdir(parents=True)
         write(tmp_path / "broken" / "a.png", "no image")
-        for name, word in [("empty", "no image"), ("none", "no such folder"), ("broken", "not a readable image")]:
+        for name, word in [
+            ("empty", "no image"),
+            ("none", "no such folder"),
+            ("broken", "not a readable image"),
+        ]:
             with pytest.raises(UserError) as error:
                 _ = ImageFolder(tmp_path / name).sizes
             one_line(error.value, tmp_path / name, word)
 
-    def test_headers_are_read_when_sizes_are_asked_for_and_bad_ones_counted(self, tmp_path, monkeypatch, capsys):
+    def test_headers_are_read_when_sizes_are_asked_for_and_bad_ones_counted(
+        self, tmp_path, monkeypatch, capsys
+    ):
         for name in "abc":
             picture(tmp_path / f"{name}.png")
         write(tmp_path / "d.png", "no image")
         (tmp_path / "e.png").symlink_to("nowhere.png")
         looks = []
         monkeypatch.setattr(
-            image_files, "header_size", lambda path, upright: looks.append(path) or header_size(path, upright)
+            image_files,
+            "header_size",
+            lambda path, upright: looks.append(path) or header_size(path, upright),
         )
         dataset = ImageFolder(tmp_path)
         assert len(dataset) == 5 and dataset[0][1]["size"] == (24, 32) and not looks
         assert dataset.sizes == [(24, 32)] * 3 + [(0, 0)] * 2 and dataset.sizes and len(looks) == 5
         out, err = capsys.readouterr()
-        assert out == "" and err.count("\n") == 1 and "2 of 5 images are left out" in err and "d.png" in err
+        assert (
+            out == ""
+            and err.count("\n") == 1
+            and "2 of 5 images are left out" in err
+            and "d.png" in err
+        )
 
     def test_links_are_followed_and_no_file_is_taken_twice(self, tmp_path):
         picture(tmp_path / "store" / "1.png")
@@ -427,7 +494,9 @@ class TestLoad:
         assert capsys.readouterr() == ("", "")
 
     @pytest.mark.parametrize("place", ["", "annotations/"])
-    @pytest.mark.parametrize("train, val", [("images", "images"), ("train2017", "val2017"), ("", "")])
+    @pytest.mark.parametrize(
+        "train, val", [("images", "images"), ("train2017", "val2017"), ("", "")]
+    )
     def test_layouts(self, tmp_path, place, train, val):
         other = document()
         for row in other["images"]:
@@ -442,12 +511,21 @@ class TestLoad:
         path = make(tmp_path, document(20))
         splits = load(path, images=tmp_path / "images", percent=25)
         out, err = capsys.readouterr()
-        assert out == "" and err.count("\n") == 1 and str(path) in err and "4 of its 20 images" in err
-        held_out, labelled, unlabelled = map(image_ids, (splits.test, splits.labelled, splits.unlabelled))
+        assert (
+            out == "" and err.count("\n") == 1 and str(path) in err and "4 of its 20 images" in err
+        )
+        held_out, labelled, unlabelled = map(
+            image_ids, (splits.test, splits.labelled, splits.unlabelled)
+        )
         assert len(held_out) == 4 and len(labelled) == 4
         assert sorted(held_out + labelled + unlabelled) == list(range(10, 30))
-        assert image_ids(load(path, images=tmp_path / "images", percent=50, fold=3).test) == held_out
-        two = load(make(tmp_path / "two", document(2) | {"annotations": []}), images=tmp_path / "two" / "images")
+        assert (
+            image_ids(load(path, images=tmp_path / "images", percent=50, fold=3).test) == held_out
+        )
+        two = load(
+            make(tmp_path / "two", document(2) | {"annotations": []}),
+            images=tmp_path / "two" / "images",
+        )
         assert (len(two.test), len(two.labelled), len(two.unlabelled)) == (1, 1, 0)
 
     def test_validation_given(self, tmp_path):
@@ -456,16 +534,20 @@ class TestLoad:
         splits = load(train, images=tmp_path / "one", validation=val)
         assert len(splits.test) == 4 and len(splits.labelled) + len(splits.unlabelled) == 6
         # Images of the same names in two folders: the folder named as the json is the one meant.
-        assert splits.test.folder == tmp_path / "b"
+        assert splits.test.image_dir == tmp_path / "b"
         splits = load(train, images=tmp_path / "one", validation=val.rename(tmp_path / "c.json"))
-        assert splits.test.folder == tmp_path / "one"
+        assert splits.test.image_dir == tmp_path / "one"
 
     def test_a_folder_of_unlabelled_images(self, tmp_path):
         train = make(tmp_path / "data", document(6))
         val = make(tmp_path / "data", document(4), "v.json", images="v")
         for name in "ab":
             picture(tmp_path / "more" / f"{name}.jpg", 12, 16)
-        data = {"data": train, "images": tmp_path / "data" / "images", "unlabelled": tmp_path / "more"}
+        data = {
+            "data": train,
+            "images": tmp_path / "data" / "images",
+            "unlabelled": tmp_path / "more",
+        }
         splits = load(**data, validation=val, percent=50)
         assert len(splits.labelled) == 3 and len(splits.unlabelled) == 5
         assert splits.unlabelled.sizes == [(24, 32)] * 3 + [(12, 16)] * 2
@@ -495,7 +577,9 @@ class TestLoad:
         splits = load(tmp_path, unlabelled=tmp_path / "link", percent=100)
         assert [path.name for path in splits.unlabelled.datasets[1].paths] == ["new.png"]
         assert "10 of its 11 images" in capsys.readouterr().err
-        splits = load(tmp_path, images=tmp_path / "link", unlabelled=tmp_path / "images", percent=100)
+        splits = load(
+            tmp_path, images=tmp_path / "link", unlabelled=tmp_path / "images", percent=100
+        )
         assert len(splits.unlabelled) == 1
         (tmp_path / "images" / "new.png").unlink()
         bad_load(tmp_path / "link", "none is left", data=tmp_path, unlabelled=tmp_path / "link")
@@ -505,7 +589,12 @@ class TestLoad:
         bad_load(tmp_path / "none", "No such file", data=tmp_path / "none")
         path = make(tmp_path, images="hidden")
         bad_load(path, "0.png", data=tmp_path)
-        bad_load(tmp_path / "nowhere", "nowhere: no such folder", data=tmp_path, images=tmp_path / "nowhere")
+        bad_load(
+            tmp_path / "nowhere",
+            "nowhere: no such folder",
+            data=tmp_path,
+            images=tmp_path / "nowhere",
+        )
         bad_load(
             tmp_path / "v.json",
             "No such file",
@@ -514,7 +603,13 @@ class TestLoad:
             validation=tmp_path / "v.json",
         )
         (tmp_path / "empty").mkdir()
-        bad_load(tmp_path / "empty", "no image", data=path, images=tmp_path / "hidden", unlabelled=tmp_path / "empty")
+        bad_load(
+            tmp_path / "empty",
+            "no image",
+            data=path,
+            images=tmp_path / "hidden",
+            unlabelled=tmp_path / "empty",
+        )
 
     def test_several_jsons(self, tmp_path):
         make(tmp_path, json_name="instances_train2014.json")
@@ -535,7 +630,11 @@ class TestLoad:
     )
     def test_other_categories_in_validation(self, tmp_path, categories, words):
         train = make(tmp_path)
-        val = make(tmp_path, {**document(), "annotations": [], "categories": categories}, "instances_val.json")
+        val = make(
+            tmp_path,
+            {**document(), "annotations": [], "categories": categories},
+            "instances_val.json",
+        )
         bad_load(val, *words, str(train), data=tmp_path)
         write(val, {**document(), "categories": CATEGORIES[::-1]})
         assert len(load(tmp_path).test) == 3  # another order is the same
@@ -551,7 +650,10 @@ def bad_load(path: Path, *words: str, **arguments) -> None:
 def test_real_coco_images(capsys):
     splits = load(REAL, percent=10, fold=1)
     assert (len(splits.labelled), len(splits.unlabelled), len(splits.tune)) == (9, 83, 66)
-    assert len(splits.categories) == 80 and splits.categories[-1] == {"id": 90, "name": "toothbrush"}
+    assert len(splits.categories) == 80 and splits.categories[-1] == {
+        "id": 90,
+        "name": "toothbrush",
+    }
     content = json.loads((REAL / "instances_val.json").read_text())
     name = {row["id"]: row["name"] for row in content["categories"]}
     boxes = crowds = 0

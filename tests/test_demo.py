@@ -12,8 +12,9 @@ import torch
 
 from semidetr_lite import cli, gallery
 from semidetr_lite.errors import UserError
+from semidetr_lite.files import read_jsonl
 from semidetr_lite.training import demo
-from semidetr_lite.training.checkpoint import load_state, read_lines
+from semidetr_lite.training.checkpoint import load_state
 from semidetr_lite.training.demo import train_demo_run, train_side_by_side
 from tests.test_cli import coco_folder
 from tests.test_train import SMALL
@@ -42,7 +43,7 @@ def test_runs_side_by_side_are_those_that_each_would_be_alone(changes, tmp_path)
         alone = train_demo_run(name, tmp_path, 3, folder=f"{name} alone", quiet=True, threads=1, **changes)
         ours, theirs = state(tmp_path / name), state(alone)
         assert all(torch.equal(ours[key], theirs[key]) or ours[key].isnan().any() for key in ours)
-        assert "test" in read_lines(tmp_path / name / "log.jsonl")[-1]
+        assert "test" in read_jsonl(tmp_path / name / "log.jsonl")[-1]
 
 
 def test_the_message_of_a_run_that_fails_arrives(changes, tmp_path):

@@ -1,4 +1,4 @@
-"""`digits-v1` is frozen and within its frame; its splits share no digit and no photograph region."""
+"""`digits-v1` is frozen; its splits share no digit and no photograph region."""
 
 import hashlib
 from collections import Counter
@@ -11,7 +11,15 @@ from semidetr_lite.data import digits
 from semidetr_lite.data.splits import labelled_indices
 from semidetr_lite.errors import UserError
 
-TEN_SCENES = [("train", 0), ("train", 1), ("train", 2), ("train", 1999), ("tune", 0), ("tune", 1), ("tune", 299)]
+TEN_SCENES = [
+    ("train", 0),
+    ("train", 1),
+    ("train", 2),
+    ("train", 1999),
+    ("tune", 0),
+    ("tune", 1),
+    ("tune", 299),
+]
 TEN_SCENES += [("test", 0), ("test", 1), ("test", 499)]
 # Made in other processes than the one that compares.
 FROZEN = "9b68f80e703d7a30c7bfe9234a7fe6595cb9dd910187fcba43075d1fff67c32a"
@@ -70,7 +78,7 @@ def test_a_dataset_hands_out_scenes_with_their_sizes_known_before():
 
 
 def used_by(split: str, monkeypatch, count: int = 60) -> tuple[set, set]:
-    """(digit samples, photograph columns) that `count` scenes of a split use, read from coded masks and photographs."""
+    """(digit samples, photograph columns) that `count` scenes of a split use."""
     masks, labels, photos = digits._sources()
     coded = masks.copy()
     coded[:, 0, 0] = coded[:, -1, 0] = np.arange(len(masks)) * 1e-6  # in a corner, far below ink
@@ -153,7 +161,11 @@ def test_sizes_of_digits(scenes):
 def test_boxes_lie_inside_the_scene(scenes):
     for _, target in scenes:
         (height, width), boxes = target["size"], target["boxes"]
-        assert (boxes[:, :2] >= 0).all() and (boxes[:, 2] <= width).all() and (boxes[:, 3] <= height).all()
+        assert (
+            (boxes[:, :2] >= 0).all()
+            and (boxes[:, 2] <= width).all()
+            and (boxes[:, 3] <= height).all()
+        )
         assert (boxes == boxes.round()).all()
 
 
@@ -165,12 +177,14 @@ def test_digits_cover_at_most_a_quarter_of_a_neighbour_or_one_pair_half(scenes):
 
 
 def test_some_scenes_hold_a_crowded_pair(scenes):
-    crowded = sum(max(pair_covers(target["boxes"].numpy()), default=0) > 0.25 for _, target in scenes)
+    crowded = sum(
+        max(pair_covers(target["boxes"].numpy()), default=0) > 0.25 for _, target in scenes
+    )
     assert 0.03 <= crowded / len(scenes) <= 0.13  # 8 %: a tenth of those with two digits or more
 
 
 def test_boxes_are_the_tight_hull_of_the_ink(monkeypatch):
-    """Paste every digit also on black and on white with the same colour: the difference is its opacity."""
+    """Paste every digit also on black and on white: the difference is its opacity."""
     paste, hulls = digits._paste, []
 
     def spy(rng, scene, shape, box, opacity):
@@ -187,7 +201,9 @@ def test_boxes_are_the_tight_hull_of_the_ink(monkeypatch):
         paste(rng, scene, shape, box, opacity)
 
     monkeypatch.setattr(digits, "_paste", spy)
-    monkeypatch.setattr(digits, "CONTRAST", -1000.0)  # the first colour is taken, whatever lies under it
+    monkeypatch.setattr(
+        digits, "CONTRAST", -1000.0
+    )  # the first colour is taken, whatever lies under it
     monkeypatch.setattr(digits, "LOOK_ALIKES", 0.0)
     found = [digits.scene(index)[1]["boxes"] for index in range(40)]
     assert torch.cat(found).tolist() == hulls and len(hulls) > 80
@@ -250,7 +266,10 @@ def test_load_divides_the_training_scenes():
     assert labelled == labelled_indices(2000, 10, 2)
     assert (len(splits.tune), len(splits.test)) == (300, 500)
     assert [category["id"] for category in splits.categories] == list(range(10)) and not splits.flip
-    assert splits.labelled.sizes == [splits.labelled[i][1]["size"] for i in range(3)] + splits.labelled.sizes[3:]
+    assert (
+        splits.labelled.sizes
+        == [splits.labelled[i][1]["size"] for i in range(3)] + splits.labelled.sizes[3:]
+    )
 
 
 def test_unlabelled_scenes_hide_their_truth():

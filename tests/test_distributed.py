@@ -17,7 +17,7 @@ from test_train import small
 
 from semidetr_lite import distributed
 from semidetr_lite.data import digits
-from semidetr_lite.data.splits import Splits, Subset, Unlabelled
+from semidetr_lite.data.splits import Splits, Subset, WithoutLabels
 from semidetr_lite.detectors.backbone import Tiny
 from semidetr_lite.detectors.denoising import DenoisingTargets
 from semidetr_lite.detectors.detr import DETR
@@ -112,7 +112,7 @@ def few_digits() -> Splits:
     few = Subset(digits.DigitScenes("test", 6), range(6))
     return Splits(
         Subset(train, range(4)),
-        Unlabelled(train, range(4, 12)),
+        WithoutLabels(train, range(4, 12)),
         few,
         few,
         digits.CATEGORIES,

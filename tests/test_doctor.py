@@ -22,12 +22,17 @@ def picture(path: Path, seed: int, height: int = 24, width: int = 32) -> Path:
 
 
 def coco(folder: Path, part: str, count: int, seed: int, boxes=(), **changes) -> Path:
-    """A json of `count` pictures in folder/`part`, with two boxes on the first and further `boxes`."""
-    images = [{"id": 1 + i, "file_name": f"{i}.png", "height": 24, "width": 32} for i in range(count)]
+    """A json of `count` pictures in folder/`part`, with two boxes on the first, and `boxes`."""
+    images = [
+        {"id": 1 + i, "file_name": f"{i}.png", "height": 24, "width": 32} for i in range(count)
+    ]
     for place, row in enumerate(images):
         picture(folder / part / row["file_name"], seed + place)
     rows = [[1, 1, 2, 2, 10, 10], [1, 4, 0, 0, 32, 24], *boxes]
-    annotations = [{"id": 1 + i, "image_id": a, "category_id": b, "bbox": box} for i, (a, b, *box) in enumerate(rows)]
+    annotations = [
+        {"id": 1 + i, "image_id": a, "category_id": b, "bbox": box}
+        for i, (a, b, *box) in enumerate(rows)
+    ]
     path = folder / f"instances_{part}.json"
     content = {"images": images, "annotations": annotations, "categories": CATEGORIES, **changes}
     path.write_text(json.dumps(content))
@@ -46,18 +51,36 @@ def test_a_clean_data_set(tmp_path):
     lines, summary, defects = doctor_data(tmp_path, unlabelled=tmp_path / "more")
     assert defects == 0 and lines[-1] == "no defects"
     train = summary["train"]
-    assert (train["images"], train["boxes"], train["empty"], train["crowd"], train["difficult"]) == (4, 3, 2, 0, 0)
+    assert (
+        train["images"],
+        train["boxes"],
+        train["empty"],
+        train["crowd"],
+        train["difficult"],
+    ) == (4, 3, 2, 0, 0)
     assert train["classes"] == {"cat": 1, "dog": 1, "cow": 1}
     assert bins(train["box_sides"]) == [("4 to 8", 1), ("8 to 16", 1), ("16 to 32", 1)]
     assert bins(summary["unlabelled"]["image_sides"]) == [("64 to 128", 1)]
-    assert summary["validation"]["images"] == 2 and set(summary["unlabelled"]) == {"source", "images", "image_sides"}
-    assert found(lines, "train: 4 images") and found(lines, "3 boxes of 3 classes", "2 images without a box")
+    assert summary["validation"]["images"] == 2 and set(summary["unlabelled"]) == {
+        "source",
+        "images",
+        "image_sides",
+    }
+    assert found(lines, "train: 4 images") and found(
+        lines, "3 boxes of 3 classes", "2 images without a box"
+    )
     assert json.loads(json.dumps(summary)) == summary
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_defect_is_found_with_its_file(tmp_path, workers):
-    boxes = [[2, 1, 0, 0, 0, 5], [2, 1, 40, 3, 5, 5], [3, 1, 20, 20, 30, 2], [9, 1, 1, 1, 2, 2], [3, 7, 1, 1, 2, 2]]
+    boxes = [
+        [2, 1, 0, 0, 0, 5],
+        [2, 1, 40, 3, 5, 5],
+        [3, 1, 20, 20, 30, 2],
+        [9, 1, 1, 1, 2, 2],
+        [3, 7, 1, 1, 2, 2],
+    ]
     train = coco(tmp_path, "train", 8, 0, boxes)
     other = [*CATEGORIES[:2], {"id": 5, "name": "ox"}, {"id": 6, "name": "sheep"}]
     val = coco(tmp_path, "val", 3, 50, categories=other)
@@ -95,7 +118,9 @@ def test_every_defect_is_found_with_its_file(tmp_path, workers):
     assert sum(summary["train"]["image_sides"]["counts"]) == 5 and summary["train"]["boxes"] == 3
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"images": [], "annotations": [], "categories": []}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"images": [], "annotations": [], "categories": []}']
+)
 def test_one_bad_json_does_not_hide_the_rest(tmp_path, content):
     train, val = coco(tmp_path, "train", 3, 0, [[2, 5, 1, 1, 4, 4]]), coco(tmp_path, "val", 2, 50)
     val.write_text(content)
@@ -130,7 +155,11 @@ def test_a_name_that_is_no_text_can_be_printed(tmp_path):
     except OSError:
         pytest.skip("this disk takes only names that are text")
     lines = doctor_data(tmp_path, unlabelled=tmp_path / "more")[0]
-    assert found("\n".join(lines).encode("utf-8").decode().splitlines(), "\\udcff.png", "not a readable image")
+    assert found(
+        "\n".join(lines).encode("utf-8").decode().splitlines(),
+        "\\udcff.png",
+        "not a readable image",
+    )
 
 
 def test_the_picture_of_a_summary(tmp_path):
@@ -142,7 +171,9 @@ def test_the_picture_of_a_summary(tmp_path):
     classes, boxes, images = figure.axes
     assert [line.get_ydata().tolist() for line in classes.lines] == [[1, 1, 0], [1, 1, 0]]
     heights = [[bar.get_height() for bar in part] for part in images.containers]
-    assert heights == [summary[name]["image_sides"]["counts"] for name in ("train", "validation", "unlabelled")]
+    assert heights == [
+        summary[name]["image_sides"]["counts"] for name in ("train", "validation", "unlabelled")
+    ]
     assert len(boxes.containers) == 2
     assert "cow" in figure.get_suptitle() and "0 boxes" in figure.get_suptitle()
     for few in ({}, {"unlabelled": summary["unlabelled"]}):

@@ -49,7 +49,9 @@ def test_pixels_and_boxes_are_the_embedded_ones(tree, part, split):
         image, target = dataset[index]
         expected_image, expected = digits.scene(index, split)
         assert torch.equal(image, expected_image) and target["size"] == expected["size"]
-        assert torch.equal(target["boxes"], expected["boxes"]) and torch.equal(target["labels"], expected["labels"])
+        assert torch.equal(target["boxes"], expected["boxes"]) and torch.equal(
+            target["labels"], expected["labels"]
+        )
         assert not target["crowd"].any()
 
 
@@ -58,7 +60,11 @@ def test_unlabelled_scenes_are_others_and_have_no_boxes(tree):
     assert document["annotations"] == [] and len(document["images"]) == 4
     splits = load(tree, unlabelled=tree / "unlabeled2017", percent=25)
     image, target = splits.unlabelled[len(splits.unlabelled) - 4]
-    assert torch.equal(image, digits.scene(2000)[0]) and "truth" not in target and "boxes" not in target
+    assert (
+        torch.equal(image, digits.scene(2000)[0])
+        and "truth" not in target
+        and "boxes" not in target
+    )
 
 
 def test_the_package_draws_the_same_folds_from_it(tree, tmp_path):
@@ -79,7 +85,9 @@ def test_a_second_run_does_nothing_and_others_are_refused(tree, tmp_path, capsys
     assert export(tmp_path) == 2 and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("changes", [{"scenes": 0}, {"scenes": 2001}, {"val": 501}, {"unlabelled": -1}])
+@pytest.mark.parametrize(
+    "changes", [{"scenes": 0}, {"scenes": 2001}, {"val": 501}, {"unlabelled": -1}]
+)
 def test_impossible_counts(tmp_path, changes, capsys):
     assert export(tmp_path / "out", **changes) == 2
     assert capsys.readouterr().err.count("\n") == 1 and list(tmp_path.iterdir()) == []

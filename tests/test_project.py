@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "semidetr_lite"
 ROOMS = [
     "errors",
+    "files",
     "boxes",
     "device",
     "distributed",

@@ -14,7 +14,7 @@ import semidetr_lite
 from semidetr_lite import report, runs, visualize
 from semidetr_lite.data import digits
 from semidetr_lite.data.images import ImageFolder
-from semidetr_lite.data.splits import Joined, Splits, Subset, Unlabelled
+from semidetr_lite.data.splits import Concat, Splits, Subset, WithoutLabels
 from semidetr_lite.errors import UserError
 from semidetr_lite.report import headline, write_report
 
@@ -95,7 +95,7 @@ def fakes(monkeypatch):
     """Data and detectors of this file, and no time spent on pictures except where a test wants them."""
     monkeypatch.setattr(visualize, "png", lambda figure, dpi=None: DOT)
     splits = Splits(
-        Scenes(2), Unlabelled(Scenes(4), range(4)), Scenes(2), TEST, CATEGORIES, flip=False
+        Scenes(2), WithoutLabels(Scenes(4), range(4)), Scenes(2), TEST, CATEGORIES, flip=False
     )
     monkeypatch.setattr(runs.presets, "load_splits", lambda config, file: splits)
     monkeypatch.setattr(
@@ -657,7 +657,7 @@ class Files(Scenes):
 
 def test_images_are_called_by_their_files(tmp_path, monkeypatch):
     splits = Splits(
-        Scenes(2), Unlabelled(Files(4), range(4)), Scenes(2), TEST, CATEGORIES, flip=False
+        Scenes(2), WithoutLabels(Files(4), range(4)), Scenes(2), TEST, CATEGORIES, flip=False
     )
     monkeypatch.setattr(
         TEST, "names", [f"street_<{index}>.jpg" for index in range(5)], raising=False
@@ -680,7 +680,7 @@ def test_an_image_keeps_its_name_in_every_kind_of_set(tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     folder, files = ImageFolder(tmp_path), Files(3)
     assert report.image_name(Subset(files, [2, 0]), 0) == "street_2.jpg"
-    joined = Joined([Unlabelled(files, [1]), folder])
+    joined = Concat([WithoutLabels(files, [1]), folder])
     assert [report.image_name(joined, index) for index in range(3)] == [
         "street_1.jpg",
         "a.png",
@@ -762,7 +762,7 @@ def test_a_report_that_cannot_be_written(tmp_path):
 
 def test_an_empty_test_split(tmp_path, monkeypatch):
     splits = Splits(
-        Scenes(2), Unlabelled(Scenes(4), range(4)), Scenes(2), Scenes(0), CATEGORIES, flip=False
+        Scenes(2), WithoutLabels(Scenes(4), range(4)), Scenes(2), Scenes(0), CATEGORIES, flip=False
     )
     monkeypatch.setattr(runs.presets, "load_splits", lambda config, file: splits)
     page = Page(
@@ -791,7 +791,7 @@ def test_a_page_of_the_demo_stays_small(tmp_path, monkeypatch):
     monkeypatch.setattr(visualize, "png", PNG)
     scenes = digits.DigitScenes("train", 16)
     splits = Splits(
-        scenes, Unlabelled(scenes, range(8)), scenes, scenes, digits.CATEGORIES, flip=False
+        scenes, WithoutLabels(scenes, range(8)), scenes, scenes, digits.CATEGORIES, flip=False
     )
     monkeypatch.setattr(runs.presets, "load_splits", lambda config, file: splits)
     boxes = {**scenes[3][1], "scores": torch.full((len(scenes[3][1]["labels"]),), 0.6)}

@@ -1,4 +1,5 @@
-"""Files of strangers: nothing in them is run, and nothing is written outside the folder that was asked for.
+"""Files of strangers: nothing in them is run, and nothing is written outside the folder that was
+asked for.
 
 Archives are tried in test_download.py.
 """
@@ -35,14 +36,16 @@ class Bomb:
 
 KINDS = {
     "torch.save": lambda content, file: torch.save(content, file),
-    "torch.save of old": lambda content, file: torch.save(content, file, _use_new_zipfile_serialization=False),
+    "torch.save of old": lambda content, file: torch.save(
+        content, file, _use_new_zipfile_serialization=False
+    ),
     "pickle": lambda content, file: file.write_bytes(pickle.dumps(content)),
 }
 
 
 @pytest.fixture(params=KINDS)
 def bomb(request, tmp_path):
-    """Writes a file that runs something when it is unpickled; the canary that tells whether it was."""
+    """Writes a file that runs something when it is unpickled; the canary tells whether it ran."""
     canary = tmp_path / "canary"
 
     def write(file: Path, around=lambda content: content):
@@ -60,7 +63,17 @@ def bomb(request, tmp_path):
     return write, canary
 
 
-DOORS = ["--resume", "--burn-in", "predict", "evaluate", "compare", "doctor --weights", "public", "backbone", "replay"]
+DOORS = [
+    "--resume",
+    "--burn-in",
+    "predict",
+    "evaluate",
+    "compare",
+    "doctor --weights",
+    "public",
+    "backbone",
+    "replay",
+]
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -102,7 +115,12 @@ def test_names_in_a_json_stay_in_the_folder_of_images(work):  # noqa: F811
     file = work / "coco/instances_train.json"
     document = json.loads(file.read_text())
     Image.new("RGB", (64, 48)).save(work / "secret.png")
-    for name in ("../../secret.png", str(work / "secret.png"), "a/../../../secret.png", "./../../secret.png"):
+    for name in (
+        "../../secret.png",
+        str(work / "secret.png"),
+        "a/../../../secret.png",
+        "./../../secret.png",
+    ):
         document["images"][1]["file_name"] = name
         file.write_text(json.dumps(document))
         status, said = call("train", "--data", work / "coco", "--out", work / "out", "--workers", 0)
@@ -113,7 +131,14 @@ def test_a_run_folder_with_links_is_no_way_to_write_elsewhere(work, tmp_path):  
     outside = tmp_path / "outside"
     outside.mkdir()
     before = {}
-    for name in ("config.json", "log.jsonl", "pseudo_boxes.jsonl", "last.pt", "student.safetensors", "bad_step.pt"):
+    for name in (
+        "config.json",
+        "log.jsonl",
+        "pseudo_boxes.jsonl",
+        "last.pt",
+        "student.safetensors",
+        "bad_step.pt",
+    ):
         inside = work / "run" / name
         target = outside / name
         shutil.copy(inside, target) if inside.exists() else target.write_text("mine\n")
@@ -130,7 +155,11 @@ def test_a_run_folder_with_links_is_no_way_to_write_elsewhere(work, tmp_path):  
     status, said = call("train", "--resume", "--out", work / "run", "--workers", 0)
     assert status == 0, said
     assert {**before, "part": b"mine"} == tree(outside)
-    assert not [path for path in (work / "run").iterdir() if path.is_symlink() and path.name != "bad_step.pt"]
+    assert not [
+        path
+        for path in (work / "run").iterdir()
+        if path.is_symlink() and path.name != "bad_step.pt"
+    ]
 
 
 def test_pictures_are_written_beside_links_not_through_them(work, tmp_path):  # noqa: F811
@@ -141,19 +170,26 @@ def test_pictures_are_written_beside_links_not_through_them(work, tmp_path):  # 
         (out / name).symlink_to(outside)
     assert call("predict", work / "run", work / "voc/JPEGImages/0.jpg", "--out", out)[0] == 0
     assert call("compare", work / "run", "--out", out, "--images", 1)[0] == 0
-    assert outside.read_text() == "mine" and not [path for path in out.iterdir() if path.is_symlink()]
+    assert outside.read_text() == "mine" and not [
+        path for path in out.iterdir() if path.is_symlink()
+    ]
 
 
 def test_folders_of_images_may_link_in_a_circle(work):  # noqa: F811
     (work / "coco/images/again").symlink_to(work / "coco/images")
-    assert call("doctor", "--data", work / "coco", "--unlabelled", work / "coco/images")[0] in (0, 2)
+    assert call("doctor", "--data", work / "coco", "--unlabelled", work / "coco/images")[0] in (
+        0,
+        2,
+    )
 
 
 def test_xml_reads_no_other_file_and_does_not_swell(work):  # noqa: F811
     file = work / "voc/Annotations/0.xml"
     text = file.read_text()
     (work / "secret").write_text("secret words")
-    reading = f'<!DOCTYPE a [<!ENTITY x SYSTEM "file://{work / "secret"}">]>' + text.replace("box<", "&x;<")
+    reading = f'<!DOCTYPE a [<!ENTITY x SYSTEM "file://{work / "secret"}">]>' + text.replace(
+        "box<", "&x;<"
+    )
     laughs = "".join(f'<!ENTITY l{n} "{f"&l{n - 1};" * 10}">' for n in range(1, 10))
     swelling = f'<!DOCTYPE a [<!ENTITY l0 "{"ha" * 20}">{laughs}]>' + text.replace("box<", "&l9;<")
     for spoilt in (reading, swelling):
@@ -177,7 +213,9 @@ def test_an_image_starts_no_other_program(tmp_path, monkeypatch):
     program.chmod(program.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     file = tmp_path / "picture.jpg"
-    file.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n%%EOF\n")
+    file.write_text(
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n%%EOF\n"
+    )
     with Image.open(file) as opened:
         assert opened.format == "EPS"  # so it would be, if it were not for read_image
     with pytest.raises(UserError, match="picture.jpg: not a readable image"):
@@ -199,7 +237,9 @@ def test_the_page_shows_names_and_runs_none(work):  # noqa: F811
     config |= {"command": script, "machine": f'"><img src=x onerror="{script}">', "commit": script}
     (work / "run/config.json").write_text(json.dumps(config))
     os.rename(work / "run", work / "<script>alert(2)<")
-    assert call("compare", work / "<script>alert(2)<", "--out", work / "page", "--images", 1)[0] == 0
+    assert (
+        call("compare", work / "<script>alert(2)<", "--out", work / "page", "--images", 1)[0] == 0
+    )
     page = (work / "page/report.html").read_text()
     assert "&lt;script&gt;alert(1)" in page and "&lt;script&gt;alert(2)" in page
     assert "<script>alert" not in page and "<img src=x" not in page

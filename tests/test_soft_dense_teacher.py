@@ -12,7 +12,7 @@ from torchvision.models.detection._utils import BoxLinearCoder
 from semidetr_lite import load_detector
 from semidetr_lite.boxes import overlaps
 from semidetr_lite.data import digits
-from semidetr_lite.data.splits import Splits, Subset, Unlabelled
+from semidetr_lite.data.splits import Splits, Subset, WithoutLabels
 from semidetr_lite.data.views import ViewSettings, map_boxes, strong_view, warp, weak_view
 from semidetr_lite.detectors.pyramid import Cells
 from semidetr_lite.methods.dense_teacher import DenseTeacher, dense_losses, select_regions
@@ -404,7 +404,7 @@ def splits() -> Splits:
     few = Subset(digits.DigitScenes("test", 6), range(3))
     return Splits(
         Subset(train, range(4)),
-        Unlabelled(train, range(4, 12)),
+        WithoutLabels(train, range(4, 12)),
         few,
         few,
         digits.CATEGORIES,

@@ -11,7 +11,7 @@ from torchvision.ops import batched_nms
 
 from semidetr_lite import load_detector
 from semidetr_lite.data import digits
-from semidetr_lite.data.splits import Splits, Subset, Unlabelled
+from semidetr_lite.data.splits import Splits, Subset, WithoutLabels
 from semidetr_lite.errors import UserError
 from semidetr_lite.training import measure as measure_module
 from semidetr_lite.training.engine import micro_batches
@@ -37,7 +37,7 @@ SMALL = {
 def splits() -> Splits:
     train = digits.DigitScenes("train", 12)
     few = Subset(digits.DigitScenes("test", 6), range(6))
-    return Splits(Subset(train, range(4)), Unlabelled(train, range(4, 12)), few, few, digits.CATEGORIES, flip=False)
+    return Splits(Subset(train, range(4)), WithoutLabels(train, range(4, 12)), few, few, digits.CATEGORIES, flip=False)
 
 
 def small(method="semi-detr", steps=4, **changes) -> dict:

@@ -79,8 +79,8 @@ PLACES = {
     "in a step": (Run, "train_step", 3, False),
     "before anything was saved": (Run, "train_step", 1, False),
     "between optimizer and average": (TeacherStudent, "after_step", 4, False),
-    "before a log line": (train, "append_lines", 2, False),
-    "between the two logs": (train, "append_lines", 3, False),
+    "before a log line": (train, "append_jsonl", 2, False),
+    "between the two logs": (train, "append_jsonl", 3, False),
     "between log and checkpoint": (Run, "save", 1, False),
     "between the weights of two parts": (train, "save_weights", 3, False),
     "before the checkpoint is in its place": (os, "replace", 6, False),  # one of config.json, three a save
@@ -199,7 +199,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match=r"last\.pt: cannot be written.*No space left"):
-        checkpoint.write_whole(file, full)
+        checkpoint.write_atomic(file, full)
     assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
 
 
@@ -208,7 +208,8 @@ import resource, sys, torch
 from pathlib import Path
 from semidetr_lite.errors import UserError
 from semidetr_lite.detectors.detector import Detector
-from semidetr_lite.training.checkpoint import append_lines, save_weights, write_whole
+from semidetr_lite.files import append_jsonl, write_atomic
+from semidetr_lite.training.checkpoint import save_weights
 
 class Large(Detector):
     def __init__(self):
@@ -219,9 +220,9 @@ kind, place = sys.argv[1], Path(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # of a file; to write more fails as on a full disk
 try:
     if kind == "log.jsonl":
-        append_lines(place, [{"step": 2, "boxes": [0.5] * 20_000}])
+        append_jsonl(place, [{"step": 2, "boxes": [0.5] * 20_000}])
     elif kind == "last.pt":
-        write_whole(place, lambda where: torch.save(torch.zeros(100_000), where))
+        write_atomic(place, lambda where: torch.save(torch.zeros(100_000), where))
     else:
         save_weights(place, Large(), "dino", {}, [])
 except UserError as problem:

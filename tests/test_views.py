@@ -13,11 +13,11 @@ from semidetr_lite.data import views
 from semidetr_lite.data.views import (
     FILL,
     ViewSettings,
-    erase,
+    color_augment,
     labelled_view,
     map_boxes,
     map_target,
-    recolour,
+    random_erase,
     resized,
     strong_view,
     warp,
@@ -98,8 +98,12 @@ def test_map_boxes_exactly():
     size = (100, 80)
     assert torch.equal(map_boxes(box, torch.eye(3), size)[0], box)
     assert map_boxes(box, matrix([-1.0, 0, 80], [0, 1, 0]), size)[0].tolist() == [[50, 20, 70, 50]]
-    assert map_boxes(box, matrix([2.0, 0, 0], [0, 0.5, 0]), (50, 160))[0].tolist() == [[20, 10, 60, 25]]
-    assert map_boxes(box, matrix([1.0, 0, -15], [0, 1, 60]), size)[0].tolist() == [[0, 80, 15, 100]]  # clamped
+    assert map_boxes(box, matrix([2.0, 0, 0], [0, 0.5, 0]), (50, 160))[0].tolist() == [
+        [20, 10, 60, 25]
+    ]
+    assert map_boxes(box, matrix([1.0, 0, -15], [0, 1, 60]), size)[0].tolist() == [
+        [0, 80, 15, 100]
+    ]  # clamped
 
 
 def test_boxes_out_of_view_are_not_kept():
@@ -114,12 +118,16 @@ def test_boxes_out_of_view_are_not_kept():
 
 def test_map_boxes_of_a_batch_equals_one_by_one():
     sizes = torch.tensor([[60, 90], [90, 60], [70, 70]])
-    matrices = torch.stack([rotation((60, 90), 20), shear((90, 60), 0.3, 0.1), matrix([-1.0, 0, 70], [0, 1, 9])])
+    matrices = torch.stack(
+        [rotation((60, 90), 20), shear((90, 60), 0.3, 0.1), matrix([-1.0, 0, 70], [0, 1, 9])]
+    )
     boxes = torch.stack([some_boxes(6, tuple(size.tolist())) for size in sizes])
     found, keep = map_boxes(boxes, matrices, sizes)
     for image in range(3):
         alone = map_boxes(boxes[image], matrices[image], tuple(sizes[image].tolist()))
-        assert torch.allclose(found[image], alone[0], atol=1e-4) and torch.equal(keep[image], alone[1])
+        assert torch.allclose(found[image], alone[0], atol=1e-4) and torch.equal(
+            keep[image], alone[1]
+        )
 
 
 # Pixels
@@ -143,12 +151,20 @@ def test_warped_pixels_lie_where_the_mapped_box_says(name, size):
     height, width = size
     flip, scale = matrix([-1.0, 0, width], [0, 1, 0]), matrix([1.3, 0, -7], [0, 0.8, 3])
     turn, slant = rotation(size, 20), shear(size, 0.35, -0.15)
-    moves = {"flip": flip, "scale": scale, "rotate": turn, "shear": slant, "all": flip @ slant @ turn @ scale}
+    moves = {
+        "flip": flip,
+        "scale": scale,
+        "rotate": turn,
+        "shear": slant,
+        "all": flip @ slant @ turn @ scale,
+    }
     box = [20, 24, 44, 36]
     moved = warp(rectangle(size, box), moves[name], size)
     expected, keep = map_boxes(torch.tensor([box], dtype=torch.float32), moves[name], size)
     assert keep.all()
-    assert white_hull(moved) == pytest.approx(expected[0].tolist(), abs=1e-6 if name == "flip" else 1.6)
+    assert white_hull(moved) == pytest.approx(
+        expected[0].tolist(), abs=1e-6 if name == "flip" else 1.6
+    )
 
 
 def test_warp_changes_the_canvas_and_is_grey_outside():
@@ -171,8 +187,18 @@ def test_warp_equals_torchvision(name, size):
         "shear y": (0.0, [0, 0], [0.0, 15.0], shear(size, 0, -math.tan(math.radians(15)))),
         "shift": (0.0, [6, -4], [0.0, 0.0], matrix([1.0, 0, 6], [0, 1, -4])),
     }[name]
-    theirs = F.affine(image, angle, translate, 1.0, slant, interpolation=InterpolationMode.BILINEAR, fill=[FILL] * 3)
-    inside = warp(torch.ones(3, *size), ours, size) > 1 - 1e-4  # at the border the two blend with grey differently
+    theirs = F.affine(
+        image,
+        angle,
+        translate,
+        1.0,
+        slant,
+        interpolation=InterpolationMode.BILINEAR,
+        fill=[FILL] * 3,
+    )
+    inside = (
+        warp(torch.ones(3, *size), ours, size) > 1 - 1e-4
+    )  # at the border the two blend with grey differently
     assert inside.float().mean() > 0.5
     assert torch.allclose(warp(image, ours, size)[inside], theirs[inside], atol=2e-3)
 
@@ -224,7 +250,7 @@ def test_matrices_chain_and_the_truth_moves_along():
 
 @pytest.fixture
 def colourless(monkeypatch):
-    monkeypatch.setattr(views, "recolour", lambda image, rng: image)
+    monkeypatch.setattr(views, "color_augment", lambda image, rng: image)
 
 
 MOVES = {
@@ -234,7 +260,13 @@ MOVES = {
     "strong shift": {"strong_shift": 0.15},
     "rotate": {"strong_rotation": 25.0},
     "shear": {"strong_shear": 20.0},
-    "all": {"flip": True, "zoom": (0.9, 1.1), "short_sides": (56, 72), "strong_rotation": 20.0, "strong_shear": 15.0},
+    "all": {
+        "flip": True,
+        "zoom": (0.9, 1.1),
+        "short_sides": (56, 72),
+        "strong_rotation": 20.0,
+        "strong_shear": 15.0,
+    },
 }
 
 
@@ -253,7 +285,9 @@ def test_every_view_shows_the_object_where_its_target_says(name, view, colourles
                 again, _ = map_boxes(target["boxes"], seen["matrix"], seen["size"])
                 assert torch.allclose(seen["boxes"], again, atol=1e-3)
                 moved += not torch.equal(seen["boxes"], target["boxes"])
-    assert moved > 3 or (view is weak_view and name in ("strong shift", "rotate", "shear") and moved == 0)
+    assert moved > 3 or (
+        view is weak_view and name in ("strong shift", "rotate", "shear") and moved == 0
+    )
 
 
 def test_views_without_any_freedom_leave_image_and_boxes_alone(colourless):
@@ -270,12 +304,17 @@ def test_the_teacher_sees_the_whole_image_however_far_the_students_views_go(colo
     settings = ViewSettings(**{**STILL.__dict__, "zoom": (0.5, 2.0), "shift": 0.3})
     target = still_target([[3, 4, 20, 25]], (30, 40))
     moved = {
-        view: [view(torch.rand(3, 30, 40), target, np.random.default_rng(seed), settings)[1] for seed in range(4)]
+        view: [
+            view(torch.rand(3, 30, 40), target, np.random.default_rng(seed), settings)[1]
+            for seed in range(4)
+        ]
         for view in (weak_view, labelled_view, strong_view)
     }
     assert all(torch.allclose(seen["matrix"], torch.eye(3), atol=1e-6) for seen in moved[weak_view])
     for view in (labelled_view, strong_view):
-        assert not any(torch.allclose(seen["matrix"], torch.eye(3), atol=1e-2) for seen in moved[view])
+        assert not any(
+            torch.allclose(seen["matrix"], torch.eye(3), atol=1e-2) for seen in moved[view]
+        )
 
 
 def test_a_mirrored_view_is_the_mirror_image():
@@ -291,8 +330,10 @@ def test_a_mirrored_view_is_the_mirror_image():
 
 
 def test_a_box_travels_from_the_weak_to_the_strong_view_by_their_matrices(colourless):
-    """Flips, shifts and sizes keep boxes boxes, so that the way over the weak view and the direct one agree exactly."""
-    settings = ViewSettings(**{**STILL.__dict__, "flip": True, "short_sides": (64, 80), "strong_shift": 0.1})
+    """Flips, shifts and sizes keep boxes boxes, so that both ways agree exactly."""
+    settings = ViewSettings(
+        **{**STILL.__dict__, "flip": True, "short_sides": (64, 80), "strong_shift": 0.1}
+    )
     truth = still_target([[30, 26, 56, 40], [40, 40, 50, 44]], (64, 96))
     target = {"size": (64, 96), "truth": truth}
     for seed in range(10):
@@ -322,10 +363,14 @@ def test_strong_views_of_the_digits_preset_have_a_zoom_of_their_own():
 
 def test_strong_geometry_keeps_to_its_limits():
     size, kinds, turns, slants = (60, 90), set(), [], []
-    settings = ViewSettings(flip=False, strong_shift=0.1, strong_rotation=30.0, strong_shear=40.0, patches=0)
+    settings = ViewSettings(
+        flip=False, strong_shift=0.1, strong_rotation=30.0, strong_shear=40.0, patches=0
+    )
     for seed in range(200):
         target = {"size": size}
-        m = strong_view(torch.zeros(3, *size), target, np.random.default_rng(seed), settings)[1]["matrix"]
+        m = strong_view(torch.zeros(3, *size), target, np.random.default_rng(seed), settings)[1][
+            "matrix"
+        ]
         linear, centre = m[:2, :2], m @ torch.tensor([45.0, 30, 1])
         if torch.allclose(linear, torch.eye(2)):
             kinds.add("x" if m[0, 2] else "y")
@@ -355,7 +400,9 @@ def test_views_are_functions_of_their_generator():
         for seed in (1, 1, 2):
             torch.manual_seed(len(seen))  # no global generator takes part
             seen.append(view(image, target, np.random.default_rng(seed), settings))
-        assert torch.equal(seen[0][0], seen[1][0]) and torch.equal(seen[0][1]["boxes"], seen[1][1]["boxes"])
+        assert torch.equal(seen[0][0], seen[1][0]) and torch.equal(
+            seen[0][1]["boxes"], seen[1][1]["boxes"]
+        )
         assert not torch.equal(seen[0][0], seen[2][0])
         assert seen[0][0].dtype == torch.float32 and 0 <= seen[0][0].min() and seen[0][0].max() <= 1
     assert torch.equal(image, before)
@@ -365,20 +412,26 @@ def test_views_are_functions_of_their_generator():
 def test_bytes_that_are_resized_stay_bytes_and_show_what_floats_show(view):
     rng = np.random.default_rng(0)
     coarse = torch.from_numpy(rng.integers(60, 200, (3, 12, 16), dtype=np.uint8))
-    image = F.resize(coarse, [48, 64])  # smooth, so that rounding before equalize and the like moves little
+    image = F.resize(
+        coarse, [48, 64]
+    )  # smooth, so that rounding before equalize and the like moves little
     target = still_target([[10, 10, 30, 30]], (48, 64))
     settings, far = ViewSettings(short_sides=(72, 96), patches=2), []
     for seed in range(25):
         seen, moved = view(image, target, np.random.default_rng(seed), settings)
         wanted, expected = view(image.float() / 255, target, np.random.default_rng(seed), settings)
         assert seen.dtype == torch.uint8 and wanted.dtype == torch.float32
-        assert tuple(seen.shape[1:]) == moved["size"] and torch.equal(moved["matrix"], expected["matrix"])
+        assert tuple(seen.shape[1:]) == moved["size"] and torch.equal(
+            moved["matrix"], expected["matrix"]
+        )
         far.append(float((seen.float() / 255 - wanted).abs().mean()))
     assert np.median(far) < 0.004 and max(far) < 0.03
     assert np.sum(np.array(far) > 0.01) <= 3  # the hard steps of solarize, equalize and posterize
 
 
-@pytest.mark.parametrize("image", [torch.rand(3, 30, 41), torch.randint(0, 256, (3, 30, 41), dtype=torch.uint8)])
+@pytest.mark.parametrize(
+    "image", [torch.rand(3, 30, 41), torch.randint(0, 256, (3, 30, 41), dtype=torch.uint8)]
+)
 def test_a_mirror_is_exact_and_no_move_is_none(image):
     assert torch.equal(warp(image, matrix([-1.0, 0, 41], [0, 1, 0]), (30, 41)), image.flip(-1))
     assert torch.equal(warp(image, torch.eye(3), (30, 41)), image)
@@ -387,14 +440,23 @@ def test_a_mirror_is_exact_and_no_move_is_none(image):
 
 def test_bytes_and_floats_are_warped_alike():
     image = torch.randint(0, 256, (3, 60, 90), dtype=torch.uint8)
-    for move in (rotation((60, 90), 20), shear((60, 90), 0.3, -0.2), matrix([1.3, 0, -7.5], [0, 0.8, 3])):
+    for move in (
+        rotation((60, 90), 20),
+        shear((60, 90), 0.3, -0.2),
+        matrix([1.3, 0, -7.5], [0, 0.8, 3]),
+    ):
         ours, floats = warp(image, move, (70, 80)), warp(image.float() / 255, move, (70, 80))
         assert ours.dtype == torch.uint8 and (ours.float() - 255 * floats).abs().max() <= 0.52
 
 
 def test_an_image_without_boxes_goes_through_every_view():
     for view in (labelled_view, weak_view, strong_view):
-        target = view(torch.rand(3, 40, 60), still_target([], (40, 60)), np.random.default_rng(0), ViewSettings())[1]
+        target = view(
+            torch.rand(3, 40, 60),
+            still_target([], (40, 60)),
+            np.random.default_rng(0),
+            ViewSettings(),
+        )[1]
         assert target["boxes"].shape == (0, 4) and target["labels"].shape == (0,)
 
 
@@ -414,7 +476,7 @@ def test_erased_patches_keep_to_their_limits():
     settings = ViewSettings(patches=1, patch_side=0.3)
     sides = set()
     for seed in range(100):
-        erased = erase(image, np.random.default_rng(seed), settings)
+        erased = random_erase(image, np.random.default_rng(seed), settings)
         rows, columns = np.nonzero((erased != image).any(0).numpy())
         if not len(rows):
             continue
@@ -428,9 +490,12 @@ def test_erased_patches_keep_to_their_limits():
 
 def test_the_number_of_erased_patches():
     image, settings = torch.zeros(3, 1000, 1000), ViewSettings(patches=4, patch_side=0.2)
-    shares = [float(erase(image, np.random.default_rng(seed), settings).bool().float().mean()) for seed in range(40)]
+    shares = [
+        float(random_erase(image, np.random.default_rng(seed), settings).bool().float().mean())
+        for seed in range(40)
+    ]
     assert 0.04 < max(shares) <= 4 * 0.04  # more than one patch, at most four
-    assert erase(image, np.random.default_rng(0), ViewSettings(patches=0)) is image
+    assert random_erase(image, np.random.default_rng(0), ViewSettings(patches=0)) is image
 
 
 # Colour
@@ -457,7 +522,7 @@ def test_colour_operations_run_on_constant_images(operation):
     for value in (0.0, 125 / 255, 1.0):
         for magnitude in (1, 5, 9):
             image = torch.full((3, 12, 17), value)
-            seen = recolour(image, Scripted(magnitude, operation))
+            seen = color_augment(image, Scripted(magnitude, operation))
             assert seen.shape == image.shape and seen.dtype == torch.float32
             assert seen.isfinite().all() and 0 <= seen.min() and seen.max() <= 1
             assert (image == value).all()
@@ -486,9 +551,9 @@ def test_colour_operations_equal_pillow(operation, magnitude):
     array[array == int(25.6 * magnitude)] += 1  # solarising starts within this value
     theirs = np.asarray(by_pillow(Image.fromarray(array), operation, magnitude)).astype(float)
     image = torch.from_numpy(array).permute(2, 0, 1).float() / 255
-    ours = recolour(image, Scripted(magnitude, operation)).permute(1, 2, 0).numpy() * 255
+    ours = color_augment(image, Scripted(magnitude, operation)).permute(1, 2, 0).numpy() * 255
     assert np.abs(ours - theirs).max() <= 2.0  # Pillow rounds in between
     if operation:
         assert np.abs(theirs - array).max() > 2.0
-    bytes_ = recolour(torch.from_numpy(array).permute(2, 0, 1), Scripted(magnitude, operation))
+    bytes_ = color_augment(torch.from_numpy(array).permute(2, 0, 1), Scripted(magnitude, operation))
     assert np.abs(bytes_.permute(1, 2, 0).numpy() - theirs).max() <= 1.0

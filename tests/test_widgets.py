@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from semidetr_lite import load_detector
 from semidetr_lite.data import digits
 from semidetr_lite.errors import UserError
+from semidetr_lite.files import read_jsonl
 from semidetr_lite.teach.widgets import (
     Explorer,
     explore,
@@ -34,7 +35,6 @@ from semidetr_lite.teach.widgets import (
     show_dense,
 )
 from semidetr_lite.training.ablate import TABLES
-from semidetr_lite.training.checkpoint import read_lines
 from semidetr_lite.training.presets import PRESETS
 from semidetr_lite.visualize import plot_costs
 
@@ -125,7 +125,7 @@ def answer(image, target) -> dict:
 
 def test_recorded_curves_are_means_of_runs_of_one_kind():
     """Of another detector, preset or length are curves of their own."""
-    lines = read_lines(NOTEBOOKS / "recorded/ablation_curves.jsonl")
+    lines = read_jsonl(NOTEBOOKS / "recorded/ablation_curves.jsonl")
     explorer = explore_recorded(lines)
     assert {name for name, box in explorer.controls.items() if getattr(box, "value", 0) is True} == set(TABLES["main"])
     figure = explorer.draw(10.0, "AP_teacher", **dict.fromkeys(list(explorer.controls)[2:], True))

@@ -1,18 +1,20 @@
-"""Any labelled images as COCO has them: a json or folder with the boxes, and perhaps a folder of unlabelled images.
+"""Annotated images in COCO's format: a json with the boxes, perhaps a folder of unlabelled images.
 
     {"images": [{"id", "file_name", "width", "height"}],
-     "annotations": [{"id", "image_id", "category_id", "bbox": [x, y, width, height], "area", "iscrowd", "difficult"}],
+     "annotations": [{"id", "image_id", "category_id", "bbox": [x, y, width, height],
+                      "area", "iscrowd", "difficult"}],
      "categories": [{"id", "name"}]}
 
-A Pascal VOC or YOLO folder is read into the same rows (formats.py), so there is one data set class for all. Category
-ids may have gaps; the labels 0..C-1 follow them in ascending order. A crowd region (`iscrowd` 1) stays among the boxes
-and is marked in "crowd", a `difficult` object in "difficult"; an image may have no box at all. Boxes refer to the
-pixels as they are stored, so a rotation noted in an image's EXIF data is not applied, here as in COCO; unless the size
-the json declares is that of the rotated image.
+A Pascal VOC or YOLO folder is read into the same rows (formats.py), so there is one data set class
+for all. Category ids may have gaps; the labels 0..C-1 follow them in ascending order. A crowd
+region (`iscrowd` 1) stays among the boxes and is marked in "crowd", a `difficult` object in
+"difficult". An image may have no box at all. Boxes refer to the pixels as they are stored: a
+rotation noted in an image's EXIF data is not applied, here as in COCO, unless the size that the
+json declares is that of the rotated image.
 
-Real files are not spotless: COCO's own training set holds two boxes of no height. A box that reaches over the edge of
-its image is cut there; one that is empty or wholly outside is dropped; one line on stderr counts both. Where more than
-one box in a hundred would be dropped, the whole file is in doubt and is refused.
+Real files have defects: COCO's own training set holds two boxes of no height. A box that reaches
+over the edge of its image is cut there. A box that is empty or wholly outside is dropped. One line
+on stderr counts both. If more than one box in a hundred would be dropped, the file is refused.
 """
 
 import json
@@ -21,136 +23,207 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 
-from semidetr_lite.data.formats import Labels, read_voc, read_yolo
+from semidetr_lite.data.folds import labelled_in_manifest
+from semidetr_lite.data.formats import Annotations, read_voc, read_yolo
 from semidetr_lite.data.images import IMAGE_SUFFIXES, ImageFolder, read_image
-from semidetr_lite.data.splits import Joined, Splits, Subset, Unlabelled, labelled_indices
+from semidetr_lite.data.splits import (
+    Concat,
+    Dataset,
+    Splits,
+    Subset,
+    WithoutLabels,
+    labelled_indices,
+)
 from semidetr_lite.errors import UserError
+from semidetr_lite.files import json_problems
 
 __all__ = ["IMAGE_SUFFIXES", "CocoDataset", "ImageFolder", "load", "read_coco", "read_image"]
-DROPPED_AT_MOST = 0.01  # of the boxes of a file
+# ids between 1 and 90 that COCO gives to no class
+COCO_ID_GAPS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
+COCO_IDS = [number for number in range(1, 91) if number not in COCO_ID_GAPS]  # of the 80 classes
+MAX_DROPPED_FRACTION = 0.01  # of the boxes of a file
 
 
 def load(
-    data, images=None, unlabelled=None, percent: float = 10, fold: int = 1, validation=None, folds=None, flip=True
+    data,
+    images=None,
+    unlabelled=None,
+    percent: float = 10,
+    fold: int = 1,
+    validation=None,
+    folds=None,
+    flip: bool = True,
 ) -> Splits:
     """The splits of a data set on disk.
 
-    `data`, `images` and `validation` are as `find_labels` takes them. Of the training images `percent` % are labelled,
-    drawn by `fold` or read from `folds`, a folder of folds with its manifest. The others are unlabelled, and so is
-    every image in and below the folder `unlabelled` (or in that json of images) that the labels do not list. `flip`
-    says whether a mirrored object is still the same. The validation images are both tune and test. Where there are
-    none, a fifth of the training images, always the same, is set aside, and a line on stderr says so. Raises UserError
-    for what cannot be used.
+    Args:
+        data, images, validation: as `find_annotations` takes them.
+        unlabelled: a folder of images without labels, or a COCO json of such. Images that the
+            annotations list are left out.
+        percent: of the training images that are labelled. The others are unlabelled.
+        fold: the number of the draw of labelled images, from 1.
+        folds: a folder of folds with its manifest, to read the draw from.
+        flip: whether a mirrored object is still the same.
+
+    Returns:
+        Splits whose tune and test split are both the validation images. If there are none, a fifth
+        of the training images, always the same, is set aside, and one line on stderr says so.
+
+    Raises UserError for data that cannot be used.
     """
-    labels, measured = find_labels(data, images, validation)
-    whole = CocoDataset(labels)
-    opened = [whole] if measured is None else [whole, CocoDataset(measured)]
-    train, held_out = opened if measured else _set_aside(whole)
-    for fault in category_faults(labels, measured) if measured else ():
-        raise UserError(fault)
-    if folds is None:
-        chosen = labelled_indices(len(train), percent, fold)
-    elif measured is None:
-        raise UserError(f"{folds}: folds leave no image to measure on; give a json with --validation")
+    train_annotations, val_annotations = find_annotations(data, images, validation)
+    whole = CocoDataset(train_annotations)
+    datasets = [whole]
+    if val_annotations is None:
+        train, held_out = _set_aside(whole)
     else:
-        from semidetr_lite.data.folds import labelled_in_manifest  # which reads jsons with this module
-
-        chosen = labelled_in_manifest(folds, train.image_ids, percent, fold)
-    pool = Unlabelled(train, sorted(set(range(len(train))) - set(chosen)))
+        train, held_out = whole, CocoDataset(val_annotations)
+        datasets.append(held_out)
+        for problem in category_problems(train_annotations, val_annotations):
+            raise UserError(problem)
+    if folds is None:
+        labelled = labelled_indices(len(train), percent, fold)
+    elif val_annotations is None:
+        problem = "folds leave no image to evaluate on; give a json with --validation"
+        raise UserError(f"{folds}: {problem}")
+    else:
+        labelled = labelled_in_manifest(folds, train.image_ids, percent, fold)
+    rest = sorted(set(range(len(train))) - set(labelled))
+    pool: Dataset = WithoutLabels(train, rest)
     if unlabelled is not None:
-        paths = None
-        if Path(unlabelled).suffix == ".json":
-            more = CocoDataset(unlabelled, _image_folders(Path(unlabelled), None, [Path(unlabelled)]))
-            unlabelled, paths = more.folder, more.paths()
-        first_id = max(image_id for dataset in opened for image_id in dataset.image_ids) + 1
-        listed = {path for dataset in opened for path in dataset.paths()}
-        pool = Joined([pool, ImageFolder(unlabelled, first_id, listed, paths)])
-    return Splits(Subset(train, chosen), pool, held_out, held_out, whole.categories, flip=flip)
+        pool = Concat([pool, _unlabelled_images(unlabelled, datasets)])
+    return Splits(
+        labelled=Subset(train, labelled),
+        unlabelled=pool,
+        tune=held_out,
+        test=held_out,
+        categories=whole.categories,
+        flip=flip,
+    )
 
 
-def find_labels(data, images=None, validation=None, categories=None) -> tuple[Labels, Labels | None]:
-    """The labels to train on, and those to measure on or None.
+def _unlabelled_images(unlabelled, datasets: list["CocoDataset"]) -> ImageFolder:
+    """The images of a folder, or of a json of images, that none of the data sets lists."""
+    first_id = max(image_id for dataset in datasets for image_id in dataset.image_ids) + 1
+    listed = {path for dataset in datasets for path in dataset.paths()}
+    if Path(unlabelled).suffix != ".json":
+        return ImageFolder(unlabelled, first_id, listed)
+    image_dirs = _image_dirs(Path(unlabelled), None, [Path(unlabelled)])
+    in_json = CocoDataset(unlabelled, image_dirs)
+    return ImageFolder(in_json.image_dir, first_id, listed, in_json.paths())
 
-    `data` is a COCO json, its images in the folder `images`; or a folder:
 
-        COCO   instances_train*.json and perhaps instances_val*.json in it or in its annotations/, and the images in
-               train2017/ and val2017/ (named as the jsons are), in images/ or in the folder itself
-        VOC    JPEGImages/, Annotations/*.xml and perhaps ImageSets/Main/*.txt; see `read_voc`
-        YOLO   images/ and labels/ with data.yaml or classes.txt; see `read_yolo`
+def find_annotations(
+    data, images=None, validation=None, categories: list[dict] | None = None
+) -> tuple[Annotations, Annotations | None]:
+    """The annotations to train on, and those to evaluate on or None.
 
-    `validation` is a json or folder of the same kinds; it replaces what `data` has for validation. `categories`
-    [{"id", "name"}] are those a VOC folder has to agree with. Raises UserError for what is not there.
+    Args:
+        data: a COCO json, its images in the folder `images`; or a folder of one of these kinds:
+
+            COCO   instances_train*.json and perhaps instances_val*.json in it or in its
+                   annotations/; the images in train2017/ and val2017/ (named as the jsons are),
+                   in images/ or in the folder itself
+            VOC    JPEGImages/, Annotations/*.xml and perhaps ImageSets/Main/*.txt; see `read_voc`
+            YOLO   images/ and labels/ with data.yaml or classes.txt; see `read_yolo`
+
+        images: the folder of the images.
+        validation: a json or folder of the same kinds; it replaces what `data` has for validation.
+        categories: [{"id", "name"}] that a VOC folder has to agree with.
+
+    Raises UserError for what is not there.
     """
     data = Path(data)
     if images and not Path(images).is_dir():
         raise UserError(f"{images}: no such folder of images")
-    train, measured = _find_annotations(data)
-    if train is not None:
-        labels = read_labels(train, _image_folders(train, images, around=[] if images else [train]))
-        if measured is not None and validation is None:
-            measured = read_labels(measured, _image_folders(measured, images, around=[measured, train]))
+    train_json, val_json = _find_jsons(data)
+    val = None
+    if train_json is not None:
+        around = [] if images else [train_json]
+        train = read_annotations(train_json, _image_dirs(train_json, images, around))
+        if val_json is not None and validation is None:
+            val = read_annotations(val_json, _image_dirs(val_json, images, [val_json, train_json]))
     elif any(data.glob("Annotations/*.xml")):
-        labels, measured = read_voc(data, images, categories)
+        train, val = read_voc(data, images, categories)
     elif any(data.glob("labels/**/*.txt")) or any(data.glob("*/labels/*.txt")):
-        labels, measured = read_yolo(data)
+        train, val = read_yolo(data)
     else:
-        kinds = "no instances_train*.json in this folder or in its annotations/, no Annotations/*.xml, no labels/*.txt"
-        raise UserError(f"{data}: {kinds}; give the path of a COCO json, or a COCO, VOC or YOLO folder")
+        coco = "no instances_train*.json in this folder or in its annotations/"
+        advice = "give the path of a COCO json, or a COCO, VOC or YOLO folder"
+        raise UserError(f"{data}: {coco}, no Annotations/*.xml, no labels/*.txt; {advice}")
     if validation is not None and Path(validation).is_dir():
-        whole, part = find_labels(validation, categories=labels.document["categories"])
-        measured = part or whole
+        of_train, of_val = find_annotations(validation, categories=train.document["categories"])
+        val = of_val or of_train
     elif validation is not None:
-        around = [Path(validation), *filter(None, [train])]
-        measured = read_labels(validation, _image_folders(around[0], images, around))
-    return labels, measured
+        around = [Path(validation), *filter(None, [train_json])]
+        val = read_annotations(validation, _image_dirs(Path(validation), images, around))
+    return train, val
 
 
 class CocoDataset:
-    """Labelled images: `ds[i] -> (image uint8 (3, H, W), target)`, the targets with boxes in pixels, xyxy.
+    """Labelled images: `dataset[i] -> (image uint8 (3, H, W), target)`, boxes in pixels, xyxy.
 
-    `annotations` is a json, `images` a folder, or a list of them: the first that holds an image of the json is taken;
-    or `annotations` are Labels, which name their folders. `.categories` [{"id", "name"}] in the order of the labels;
-    `.sizes` [(H, W)] and `.image_ids` [int] in the order of the json. Raises UserError: at opening for a fault of the
-    json or a missing image, at reading for an image that cannot be decoded or has another size than the json says. A
-    list `faults` takes a line about each fault of the json instead.
+    Args:
+        annotations: a json; or Annotations, which name their folders of images.
+        images: for a json, its folder of images or a list of them. The first that holds an image of
+            the json is taken.
+        problems: a list that takes one line about each defect of the json; without it the first one
+            is raised.
+
+    Attributes:
+        categories: [{"id", "name"}] in the order of the labels.
+        sizes: [(H, W)] and `image_ids` [int], in the order of the json.
+        fields: {"boxes" (A, 4) float32 xyxy, "labels", "crowd", "area", perhaps "difficult"},
+            arrays over all boxes.
+
+    Raises UserError: at opening for a defect of the json or a missing image, at reading for an
+    image that cannot be decoded or has another size than the json says.
     """
 
-    def __init__(self, annotations, images=(), faults: list[str] | None = None):
-        folders = [Path(folder) for folder in (images if isinstance(images, list | tuple) else [images])]
-        labels = annotations if isinstance(annotations, Labels) else read_labels(annotations, folders)
-        if faults is not None:
-            faults += labels.faults
-        elif labels.faults:
-            raise UserError(labels.faults[0])
-        self.annotations, self.upright = labels.source, labels.upright
-        listed = labels.document["images"]
-        self.image_ids = [image["id"] for image in listed]
-        self.sizes = [(image["height"], image["width"]) for image in listed]
-        by_id = sorted(labels.document["categories"], key=lambda row: row["id"])
+    def __init__(self, annotations, images=(), problems: list[str] | None = None):
+        image_dirs = [
+            Path(folder) for folder in (images if isinstance(images, list | tuple) else [images])
+        ]
+        if not isinstance(annotations, Annotations):
+            annotations = read_annotations(annotations, image_dirs)
+        if problems is not None:
+            problems += annotations.problems
+        elif annotations.problems:
+            raise UserError(annotations.problems[0])
+        self.source = annotations.source
+        self.upright = annotations.upright
+        rows = annotations.document["images"]
+        self.image_ids = [row["id"] for row in rows]
+        self.sizes = [(row["height"], row["width"]) for row in rows]
+        self.names = [row["file_name"] for row in rows]
+        by_id = sorted(annotations.document["categories"], key=lambda row: row["id"])
         self.categories = [{"id": row["id"], "name": row["name"]} for row in by_id]
-        self.names = [image["file_name"] for image in listed]
-        self.folder = _folder_with_images(labels, self.names)
-        if faults is None:
-            self._check_images_are_there()
-        self._keep_boxes(labels.document["annotations"], faults)
+        self.image_dir = _dir_with_images(annotations, self.names)
+        if problems is None:
+            self._check_images_exist()
+        self._store_boxes(annotations.document["annotations"], problems)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict]:
         target = self.target(index)
-        path, size = self.folder / self.names[index], target["size"]
+        path = self.image_dir / self.names[index]
+        height, width = target["size"]
         image = read_image(path, self.upright)
-        if image.shape[1:] == size[::-1] != size:  # the boxes may have been drawn on the image turned upright
+        if image.shape[1:] == (width, height) and height != width:
+            # the boxes may have been drawn on the image turned upright
             image = read_image(path, upright=True)
-        if image.shape[1:] != size:
+        if image.shape[1:] != (height, width):
+            size = f"{image.shape[2]} x {image.shape[1]} pixels"
             raise UserError(
-                f"{path}: the image is {image.shape[2]} x {image.shape[1]} pixels, but {self.annotations} says "
-                f"{size[1]} x {size[0]}; use the images the boxes were drawn on"
+                f"{path}: the image is {size}, but {self.source} says {width} x {height}; "
+                "use the images the boxes were drawn on"
             )
         return image, target
 
@@ -162,248 +235,345 @@ class CocoDataset:
         return {**fields, "size": self.sizes[index], "image_id": self.image_ids[index]}
 
     def paths(self) -> list[str]:
-        """Where the images lie, links resolved, so that two ways to the same file compare equal."""
-        return [os.path.realpath(os.path.join(self.folder, name)) for name in self.names]
+        """The image files, links resolved, so that two ways to one file compare equal."""
+        return [os.path.realpath(os.path.join(self.image_dir, name)) for name in self.names]
 
-    def _check_images_are_there(self) -> None:
-        parents = {os.path.dirname(name) for name in self.names}
-        there = {parent: set(os.listdir(self.folder / parent)) for parent in parents if (self.folder / parent).is_dir()}
+    def _check_images_exist(self) -> None:
+        folders = {os.path.dirname(name) for name in self.names}
+        files_in = {
+            folder: set(os.listdir(self.image_dir / folder))
+            for folder in folders
+            if (self.image_dir / folder).is_dir()
+        }
         for name in self.names:
-            parent, base = os.path.split(name)
+            folder, base = os.path.split(name)
             # A disk that ignores case may list another spelling of a file that is there.
-            if base not in there.get(parent, ()) and not (self.folder / name).is_file():
-                raise UserError(f"{self.folder / name}: the image is missing, though {self.annotations} lists it")
+            if base not in files_in.get(folder, ()) and not (self.image_dir / name).is_file():
+                path = self.image_dir / name
+                raise UserError(f"{path}: the image is missing, though {self.source} lists it")
 
-    def _keep_boxes(self, rows: list[dict], faults: list[str] | None) -> None:
-        """Store the boxes as flat arrays, image after image: a few large objects, which worker processes can share."""
-        place = {image_id: index for index, image_id in enumerate(self.image_ids)}
-        label = {category["id"]: index for index, category in enumerate(self.categories)}
-        owner = np.array([place[row["image_id"]] for row in rows], dtype=np.int64)
+    def _store_boxes(self, rows: list[dict], problems: list[str] | None) -> None:
+        """Keep the boxes as flat arrays, image after image, which worker processes can share."""
+        image_index = {image_id: index for index, image_id in enumerate(self.image_ids)}
+        label_of = {category["id"]: label for label, category in enumerate(self.categories)}
+        image_of = np.array([image_index[row["image_id"]] for row in rows], dtype=np.int64)
         xywh = np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(-1, 4)
-        sizes = np.array(self.sizes, dtype=np.float64).reshape(-1, 2)[owner]
+        sizes = np.array(self.sizes, dtype=np.float64).reshape(-1, 2)[image_of]
         boxes, usable, cut = _boxes_in_image(xywh, sizes)
-        self._report_boxes(rows, owner, ~usable, cut, faults)
-        own_area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+        if problems is None:
+            self._warn_about_boxes(rows, ~usable, cut)
+        else:
+            problems += self._box_problems(rows, image_of, ~usable, cut)
+        box_area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
         area = np.array([row.get("area", np.nan) for row in rows], dtype=np.float32)
         fields = {
             "boxes": boxes,
-            "labels": np.array([label[row["category_id"]] for row in rows], dtype=np.int64),
+            "labels": np.array([label_of[row["category_id"]] for row in rows], dtype=np.int64),
             "crowd": np.array([bool(row.get("iscrowd", 0)) for row in rows], dtype=bool),
-            "area": np.where(np.isfinite(area), area, own_area),
+            "area": np.where(np.isfinite(area), area, box_area),
         }
         if any("difficult" in row for row in rows):
-            fields["difficult"] = np.array([bool(row.get("difficult", 0)) for row in rows], dtype=bool)
+            difficult = [bool(row.get("difficult", 0)) for row in rows]
+            fields["difficult"] = np.array(difficult, dtype=bool)
         order = np.flatnonzero(usable)
-        order = order[owner[order].argsort(kind="stable")]
+        order = order[image_of[order].argsort(kind="stable")]
         self.fields = {name: values[order] for name, values in fields.items()}
-        self._starts = np.searchsorted(owner[order], np.arange(len(self.names) + 1))
+        self._starts = np.searchsorted(image_of[order], np.arange(len(self.names) + 1))
 
-    def _report_boxes(self, rows: list[dict], owner, dropped, cut, faults: list[str] | None) -> None:
-        """A line in `faults` about each box dropped or cut, else one on stderr; too many dropped are a UserError."""
-        if faults is not None:
-            for row in np.flatnonzero(dropped | cut):
-                path, (height, width) = self.folder / self.names[owner[row]], self.sizes[owner[row]]
-                what = "is empty or outside the image" if dropped[row] else "reaches out of the image"
-                box = f"the box {rows[row]['bbox']} (annotation {rows[row].get('id')})"
-                faults.append(f"{path}: {box} {what}, {width} x {height} pixels")
-            return
+    def _box_problems(
+        self, rows: list[dict], image_of: np.ndarray, dropped: np.ndarray, cut: np.ndarray
+    ) -> list[str]:
+        """One line about each box that is dropped or cut."""
+        problems = []
+        for number in np.flatnonzero(dropped | cut):
+            index = image_of[number]
+            height, width = self.sizes[index]
+            box = f"the box {rows[number]['bbox']} (annotation {rows[number].get('id')})"
+            defect = "is empty or outside the image"
+            if not dropped[number]:
+                defect = "reaches out of the image"
+            path = self.image_dir / self.names[index]
+            problems.append(f"{path}: {box} {defect}, {width} x {height} pixels")
+        return problems
 
-        def said(chosen: np.ndarray, what: str) -> list[str]:
-            first = [rows[place].get("id", f"number {place + 1}") for place in np.flatnonzero(chosen)[:1]]
-            return [f"{chosen.sum()} {what} (first: annotation {name})" for name in first]
+    def _warn_about_boxes(self, rows: list[dict], dropped: np.ndarray, cut: np.ndarray) -> None:
+        """One line on stderr that counts the boxes dropped and cut.
 
-        if dropped.sum() > DROPPED_AT_MOST * len(rows):
-            fault = said(dropped, f"of {len(rows)} boxes are empty or outside their image")[0]
+        Raises UserError for too many dropped.
+        """
+        if dropped.sum() > MAX_DROPPED_FRACTION * len(rows):
+            defect = _count_and_first(
+                rows, dropped, f"of {len(rows)} boxes are empty or outside their image"
+            )
             advice = "correct or remove them (COCO's bbox is [x, y, width, height] in pixels)"
-            raise UserError(f"{self.annotations}: {fault}; {advice}")
-        notes = said(dropped, "boxes empty or outside their image are dropped")
-        notes += said(cut, "boxes that reach out of their image are cut at its edge")
+            raise UserError(f"{self.source}: {defect}; {advice}")
+        notes = []
+        if dropped.any():
+            defect = "boxes empty or outside their image are dropped"
+            notes.append(_count_and_first(rows, dropped, defect))
+        if cut.any():
+            defect = "boxes that reach out of their image are cut at its edge"
+            notes.append(_count_and_first(rows, cut, defect))
         if notes:
-            print(f"warning: {self.annotations}: {'; '.join(notes)}", file=sys.stderr)
+            print(f"warning: {self.source}: {'; '.join(notes)}", file=sys.stderr)
 
 
-def read_json(path):
-    """The content of a json file. Raises UserError naming the file and where it stops being json.
+def _count_and_first(rows: list[dict], marked: np.ndarray, defect: str) -> str:
+    """'3 boxes are ... (first: annotation 7)'; `marked` (A,) bool has at least one True."""
+    first = int(np.flatnonzero(marked)[0])
+    name = rows[first].get("id", f"number {first + 1}")
+    return f"{marked.sum()} {defect} (first: annotation {name})"
 
-    Outlines, the "segmentation" of an annotation, are cut out before json sees them: they are two thirds of COCO's
-    files and nothing here uses them.
+
+def _boxes_in_image(
+    xywh: np.ndarray, sizes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut boxes (A, 4) xywh to the sizes (A, 2), H and W, of their images.
+
+    Returns:
+        float32 xyxy (A, 4); usable (A,) bool; cut (A,) bool: usable and shortened by more than a
+        pixel.
     """
+    finite = np.isfinite(xywh).all(1, keepdims=True)
+    xywh = np.where(finite, xywh, 0)  # a box that is not finite becomes an empty one
+    xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+    boxes = np.clip(xyxy, 0, sizes[:, [1, 0, 1, 0]]).astype(np.float32)
+    usable = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    cut = usable & (np.abs(xyxy - boxes).max(1, initial=0) > 1)
+    return boxes, usable, cut
+
+
+# Reading and checking a json
+
+
+def read_coco(path) -> dict:
+    """The content of a COCO json whose ids are checked: unique, and referring to each other.
+
+    Raises UserError naming the file and its first problem.
+    """
+    document, problems = validate_coco(path, read_coco_json(path), with_files=False)
+    for problem in problems:
+        raise UserError(problem)
+    return document
+
+
+def read_annotations(path, image_dirs: list[Path]) -> Annotations:
+    """A COCO json and where its images may lie; a file that is none has one problem and no rows."""
     try:
-        with open(path, "rb") as file:
-            return json.loads(b"".join(_without_outlines(file)).decode("utf-8-sig"))
-    except OSError as problem:
-        raise UserError(f"{path}: cannot be read: {problem.strerror}") from problem
-    except (ValueError, RecursionError) as problem:
-        raise UserError(f"{path}: not valid json: {problem}") from problem
+        document, problems = validate_coco(path, read_coco_json(path))
+    except UserError as problem:
+        document = {"images": [], "annotations": [], "categories": []}
+        problems = [str(problem)]
+    return Annotations(Path(path), document, problems, image_dirs)
+
+
+def read_coco_json(path):
+    """The content of a json without outlines. Raises UserError as `files.read_json` does.
+
+    Outlines, the "segmentation" of an annotation, are cut from the text before it is parsed: they
+    are two thirds of COCO's files, and nothing here uses them.
+    """
+    with json_problems(path), open(path, "rb") as file:
+        return json.loads(b"".join(_without_outlines(file)).decode("utf-8-sig"))
 
 
 OUTLINE = re.compile(rb'"segmentation"\s*:\s*\[[][\d\s.,eE+-]*\]')
 
 
-def _without_outlines(file) -> Iterator[bytes]:
-    """The bytes of a json in large pieces, each list of numbers called "segmentation" an empty one of as many lines."""
+def _without_outlines(file: BinaryIO) -> Iterator[bytes]:
+    """The bytes of a json in large pieces, each outline replaced by an empty list."""
     rest = b""
     while block := file.read(1 << 24):
         whole, end, rest = (rest + block).rpartition(b"}")  # no outline holds a brace
-        yield OUTLINE.sub(lambda found: b'"segmentation":[' + b"\n" * found[0].count(b"\n") + b"]", whole) + end
+        yield OUTLINE.sub(_empty_outline, whole) + end
     yield rest
 
 
-def read_coco(path) -> dict:
-    """The content of a COCO json, its ids checked: there, unique and known. Raises UserError naming the file."""
-    document, faults = sound_rows(path, read_json(path), files=False)
-    for fault in faults:
-        raise UserError(fault)
-    return document
+def _empty_outline(outline: re.Match) -> bytes:
+    newlines = b"\n" * outline[0].count(b"\n")  # so that an error names the right line
+    return b'"segmentation":[' + newlines + b"]"
 
 
-def read_labels(path, folders: list[Path]) -> Labels:
-    """A COCO json and where its images may lie; where it is none, its one fault says so."""
-    try:
-        document, faults = sound_rows(path, read_json(path))
-    except UserError as problem:
-        document, faults = {"images": [], "annotations": [], "categories": []}, [str(problem)]
-    return Labels(Path(path), document, faults, folders)
+def validate_coco(path, document, with_files: bool = True) -> tuple[dict, list[str]]:
+    """Check every row of a COCO json.
 
+    Args:
+        path: of the json, for messages.
+        document: its content.
+        with_files: whether images need names and sizes, and categories names.
 
-def sound_rows(path, document, files: bool = True) -> tuple[dict, list[str]]:
-    """The rows of a COCO json that can be used, and a line about each that cannot.
+    Returns:
+        The document with the usable rows; one line about each row that is not.
 
-    With `files` the images need names and sizes and the categories names. Raises UserError for other content.
+    Raises UserError for content that is not in COCO's format at all.
     """
-    parts = ("images", "annotations", "categories")
+    _check_lists(path, document)
+    problems: list[str] = []
+    valid = dict(document)
+    ids: dict[str, set] = {}  # of all rows, also of those that cannot be used
+    for table, check in (("images", _image_problem), ("categories", _category_problem)):
+        valid[table] = []
+        ids[table] = set()
+        for number, row in enumerate(document[table], 1):
+            problem = _id_problem(table, number, row.get("id"), ids[table])
+            if problem is None and with_files:
+                problem = check(row)
+            if problem is None:
+                valid[table].append(row)
+            else:
+                problems.append(f"{path}: {problem}")
+    valid_images = {row["id"] for row in valid["images"]}
+    valid_categories = {row["id"] for row in valid["categories"]}
+    valid["annotations"] = []
+    for number, row in enumerate(document["annotations"], 1):
+        problem = _annotation_problem(row, ids["images"], ids["categories"])
+        if problem is not None:
+            name = f"annotation {row['id']}" if "id" in row else f"annotation number {number}"
+            problems.append(f"{path}: {name} {problem}")
+        elif row["image_id"] in valid_images and row["category_id"] in valid_categories:
+            valid["annotations"].append(row)
+    return valid, problems
+
+
+def _check_lists(path, document) -> None:
+    """Raise UserError unless the document holds COCO's three lists of objects."""
+    tables = ("images", "annotations", "categories")
     if not isinstance(document, dict):
-        raise UserError(f"{path}: not COCO's format: it holds no object with {', '.join(parts)}")
-    for part in parts:
-        rows = document.get(part)
+        problem = f"it holds no object with {', '.join(tables)}"
+        raise UserError(f"{path}: not COCO's format: {problem}")
+    for table in tables:
+        rows = document.get(table)
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise UserError(f'{path}: not COCO\'s format: it has no list of objects "{part}"')
-        if not rows and part != "annotations":
-            raise UserError(f'{path}: its list "{part}" is empty')
-    faults, sound, known = [], dict(document), {}
-    for part, check in (("images", _image_fault), ("categories", _category_fault)):
-        sound[part], known[part] = [], set()
-        for place, row in enumerate(document[part], 1):
-            fault = _id_fault(part, place, row.get("id"), known[part]) or (check(row) if files else None)
-            faults.append(f"{path}: {fault}") if fault else sound[part].append(row)
-    usable = {part: {row["id"] for row in sound[part]} for part in known}
-    sound["annotations"] = []
-    for place, row in enumerate(document["annotations"], 1):
-        fault = _annotation_fault(row, known["images"], known["categories"])
-        if fault:
-            name = f"annotation {row['id']}" if "id" in row else f"annotation number {place}"
-            faults.append(f"{path}: {name} {fault}")
-        elif row["image_id"] in usable["images"] and row["category_id"] in usable["categories"]:
-            sound["annotations"].append(row)
-    return sound, faults
+            raise UserError(f'{path}: not COCO\'s format: it has no list of objects "{table}"')
+        if not rows and table != "annotations":
+            raise UserError(f'{path}: its list "{table}" is empty')
 
 
 def is_numbers(values, count: int) -> bool:
     """Whether `values`, read from json, is a list of `count` numbers."""
-    return isinstance(values, list) and len(values) == count and all(type(value) in (int, float) for value in values)
+    return (
+        isinstance(values, list)
+        and len(values) == count
+        and all(type(value) in (int, float) for value in values)
+    )
 
 
-def _id_fault(part: str, place: int, number, seen: set) -> str | None:
-    if type(number) is not int:
-        return f'number {place} of the {part} has no whole number as "id"'
-    if number in seen:
-        return f"two of the {part} have the id {number}; ids must be unique"
-    seen.add(number)
+def _id_problem(table: str, number: int, row_id, earlier: set) -> str | None:
+    """What is wrong with the id of a row, or None; a good id is added to the `earlier` ones."""
+    if type(row_id) is not int:
+        return f'number {number} of the {table} has no whole number as "id"'
+    if row_id in earlier:
+        return f"two of the {table} have the id {row_id}; ids must be unique"
+    earlier.add(row_id)
     return None
 
 
-def _image_fault(row: dict) -> str | None:
+def _image_problem(row: dict) -> str | None:
     name = row.get("file_name")
     if not isinstance(name, str) or not name:
         return f'image {row["id"]} has no "file_name"'
-    if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] in (os.pardir, os.curdir):
+    top = os.path.normpath(name).split(os.sep)[0]
+    if os.path.isabs(name) or top in (os.pardir, os.curdir):
         return f"image {row['id']} has the file_name {name!r}, which leaves the folder of images"
     if not all(type(row.get(side)) is int and row[side] > 0 for side in ("width", "height")):
         return f'image {row["id"]} needs "width" and "height", whole numbers of pixels over 0'
     return None
 
 
-def _category_fault(row: dict) -> str | None:
+def _category_problem(row: dict) -> str | None:
     return None if isinstance(row.get("name"), str) else f'category {row["id"]} has no "name"'
 
 
-def _annotation_fault(row: dict, images: set, categories: set) -> str | None:
+def _annotation_problem(row: dict, image_ids: set, category_ids: set) -> str | None:
     if not is_numbers(row.get("bbox"), 4):
         return 'needs a "bbox" of 4 numbers, [x, y, width, height]'
-    for key, known, part in (("image_id", images, "images"), ("category_id", categories, "categories")):
-        if type(row.get(key)) is not int or row[key] not in known:
-            return f"has the {key} {row.get(key)!r}, which is not among the {part}"
+    for key, ids, table in (
+        ("image_id", image_ids, "images"),
+        ("category_id", category_ids, "categories"),
+    ):
+        if type(row.get(key)) is not int or row[key] not in ids:
+            return f"has the {key} {row.get(key)!r}, which is not among the {table}"
     marks = row.get("iscrowd", 0) in (0, 1) and row.get("difficult", 0) in (0, 1)
     if not marks or not is_numbers([row.get("area", 0)], 1):
-        return 'needs a number as "area" and 0 or 1 as "iscrowd" (and as "difficult", if it is there)'
+        return (
+            'needs a number as "area" and 0 or 1 as "iscrowd" (and as "difficult", if it is there)'
+        )
     return None
 
 
-def _boxes_in_image(xywh: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut boxes (A, 4) xywh to their images' sizes (A, 2), H and W.
+def category_problems(train: Annotations, validation: Annotations) -> list[str]:
+    """One line about each category id that does not mean the same in both."""
+    train_names, val_names = (
+        {row["id"]: repr(row["name"]) for row in annotations.document["categories"]}
+        for annotations in (train, validation)
+    )
+    problems = []
+    for category_id in sorted(train_names.keys() | val_names.keys()):
+        in_train = train_names.get(category_id, "missing")
+        in_val = val_names.get(category_id, "missing")
+        if in_train != in_val:
+            difference = f"category {category_id} is {in_train}, but {in_val} in"
+            problems.append(f"{train.source}: {difference} {validation.source}; make them agree")
+    return problems
 
-    Returns float32 xyxy (A, 4), usable (A,) bool, and cut (A,) bool: usable and shortened by more than a pixel.
+
+# Where things lie
+
+
+def _dir_with_images(annotations: Annotations, names: list[str]) -> Path:
+    """The first of the folders that holds the first image that is in any of them.
+
+    Raises UserError for none.
     """
-    xywh = np.where(np.isfinite(xywh).all(1, keepdims=True), xywh, 0)  # what is not finite becomes empty
-    xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
-    boxes = np.clip(xyxy, 0, sizes[:, [1, 0, 1, 0]]).astype(np.float32)
-    usable = (boxes[:, 2:] > boxes[:, :2]).all(1)
-    return boxes, usable, usable & (np.abs(xyxy - boxes).max(1, initial=0) > 1)
+    source = annotations.source
+    existing = [folder for folder in annotations.image_dirs if folder.is_dir()]
+    if not existing:
+        folder = annotations.image_dirs[0] if annotations.image_dirs else source.parent
+        raise UserError(f"{folder}: no such folder of images (for {source}); name it with --images")
+    for name in names:
+        for folder in existing:
+            if (folder / name).is_file():
+                return folder
+    tried = " and ".join(str(folder) for folder in existing)
+    problem = f"its image {names[0]} is not in {tried}"
+    raise UserError(f"{source}: {problem}; name the folder with --images")
 
 
-def _folder_with_images(labels: Labels, names: list[str]) -> Path:
-    """The first of the folders that holds the first image that is in any of them."""
-    there = [folder for folder in labels.folders if folder.is_dir()]
-    if not there:
-        folder = labels.folders[0] if labels.folders else labels.source.parent
-        raise UserError(f"{folder}: no such folder of images (for {labels.source}); name it with --images")
-    folder = next((folder for name in names for folder in there if (folder / name).is_file()), None)
-    if folder is None:
-        tried = " and ".join(str(folder) for folder in there)
-        raise UserError(f"{labels.source}: its image {names[0]} is not in {tried}; name the folder with --images")
-    return folder
-
-
-def _find_annotations(data: Path) -> tuple[Path | None, Path | None]:
-    """The training json and, in a folder, the validation json beside it; None for what a folder does not have."""
+def _find_jsons(data: Path) -> tuple[Path | None, Path | None]:
+    """The training json and, in a folder, the validation json beside it; None for a missing one."""
     if not data.is_dir():
         return data, None
-    found = []
-    for part in ("train", "val"):
-        jsons = sorted([*data.glob(f"instances_{part}*.json"), *data.glob(f"annotations/instances_{part}*.json")])
-        if len(jsons) > 1:
-            names = ", ".join(str(path.relative_to(data)) for path in jsons)
-            raise UserError(f"{data}: several instances_{part}*.json ({names}); give the path of the one you mean")
-        found += jsons or [None]
-    return found[0], found[1]
+    jsons: list[Path | None] = []
+    for split in ("train", "val"):
+        pattern = f"instances_{split}*.json"
+        matches = sorted([*data.glob(pattern), *data.glob(f"annotations/{pattern}")])
+        if len(matches) > 1:
+            names = ", ".join(str(path.relative_to(data)) for path in matches)
+            advice = "give the path of the one you mean"
+            raise UserError(f"{data}: several {pattern} ({names}); {advice}")
+        jsons.append(matches[0] if matches else None)
+    return jsons[0], jsons[1]
 
 
-def _image_folders(annotations: Path, images, around: list[Path]) -> list[Path]:
-    """Where the images of a json may lie: in the folder given or around these jsons; folders of its name come first."""
-    part = annotations.stem.removeprefix("instances_").removeprefix("image_info_")  # as in train2017
+def _image_dirs(annotations: Path, images, around: list[Path]) -> list[Path]:
+    """Where the images of a json may lie: in `images` or around these jsons; its name first."""
+    split = annotations.stem.removeprefix("instances_").removeprefix("image_info_")  # train2017
     bases = [Path(images)] if images else []
-    bases += [path.parent.parent if path.parent.name == "annotations" else path.parent for path in around]
-    named = [folder for base in bases for folder in (base / part, base / "images" / part)]
+    for json_path in around:
+        folder = json_path.parent
+        bases.append(folder.parent if folder.name == "annotations" else folder)
+    named = [folder for base in bases for folder in (base / split, base / "images" / split)]
     return named + [folder for base in bases for folder in (base, base / "images")]
 
 
 def _set_aside(whole: CocoDataset) -> tuple[Subset, Subset]:
-    """Without a validation json, hold out a fifth of the images, the same in every run: (train, held out)."""
+    """Hold out a fifth of the images, the same in every run: (train, held out)."""
     if len(whole) < 2:
-        raise UserError(f"{whole.annotations}: one image cannot be trained on and measured on; give a validation json")
+        problem = "one image cannot be trained on and evaluated on"
+        raise UserError(f"{whole.source}: {problem}; give a validation json")
     held_out = labelled_indices(len(whole), percent=20, fold=0)
     rest = sorted(set(range(len(whole))) - set(held_out))
-    share = f"{len(held_out)} of its {len(whole)} images"
-    print(f"{whole.annotations}: no validation images, so {share} are set aside to measure on", file=sys.stderr)
+    count = f"{len(held_out)} of its {len(whole)} images"
+    message = f"no validation images, so {count} are set aside to evaluate on"
+    print(f"{whole.source}: {message}", file=sys.stderr)
     return Subset(whole, rest), Subset(whole, held_out)
-
-
-def category_faults(one: Labels, other: Labels) -> list[str]:
-    """A line about each category id that does not mean the same in both."""
-    ours, theirs = ({row["id"]: repr(row["name"]) for row in labels.document["categories"]} for labels in (one, other))
-    pairs = [(key, ours.get(key, "missing"), theirs.get(key, "missing")) for key in sorted(ours.keys() | theirs.keys())]
-    return [
-        f"{one.source}: category {key} is {here}, but {there} in {other.source}; make them agree"
-        for key, here, there in pairs
-        if here != there
-    ]

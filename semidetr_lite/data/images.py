@@ -1,14 +1,16 @@
-"""Image files as RGB bytes, whatever Pillow reads them from, and a folder of them without labels.
+"""Image files as RGB bytes, and a folder of images without labels.
 
-Every kind becomes RGB with 8 bits: grey, palette and CMYK images are converted, transparency is dropped (a pixel keeps
-the colour stored under it), of an animation the first frame counts. Refused with one line, naming the file: what is
-truncated or no image, grey images of 16 bits (their range cannot be known), and more pixels than Pillow's guard
-against decompression bombs lets through (about 89 million).
+Every kind of image that Pillow reads becomes RGB with 8 bits per channel: grey, palette and CMYK
+images are converted, transparency is dropped (a pixel keeps the colour stored under it), of an
+animation the first frame is taken. Refused with one line that names the file: a truncated file, a
+file that is no image, grey images of 16 bits (their range is unknown), and more pixels than
+Pillow's guard against decompression bombs allows (about 89 million).
 """
 
 import os
 import sys
 import warnings
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -21,20 +23,27 @@ from tqdm import tqdm
 from semidetr_lite.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
-# whatever the name says; others, such as EPS, would have Pillow start another program
+# the formats accepted, whatever a file is called; others, such as EPS, would have Pillow start
+# another program
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM", "JPEG2000")
 ORIENTATION = 0x0112  # of EXIF: 1 is upright, 5 to 8 are turned by a quarter
 
 
 def read_image(path, upright: bool = False) -> torch.Tensor:
-    """An image file as RGB uint8 (3, H, W), as its pixels are stored or turned `upright` as its EXIF data ask.
+    """An image file as RGB uint8 (3, H, W).
 
-    In memory the three channels of a pixel lie together, which is what resizing is fast on. Raises UserError naming
-    the file.
+    In memory the three channels of a pixel lie together, which makes resizing fast.
+
+    Args:
+        path: the file.
+        upright: whether to turn the image as its EXIF data ask; if not, pixels are as stored.
+
+    Raises UserError naming the file.
     """
     with _opened(path) as file:
         if file.mode.startswith(("I", "F")):
-            raise ValueError(f"its pixels are of mode {file.mode}; save it with 8 bits per channel")
+            problem = f"its pixels are of mode {file.mode}"
+            raise ValueError(f"{problem}; save it with 8 bits per channel")
         if upright and file.getexif().get(ORIENTATION, 1) != 1:
             file = ImageOps.exif_transpose(file)
         pixels = np.array(file.convert("RGB"))
@@ -42,15 +51,15 @@ def read_image(path, upright: bool = False) -> torch.Tensor:
 
 
 def header_size(path, upright: bool = False) -> tuple[int, int]:
-    """(H, W) of an image file from its header alone. Raises UserError naming the file."""
+    """(H, W) of an image file, read from its header alone. Raises UserError naming the file."""
     with _opened(path) as file:
         turned = upright and file.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
         return (file.width, file.height) if turned else (file.height, file.width)
 
 
 @contextmanager
-def _opened(path):
-    """The file opened by Pillow; its many kinds of exceptions, and its guard against bombs, become one UserError."""
+def _opened(path) -> Iterator[Image.Image]:
+    """The file opened by Pillow, whose many kinds of exceptions become one UserError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -58,59 +67,93 @@ def _opened(path):
             with Image.open(path, formats=FORMATS) as file:
                 yield file
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as problem:
-        most = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
-        raise UserError(f"{path}: not a readable image: it has more than {most}; make it smaller") from problem
-    except Exception as problem:  # OSError, SyntaxError, ValueError, struct.error and more, by format
-        reason = getattr(problem, "strerror", None) or " ".join(str(problem).split()) or type(problem).__name__
+        limit = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
+        reason = f"it has more than {limit}; make it smaller"
         raise UserError(f"{path}: not a readable image: {reason}") from problem
+    except (
+        Exception
+    ) as problem:  # OSError, SyntaxError, ValueError, struct.error and more, by format
+        reason = getattr(problem, "strerror", None) or " ".join(str(problem).split())
+        raise UserError(
+            f"{path}: not a readable image: {reason or type(problem).__name__}"
+        ) from problem
 
 
 def images_below(folder) -> dict[str, str]:
-    """The image files in a folder and below it, sorted: where each really lies -> its path.
+    """The image files in a folder and below it, sorted by path: {real path: path}.
 
-    Links are followed, to files and to folders, and a file reached twice is taken once. Names that begin with a dot
-    are passed over.
+    Links to files and to folders are followed, and a file that is reached twice is taken once.
+    Names that begin with a dot are left out.
     """
-    found, seen = {}, set()
+    paths: dict[str, str] = {}
+    visited: set[str] = set()
     for here, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(here)
-        folders[:] = [] if real in seen else sorted(name for name in folders if name[0] != ".")
-        for name in [] if real in seen else sorted(names):
+        if real in visited:
+            folders[:] = []
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        for name in sorted(names):
             if name[0] != "." and name.lower().endswith(IMAGE_SUFFIXES):
-                found.setdefault(os.path.realpath(os.path.join(real, name)), os.path.join(here, name))
-        seen.add(real)
-    return dict(sorted(found.items(), key=lambda item: item[1].split(os.sep)))
+                real_path = os.path.realpath(os.path.join(real, name))
+                paths.setdefault(real_path, os.path.join(here, name))
+    return dict(sorted(paths.items(), key=lambda item: item[1].split(os.sep)))
 
 
 class ImageFolder:
-    """The images in a folder and below it, sorted by path, without labels: `ds[i] -> (image, {"size", "image_id"})`.
+    """Images of a folder, without labels: `dataset[i] -> (image, {"size", "image_id"})`.
 
-    Image ids count from `first_id`. Files among `listed` (paths as `CocoDataset.paths` gives them) are passed over: an
-    image that is labelled or measured on is not unlabelled as well. `paths` are the images, where not all of the folder
-    are meant. Images are turned upright as their EXIF data ask,
-    as every viewer shows them. Raises UserError for a missing folder, one without any image, and an image that cannot
-    be read. `.sizes` [(H, W)] reads all headers when it is first asked for; an image whose header cannot be read has
-    the size (0, 0) and is counted on stderr.
+    All images in the folder and below it, sorted by path and turned upright as their EXIF data ask,
+    as every viewer shows them.
+
+    Args:
+        folder: the folder.
+        first_id: image ids count from here.
+        listed: files to leave out, as `CocoDataset.paths` returns them: an image that is labelled
+            or evaluated on is not unlabelled as well.
+        paths: the images, if not all of the folder are meant.
+
+    Attributes:
+        sizes: [(H, W)]. All headers are read on the first access. An image whose header cannot be
+            read has the size (0, 0) and is counted on stderr.
+
+    Raises UserError for a missing folder, one without any image, and an image that cannot be read.
     """
 
-    def __init__(self, folder, first_id: int = 0, listed=frozenset(), paths: list[str] | None = None):
-        self.folder, self.first_id = Path(folder), first_id
+    def __init__(
+        self,
+        folder,
+        first_id: int = 0,
+        listed: Set[str] = frozenset(),
+        paths: list[str] | None = None,
+    ):
+        self.folder = Path(folder)
+        self.first_id = first_id
         if not self.folder.is_dir():
             raise UserError(f"{folder}: no such folder of images")
-        found = images_below(folder) if paths is None else {os.path.realpath(path): path for path in paths}
-        self.paths = [Path(path) for place, path in found.items() if place not in listed]
-        if not found:
-            raise UserError(f"{folder}: no image in this folder or below ({' '.join(IMAGE_SUFFIXES)})")
+        if paths is None:
+            candidates = images_below(folder)
+        else:
+            candidates = {os.path.realpath(path): path for path in paths}
+        self.paths = [Path(path) for real, path in candidates.items() if real not in listed]
+        if not candidates:
+            suffixes = " ".join(IMAGE_SUFFIXES)
+            raise UserError(f"{folder}: no image in this folder or below ({suffixes})")
         if not self.paths:
-            raise UserError(f"{folder}: the annotations list every image of this folder; none is left as unlabelled")
-        if len(self.paths) < len(found):
-            count = f"{len(found) - len(self.paths)} of its {len(found)} images"
-            print(f"{folder}: {count} are in the annotations and not taken as unlabelled", file=sys.stderr)
+            problem = "the annotations list every image of this folder"
+            raise UserError(f"{folder}: {problem}; none is left as unlabelled")
+        if len(self.paths) < len(candidates):
+            count = f"{len(candidates) - len(self.paths)} of its {len(candidates)} images"
+            message = f"{count} are in the annotations and not taken as unlabelled"
+            print(f"{folder}: {message}", file=sys.stderr)
 
     @cached_property
     def sizes(self) -> list[tuple[int, int]]:
-        sizes, problems = [], []
-        for path in tqdm(self.paths, desc="image sizes", disable=len(self.paths) < 10_000, leave=False):
+        sizes: list[tuple[int, int]] = []
+        problems: list[UserError] = []
+        many = len(self.paths) >= 10_000
+        for path in tqdm(self.paths, desc="image sizes", disable=not many, leave=False):
             try:
                 sizes.append(header_size(path, upright=True))
             except UserError as problem:
@@ -120,7 +163,8 @@ class ImageFolder:
             raise problems[0]
         if problems:
             count = f"{len(problems)} of {len(sizes)} images"
-            print(f"warning: {self.folder}: {count} are left out (first: {problems[0]})", file=sys.stderr)
+            message = f"{count} are left out (first: {problems[0]})"
+            print(f"warning: {self.folder}: {message}", file=sys.stderr)
         return sizes
 
     def __len__(self) -> int:

@@ -1,7 +1,7 @@
-"""Which images are labelled, which are not, and what the method is measured on.
+"""Which images are labelled, which are unlabelled, and which are evaluated on.
 
-A split is drawn from (percent, fold) alone, so that two processes, two machines and two methods train on the same
-images.
+A split is drawn from (percent, fold) alone, so that two processes, two machines and two methods
+train on the same images.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from semidetr_lite.errors import UserError
 
 
 class Dataset(Protocol):
-    """Images and targets by index, with the sizes known before an image is decoded."""
+    """Images and targets by index, with the image sizes known before an image is decoded."""
 
     sizes: list[tuple[int, int]]  # (H, W) of every image
 
@@ -27,12 +27,12 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True)
 class Splits:
-    """What a run sees: `labelled` and `unlabelled` to train on, `tune` to choose on, `test` to report on."""
+    """The data of a run: two training sets, a set for choices and a set for the final figures."""
 
-    labelled: Dataset
-    unlabelled: Dataset
-    tune: Dataset
-    test: Dataset
+    labelled: Dataset  # to train on, with boxes and labels
+    unlabelled: Dataset  # to train on, without
+    tune: Dataset  # choices are made on it
+    test: Dataset  # only reported
     categories: list[dict]  # [{"id", "name"}], in the order of the labels 0..C-1
     flip: bool  # whether a mirrored image is still a valid one (not for digits)
 
@@ -41,22 +41,24 @@ SEED = 2023  # of every draw of labelled images
 
 
 def labelled_indices(count: int, percent: float, fold: int) -> list[int]:
-    """The sorted indices of the labelled images.
+    """The sorted indices of the labelled images among `count` images.
 
-    `percent` % of `count`, at least one, a different draw for each fold (1, 2, ...).
+    `percent` % of them, at least one, another draw for each fold (1, 2, ...). Raises UserError for
+    a percentage that is not over 0 and at most 100.
     """
     if not 0 < percent <= 100:
         raise UserError(f"percent must be over 0 and at most 100, got {percent:g}")
-    chosen = max(1, round(count * percent / 100))
+    labelled_count = max(1, round(count * percent / 100))
     order = np.random.default_rng([fold, SEED]).permutation(count)
-    return sorted(int(index) for index in order[:chosen])
+    return sorted(int(index) for index in order[:labelled_count])
 
 
 class Subset:
-    """Some images of a dataset, labelled as they are."""
+    """Some images of a dataset, with their labels."""
 
     def __init__(self, dataset: Dataset, indices: list[int]):
-        self.dataset, self.indices = dataset, list(indices)
+        self.dataset = dataset
+        self.indices = list(indices)
         self.sizes = [dataset.sizes[index] for index in self.indices]
 
     def __len__(self) -> int:
@@ -66,20 +68,23 @@ class Subset:
         return self.dataset[self.indices[index]]
 
 
-class Unlabelled(Subset):
-    """Some images of a dataset with their labels taken away.
+class WithoutLabels(Subset):
+    """Some images of a dataset without their labels.
 
-    What is true moves under "truth", to be measured, never trained on.
+    A target keeps "size" and "image_id". The true boxes and labels move under "truth": they are
+    measured against, never trained on.
     """
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict]:
         image, target = super().__getitem__(index)
-        hidden = {"size": target["size"], "image_id": target["image_id"]}
-        return image, {**hidden, "truth": target} if "boxes" in target else hidden
+        unlabelled = {"size": target["size"], "image_id": target["image_id"]}
+        if "boxes" in target:
+            unlabelled["truth"] = target
+        return image, unlabelled
 
 
-class Joined(ConcatDataset):
-    """Several datasets, one after the other."""
+class Concat(ConcatDataset):
+    """Several datasets, one after the other, with `.sizes`."""
 
     @cached_property
     def sizes(self) -> list[tuple[int, int]]:

@@ -1,20 +1,25 @@
-"""Weak, strong and labelled views of an image, each with the 3x3 matrix that says where every pixel went.
+"""Weak, strong and labelled views of an image, each with the 3x3 matrix that moved its pixels.
 
-The teacher reads the weak view, the student the strong one, and a box found in one is carried into the other by
-`strong["matrix"] @ inverse(weak["matrix"])` (paper section 3.1; released code: geo_utils.py). Pixels and boxes move
-by the same matrix: there is one warp, and one `map_boxes`.
+The teacher sees the weak view, the student the strong view. A box found in the weak view is mapped
+to the strong view by `strong["matrix"] @ inverse(weak["matrix"])` (paper section 3.1; released
+code: geo_utils.py). Pixels and boxes move by the same matrix: there is one `warp` and one
+`map_boxes`.
 
-Matrices act on columns (x, y, 1) in continuous pixel coordinates: the centre of the first pixel is (0.5, 0.5), so
-mirroring is x -> W - x. Randomness comes in as a numpy generator; nothing here keeps state.
+Matrices act on columns (x, y, 1) in continuous pixel coordinates: the centre of the first pixel is
+(0.5, 0.5), so mirroring is x -> W - x. Randomness comes in as a numpy generator; nothing here keeps
+state.
 
-Where images are resized (the COCO presets), bytes stay bytes from the file to the detector: Pillow's integer colour
-operations are several times as fast as their float twins, and a batch takes a quarter of the memory. Elsewhere (digits)
-views are floats in [0, 1], computed as in the recorded runs.
+Where images are resized (the COCO presets), they stay uint8 from the file to the detector: Pillow's
+integer colour operations are several times as fast as their float twins, and a batch takes a
+quarter of the memory. Elsewhere (digits) views are floats in [0, 1], computed as in the recorded
+runs.
 
-Differences from the released code: boxes that leave the view are dropped (there they stay as zero-width targets), and
-the shear factor is the tangent of its angle (there the hyperbolic tangent).
+Differences from the released code: boxes that leave the view are dropped (there they stay as
+targets of zero width), and the shear factor is the tangent of its angle (there the hyperbolic
+tangent).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +28,16 @@ import torch.nn.functional as nnf
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
-GREY = 125  # of what lies outside the image and of erased patches, as in the released code; of bytes
-FILL = GREY / 255  # the same of floats
+GREY = 125  # uint8 value outside the image and of erased patches, as in the released code
+FILL = GREY / 255  # the same for floats in [0, 1]
+PER_BOX = (
+    "boxes",
+    "labels",
+    "scores",
+    "crowd",
+    "difficult",
+    "area",
+)  # target entries with a row per box
 View = tuple[torch.Tensor, dict]  # an image and its target
 
 
@@ -32,46 +45,52 @@ View = tuple[torch.Tensor, dict]  # an image and its target
 class ViewSettings:
     """How far the views may go.
 
-    Fractions are of the image's side, angles in degrees, ranges symmetric unless given as pairs.
+    Fractions are of the image's sides, angles in degrees. Ranges are symmetric about zero unless
+    given as pairs.
     """
 
-    short_sides: tuple[int, ...] = ()  # one is drawn and the image resized to it; empty: the size stays
-    long_side: int = 1333
-    flip: bool = True
-    zoom: tuple[float, float] = (1.0, 1.0)  # of the student's views: about the centre, canvas kept, log-uniform
-    shift: float = 0.0  # of the student's views
-    # of the teacher's view; at most 1, for what the teacher cannot see would be background to the student
+    # all views
+    short_sides: tuple[int, ...] = ()  # one is drawn, the image resized to it; empty keeps the size
+    long_side: int = 1333  # at most
+    flip: bool = True  # mirrored half of the time
+    visible: float = 0.25  # a box of which a smaller fraction remains in view is dropped
+    # the student's views
+    zoom: tuple[float, float] = (1.0, 1.0)  # about the centre, on the same canvas, log-uniform
+    shift: float = 0.0
+    # the weak view; at most 1, because what the teacher cannot see becomes background for the
+    # student
     weak_zoom: tuple[float, float] = (1.0, 1.0)
-    strong_zoom: tuple[float, float] | None = None  # of the strong view, if it is not `zoom`
+    # the strong view
+    strong_zoom: tuple[float, float] | None = None  # in place of `zoom`
     strong_shift: float = 0.1
     strong_rotation: float = 30.0
     strong_shear: float = 30.0
-    patches: int = 4  # at most so many erased patches ...
-    patch_side: float = 0.2  # ... of at most this fraction of the side
-    visible: float = 0.25  # a box of which less remains in view is dropped
+    patches: int = 4  # erased patches, at most
+    patch_side: float = 0.2  # of a patch, at most
 
 
 def map_boxes(boxes: torch.Tensor, matrix: torch.Tensor, size) -> tuple[torch.Tensor, torch.Tensor]:
-    """Carry boxes through a matrix.
+    """Map boxes to another view by the matrix that moved the pixels.
 
     Args:
         boxes: (T, 4) xyxy pixels; or (B, T, 4).
         matrix: (3, 3), acting on columns (x, y, 1); or (B, 3, 3).
-        size: (H, W) of the image the boxes arrive in; or a tensor (B, 2).
+        size: (H, W) of the image the boxes are mapped to; or a tensor (B, 2).
 
     Returns:
-        (T, 4) the axis-parallel hulls of the mapped corners, clamped to the image; (T,) bool, False where nothing of
-        the box is left.
+        (T, 4) the bounding boxes of the mapped corners, clamped to the image; (T,) bool, False
+        where nothing of the box is left.
     """
-    hull = _hulls(boxes, matrix)
-    size = torch.as_tensor(size, dtype=hull.dtype, device=hull.device)
+    mapped = _bounding_boxes_of_corners(boxes, matrix)
+    size = torch.as_tensor(size, dtype=mapped.dtype, device=mapped.device)
     limit = torch.cat([size, size], -1).flip(-1).unsqueeze(-2)  # (..., 1, 4) W, H, W, H
-    clamped = torch.minimum(hull.clamp(min=0), limit)
-    return clamped, (clamped[..., 2:] - clamped[..., :2] > 1e-3).all(-1)
+    clamped = torch.minimum(mapped.clamp(min=0), limit)
+    keep = (clamped[..., 2:] - clamped[..., :2] > 1e-3).all(-1)
+    return clamped, keep
 
 
-def _hulls(boxes: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """(..., T, 4) hulls of the four mapped corners, not clamped."""
+def _bounding_boxes_of_corners(boxes: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """(..., T, 4) bounding boxes of the four mapped corners of boxes (..., T, 4), not clamped."""
     left, top, right, bottom = boxes.unbind(-1)
     corners = torch.stack([left, top, right, top, right, bottom, left, bottom], -1)
     corners = corners.unflatten(-1, (4, 2))  # (..., T, 4 corners, xy)
@@ -81,36 +100,56 @@ def _hulls(boxes: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     return torch.cat([mapped.amin(-2), mapped.amax(-2)], -1)
 
 
-def map_target(target: dict, matrix: torch.Tensor, size: tuple[int, int], visible: float = 0.0) -> dict:
+def map_target(
+    target: dict, matrix: torch.Tensor, size: tuple[int, int], visible: float = 0.0
+) -> dict:
     """The same target in another view.
 
-    Every per-box entry follows, boxes out of view (or less than `visible` of them in it) are dropped.
+    Args:
+        target: boxes and what belongs to them, perhaps a "truth" inside; it is not changed.
+        matrix: (3, 3), from the pixels of `target` to those of the view.
+        size: (H, W) of the view.
+        visible: a box of which a smaller fraction remains in view is dropped, with its row in every
+            other entry.
     """
-    moved = {key: value for key, value in target.items() if key not in PER_BOX and key != "truth"}
-    moved["size"] = (int(size[0]), int(size[1]))
-    moved["matrix"] = matrix.float() @ target.get("matrix", torch.eye(3))
+    mapped = {key: value for key, value in target.items() if key not in PER_BOX and key != "truth"}
+    mapped["size"] = (int(size[0]), int(size[1]))
+    mapped["matrix"] = matrix.float() @ target.get("matrix", torch.eye(3))
     if "boxes" in target:
         boxes, keep = map_boxes(target["boxes"], matrix, size)
-        keep &= _areas(boxes) >= visible * _areas(_hulls(target["boxes"], matrix))
-        moved["boxes"] = boxes[keep]
-        moved.update({key: target[key][keep] for key in PER_BOX if key in target and key not in ("boxes", "area")})
+        whole = _bounding_boxes_of_corners(target["boxes"], matrix)
+        keep &= _areas(boxes) >= visible * _areas(whole)
+        mapped["boxes"] = boxes[keep]
+        for key in PER_BOX:
+            if key in target and key not in ("boxes", "area"):
+                mapped[key] = target[key][keep]
         if "area" in target:
             scale = float(torch.linalg.det(matrix[:2, :2].double()).abs())
-            moved["area"] = target["area"][keep] * scale
+            mapped["area"] = target["area"][keep] * scale
     if "truth" in target:
-        moved["truth"] = map_target(target["truth"], matrix, size)
-    return moved
-
-
-PER_BOX = ("boxes", "labels", "scores", "crowd", "difficult", "area")
+        mapped["truth"] = map_target(target["truth"], matrix, size)
+    return mapped
 
 
 def _areas(boxes: torch.Tensor) -> torch.Tensor:
+    """(T,) areas of boxes (T, 4) xyxy."""
     return (boxes[:, 2:] - boxes[:, :2]).prod(1)
 
 
+BILINEAR = {"mode": "bilinear", "padding_mode": "zeros", "align_corners": False}
+
+
 def warp(image: torch.Tensor, matrix: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Move an image (3, H, W), float or uint8, by `matrix` onto a canvas of `size` (H', W'), bilinear, grey outside."""
+    """Move the pixels of an image by a matrix, bilinear, grey outside.
+
+    Args:
+        image: (3, H, W), float in [0, 1] or uint8.
+        matrix: (3, 3), from pixels of `image` to pixels of the result.
+        size: (H', W') of the result.
+
+    Returns:
+        (3, H', W') of the same dtype. A still image and a mirrored one are exact.
+    """
     height, width = size
     if size == tuple(image.shape[1:]) and torch.equal(matrix[1:], torch.eye(3)[1:]):
         if torch.equal(matrix[0], torch.tensor([1.0, 0, 0])):
@@ -119,75 +158,104 @@ def warp(image: torch.Tensor, matrix: torch.Tensor, size: tuple[int, int]) -> to
             return image.flip(-1)
     to_source = torch.linalg.inv(matrix.double())
     if image.dtype == torch.uint8:
-        grid = _grid(to_source, size, image.shape[1:])
-        moved = nnf.grid_sample(image[None].contiguous().float().sub_(GREY), grid[None].to(image.device), **BILINEAR)
+        grid = _grid(to_source, size, image.shape[1:])[None].to(image.device)
+        centred = image[None].contiguous().float().sub_(GREY)  # outside is 0, which is grey
+        moved = nnf.grid_sample(centred, grid, **BILINEAR)
         return moved[0].add_(GREY).round_().byte()
-    ys, xs = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    xs = torch.arange(width) + 0.5
+    ys = torch.arange(height) + 0.5
+    ys, xs = torch.meshgrid(ys, xs, indexing="ij")
     source = torch.stack([xs, ys, torch.ones_like(xs)], -1) @ to_source.float().T  # (H', W', 3)
     grid = 2 * source[..., :2] / source.new_tensor([image.shape[2], image.shape[1]]) - 1
     return nnf.grid_sample(image[None] - FILL, grid[None].to(image.device), **BILINEAR)[0] + FILL
 
 
-BILINEAR = {"mode": "bilinear", "padding_mode": "zeros", "align_corners": False}
+def _grid(
+    to_source: torch.Tensor, size: tuple[int, int], source_size: tuple[int, int]
+) -> torch.Tensor:
+    """(H', W', 2) where each pixel comes from, in -1..1 of an image of `source_size` (H, W).
 
-
-def _grid(to_source: torch.Tensor, size, source_size) -> torch.Tensor:
-    """(H', W', 2) where each pixel comes from, in -1..1 of an image (H, W): a sum of a row and a column per coordinate.
-
-    A fifth of the time of the product in `warp`, from which it differs by rounding.
+    Each coordinate is the sum of a row and a column, which takes a fifth of the time of the product
+    in `warp` and differs from it by rounding.
     """
     grid = torch.empty(*size, 2)
     ys, xs = (torch.arange(side, dtype=torch.float64) + 0.5 for side in size)
-    for place, side in enumerate((source_size[1], source_size[0])):
-        a, b, c = (2 * to_source[place] / side).tolist()
-        torch.add((b * ys + c - 1).float()[:, None], (a * xs).float(), out=grid[..., place])
+    for axis, side in enumerate((source_size[1], source_size[0])):
+        a, b, c = (2 * to_source[axis] / side).tolist()
+        of_row = (b * ys + c - 1).float()[:, None]
+        of_column = (a * xs).float()
+        torch.add(of_row, of_column, out=grid[..., axis])
     return grid
 
 
-def labelled_view(image: torch.Tensor, target: dict, rng: np.random.Generator, settings: ViewSettings) -> View:
-    """What the student sees of a labelled image: base geometry and one colour operation."""
-    image, target = _base_view(image, target, rng, settings, settings.zoom, settings.shift)
-    return recolour(image, rng), target
+def labelled_view(
+    image: torch.Tensor, target: dict, rng: np.random.Generator, settings: ViewSettings
+) -> View:
+    """A labelled image as the student sees it: base geometry and one colour operation."""
+    zoom = settings.zoom
+    image, target = _base_view(image, target, rng, settings, zoom, settings.shift)
+    return color_augment(image, rng), target
 
 
-def weak_view(image: torch.Tensor, target: dict, rng: np.random.Generator, settings: ViewSettings) -> View:
-    """What the teacher sees of an unlabelled image.
+def weak_view(
+    image: torch.Tensor, target: dict, rng: np.random.Generator, settings: ViewSettings
+) -> View:
+    """An unlabelled image as the teacher sees it: base geometry only.
 
-    Base geometry only. image (3, H, W) uint8 or float -> float in [0, 1], or uint8 if it was and is resized.
+    A uint8 image (3, H, W) that is resized stays uint8; any other becomes float in [0, 1].
     """
-    return _base_view(image, target, rng, settings, settings.weak_zoom, 0.0)
+    return _base_view(image, target, rng, settings, settings.weak_zoom, shift=0.0)
 
 
-def _base_view(image, target, rng, settings, zoom, shift) -> View:
+def _base_view(
+    image: torch.Tensor,
+    target: dict,
+    rng: np.random.Generator,
+    settings: ViewSettings,
+    zoom: tuple[float, float],
+    shift: float,
+) -> View:
     """Resize, zoom, shift and mirror."""
     image, size, resize = _resized_image(image, target["size"], rng, settings)
     geometry = _base_matrix(size, rng, settings, zoom, shift)
-    return warp(image, geometry, size), map_target(target, geometry @ resize, size, settings.visible)
+    view = warp(image, geometry, size)
+    return view, map_target(target, geometry @ resize, size, settings.visible)
 
 
-def strong_view(image: torch.Tensor, target: dict, rng: np.random.Generator, settings: ViewSettings) -> View:
-    """What the student sees of an unlabelled image.
+def strong_view(
+    image: torch.Tensor, target: dict, rng: np.random.Generator, settings: ViewSettings
+) -> View:
+    """An unlabelled image as the student sees it.
 
     Base geometry, one more geometric operation, one colour operation, erased patches.
     """
     image, size, resize = _resized_image(image, target["size"], rng, settings)
-    geometry = _base_matrix(size, rng, settings, settings.strong_zoom or settings.zoom, settings.shift)
+    zoom = settings.strong_zoom or settings.zoom
+    geometry = _base_matrix(size, rng, settings, zoom, settings.shift)
     geometry = _strong_matrix(size, rng, settings) @ geometry
     if rng.random() < 0.5:  # geometry and colour in either order, as in the released code
-        image = warp(recolour(image, rng), geometry, size)
+        view = warp(color_augment(image, rng), geometry, size)
     else:
-        image = recolour(warp(image, geometry, size), rng)
-    return erase(image, rng, settings), map_target(target, geometry @ resize, size, settings.visible)
+        view = color_augment(warp(image, geometry, size), rng)
+    view = random_erase(view, rng, settings)
+    return view, map_target(target, geometry @ resize, size, settings.visible)
 
 
-def _resized_image(image, size, rng, settings) -> tuple[torch.Tensor, tuple[int, int], torch.Tensor]:
-    """(image at its new size, that size, matrix): the short side is drawn from the settings, the long side bounded.
+def _resized_image(
+    image: torch.Tensor,
+    size: tuple[int, int],
+    rng: np.random.Generator,
+    settings: ViewSettings,
+) -> tuple[torch.Tensor, tuple[int, int], torch.Tensor]:
+    """The image at a drawn size, that size (H, W), and the matrix (3, 3) from old to new pixels.
 
-    As floats, unless bytes are resized.
+    The short side is drawn from the settings, the long side bounded. Without short sides to draw
+    from, the size stays and the image becomes float in [0, 1].
     """
     if not settings.short_sides:
         return F.to_dtype(image, torch.float32, scale=True), size, torch.eye(3)
-    height, width = resized(size, int(rng.choice(settings.short_sides)), settings.long_side)
+    short_side = int(rng.choice(settings.short_sides))
+    height, width = resized(size, short_side, settings.long_side)
     matrix = _matrix([width / size[1], 0, 0], [0, height / size[0], 0])
     if (height, width) != tuple(image.shape[-2:]):
         image = F.resize(image, [height, width], antialias=True)
@@ -195,42 +263,57 @@ def _resized_image(image, size, rng, settings) -> tuple[torch.Tensor, tuple[int,
 
 
 def resized(size: tuple[int, int], short_side: int, long_side: int) -> tuple[int, int]:
-    """(H, W) scaled to the short side, or less if the long side would exceed its bound; at least 1 pixel each."""
+    """(H, W) scaled to `short_side`, or to less where the long side would exceed `long_side`.
+
+    Each side is at least 1 pixel.
+    """
     scale = min(short_side / min(size), long_side / max(size))
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def _base_matrix(size: tuple[int, int], rng: np.random.Generator, settings: ViewSettings, zoom, shift) -> torch.Tensor:
-    """Zoom about the centre, shift and (where it is allowed) mirror, on the same canvas."""
+def _base_matrix(
+    size: tuple[int, int],
+    rng: np.random.Generator,
+    settings: ViewSettings,
+    zoom: tuple[float, float],
+    shift: float,
+) -> torch.Tensor:
+    """Zoom about the centre, shift and, where it is allowed, mirror; on the same canvas."""
     height, width = size
-    zoom = float(np.exp(rng.uniform(*np.log(zoom))))
+    factor = float(np.exp(rng.uniform(*np.log(zoom))))
     dx, dy = rng.uniform(-shift, shift, 2) * (width, height)
-    matrix = _about_centre(_matrix([zoom, 0, 0], [0, zoom, 0]), size)
+    matrix = _about_centre(_matrix([factor, 0, 0], [0, factor, 0]), size)
     matrix = _matrix([1, 0, dx], [0, 1, dy]) @ matrix
     if settings.flip and rng.random() < 0.5:
         matrix = _matrix([-1, 0, width], [0, 1, 0]) @ matrix
     return matrix
 
 
-def _strong_matrix(size: tuple[int, int], rng: np.random.Generator, settings: ViewSettings) -> torch.Tensor:
+def _strong_matrix(
+    size: tuple[int, int], rng: np.random.Generator, settings: ViewSettings
+) -> torch.Tensor:
     """One of: shift along x, shift along y, rotate, shear; as in the released code."""
     height, width = size
-    kind = rng.integers(4)
+    operation = rng.integers(4)
     amount = rng.uniform(-1, 1)
-    if kind < 2:
+    if operation < 2:
         shift = amount * settings.strong_shift
-        return _matrix([1, 0, shift * width * (kind == 0)], [0, 1, shift * height * (kind == 1)])
-    if kind == 2:
+        dx = shift * width * (operation == 0)
+        dy = shift * height * (operation == 1)
+        return _matrix([1, 0, dx], [0, 1, dy])
+    if operation == 2:
         angle = np.deg2rad(amount * settings.strong_rotation)
-        cos, sin = float(np.cos(angle)), float(np.sin(angle))
+        cos = float(np.cos(angle))
+        sin = float(np.sin(angle))
         return _about_centre(_matrix([cos, sin, 0], [-sin, cos, 0]), size)
-    along_x, along_y = np.tan(np.deg2rad(np.array([amount, rng.uniform(-1, 1)]) * settings.strong_shear))
+    angles = np.array([amount, rng.uniform(-1, 1)]) * settings.strong_shear
+    along_x, along_y = np.tan(np.deg2rad(angles))
     shear = _matrix([1, along_x, 0], [0, 1, 0])
     return _about_centre(_matrix([1, 0, 0], [along_y, 1, 0]) @ shear, size)
 
 
-def _matrix(first, second) -> torch.Tensor:
-    """The affine (3, 3) with these two rows."""
+def _matrix(first: list[float], second: list[float]) -> torch.Tensor:
+    """The affine matrix (3, 3) with these two rows of three."""
     return torch.tensor(np.array([first, second, [0, 0, 1]]), dtype=torch.float32)
 
 
@@ -242,48 +325,61 @@ def _about_centre(matrix: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return matrix
 
 
-def recolour(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+def color_augment(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     """One of nine colour operations at a magnitude m of 1..9, each equally likely.
 
-    Released code: rand_aug.py:57-61.
+    image (3, H, W), uint8 or float in [0, 1]; the result has the same dtype. Released code:
+    rand_aug.py:57-61.
     """
     magnitude = int(rng.integers(1, 10))
     factor = 0.18 * magnitude + 0.1
-    bytes_given = image.dtype == torch.uint8
+    is_uint8 = image.dtype == torch.uint8
+    solarize_from = min(25.6 * magnitude, 255) / (1 if is_uint8 else 255)
+    bits = 4 - int(0.4 * magnitude)
     operations = (
         lambda x: x,
         F.autocontrast,
-        lambda x: _on_bytes(F.equalize, x),
-        lambda x: F.solarize(x, min(25.6 * magnitude, 255) / (1 if bytes_given else 255)),
+        lambda x: _on_uint8(F.equalize, x),
+        lambda x: F.solarize(x, solarize_from),
         lambda x: F.adjust_saturation(x, factor),
         lambda x: F.adjust_contrast(x, factor),
         lambda x: F.adjust_brightness(x, factor),
         lambda x: F.adjust_sharpness(x, factor),
-        lambda x: _on_bytes(lambda y: F.posterize(y, 4 - int(0.4 * magnitude)), x),
+        lambda x: _on_uint8(lambda y: F.posterize(y, bits), x),
     )
     operation = operations[int(rng.integers(len(operations)))]
-    if not bytes_given:
+    if not is_uint8:
         return operation(image.clamp(0, 1))
-    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())  # torchvision hands it to Pillow
-    return torch.from_numpy(np.array(operation(picture))).permute(2, 0, 1)
+    pixels = image.permute(1, 2, 0).contiguous().numpy()  # (H, W, 3)
+    augmented = operation(Image.fromarray(pixels))  # torchvision hands a PIL image to Pillow
+    return torch.from_numpy(np.array(augmented)).permute(2, 0, 1)
 
 
-def _on_bytes(operation, image):
-    """Apply an operation that is only defined on bytes."""
+def _on_uint8(operation: Callable, image: torch.Tensor | Image.Image):
+    """Apply an operation that is only defined on uint8 to a float or PIL image."""
     if isinstance(image, Image.Image):
         return operation(image)
-    return F.to_dtype(operation(F.to_dtype(image, torch.uint8, scale=True)), torch.float32, scale=True)
+    result = operation(F.to_dtype(image, torch.uint8, scale=True))
+    return F.to_dtype(result, torch.float32, scale=True)
 
 
-def erase(image: torch.Tensor, rng: np.random.Generator, settings: ViewSettings) -> torch.Tensor:
-    """One to `patches` grey patches, each with sides of the same random fraction of the image's sides."""
+def random_erase(
+    image: torch.Tensor, rng: np.random.Generator, settings: ViewSettings
+) -> torch.Tensor:
+    """Paint one to `settings.patches` grey patches on a copy of an image (3, H, W), float or uint8.
+
+    Both sides of a patch are the same random fraction of the image's sides.
+    """
     if not settings.patches:
         return image
-    image, grey = image.clone(), FILL if image.is_floating_point() else GREY
+    image = image.clone()
+    grey = FILL if image.is_floating_point() else GREY
     height, width = image.shape[-2:]
     for _ in range(int(rng.integers(1, settings.patches + 1))):
-        side = rng.uniform(0, settings.patch_side)
-        h, w = int(side * height), int(side * width)
-        top, left = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
+        fraction = rng.uniform(0, settings.patch_side)
+        h = int(fraction * height)
+        w = int(fraction * width)
+        top = int(rng.integers(0, height - h + 1))
+        left = int(rng.integers(0, width - w + 1))
         image[:, top : top + h, left : left + w] = grey
     return image

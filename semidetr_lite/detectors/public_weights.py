@@ -21,14 +21,14 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file
 
+from semidetr_lite.data.coco import COCO_IDS
 from semidetr_lite.detectors.deformable_detr import DeformableDETR
 from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.detectors.detr import DETR
 from semidetr_lite.detectors.dino import DINO
-from semidetr_lite.errors import UserError, reading
+from semidetr_lite.errors import UserError, as_user_error
 
-# The 80 ids that COCO uses of 1..90; published detectors have a row for each of 0..90, ours for 80 classes have these.
-COCO_IDS = [number for number in range(1, 91) if number not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
+# Published detectors have a class row for each of 0..90; ours for 80 classes have those of COCO_IDS.
 CLASS_ROWS = ("class_head", "proposal_class", "denoising.labels")  # our entries with a row for each class
 
 
@@ -130,7 +130,7 @@ def describe(path, part: str = "teacher") -> list[str]:
     """Lines about a published file: what it is, its sizes, and the detector to build for it."""
     tensors, _ = _open(Path(path), part)
     family = recognise(tensors, path)
-    with reading(path, f"entries of {family.title} are missing"), torch.device("meta"):
+    with as_user_error(path, f"entries of {family.title} are missing"), torch.device("meta"):
         mapped, values = _translate(tensors, family, family.detector(num_classes=1, **family.form).state_dict())
         call = _call(family, sizes(values, family))
     return [

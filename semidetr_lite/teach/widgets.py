@@ -27,10 +27,11 @@ from semidetr_lite.data.views import ViewSettings, map_boxes, strong_view, weak_
 from semidetr_lite.detectors import deformable
 from semidetr_lite.detectors.denoising import Denoising, group_mask
 from semidetr_lite.errors import UserError
+from semidetr_lite.files import read_jsonl
 from semidetr_lite.matching import hungarian, matching_cost, one_to_many, pad_targets
 from semidetr_lite.teach.exercises import em_steps as fitted
 from semidetr_lite.training.ablate import ROWS, STEP_RATIO, TABLES
-from semidetr_lite.training.checkpoint import read_config, read_lines
+from semidetr_lite.training.checkpoint import read_config
 from semidetr_lite.training.measure import readable
 from semidetr_lite.training.presets import PRESETS, load_splits
 from semidetr_lite.visualize import (
@@ -416,7 +417,7 @@ def explore_denoising(scenes: Sequence[tuple]) -> Explorer:
 def explore_run(folder, frames: int = 4) -> Explorer:
     """The teacher's boxes on the watched images of a run folder, `frames` looks side by side from a step on."""
     folder = Path(folder)
-    lines, splits = read_lines(folder / "pseudo_boxes.jsonl"), load_splits(read_config(folder), folder / "config.json")
+    lines, splits = read_jsonl(folder / "pseudo_boxes.jsonl"), load_splits(read_config(folder), folder / "config.json")
     known = {target["image_id"]: (image, target.get("truth")) for image, target in readable(splits.unlabelled, 8)}
     steps, watched = sorted({line["step"] for line in lines}), list(dict.fromkeys(line["image_id"] for line in lines))
 

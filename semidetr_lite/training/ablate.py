@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from semidetr_lite.errors import UserError
-from semidetr_lite.training.checkpoint import append_lines, read_config, read_lines
+from semidetr_lite.files import append_jsonl, read_jsonl
+from semidetr_lite.training.checkpoint import read_config
 from semidetr_lite.training.presets import PRESETS
 from semidetr_lite.training.train import KEYS, finish, new_config
 
@@ -89,7 +90,7 @@ class Ablation:
         for percent in percents:
             for seed in seeds:
                 for table, row, name in chosen:
-                    whole = percent == 100 and not self.recipe.further and name != "supervised"
+                    whole = percent == 100 and not self.recipe.extra_unlabelled and name != "supervised"
                     if (not rows or row in rows) and not whole:  # with all labels nothing is left to be labelled
                         jobs.append((table, row, name, percent, seed))
                         self.config(name, percent, seed)  # what cannot be run is said before the first run
@@ -102,33 +103,33 @@ class Ablation:
         """The line of one row, from the record or from a run made now."""
         config, folder = self.config(name, percent, seed)
         identity = {"table": table, "row": row, **{key: config[key] for key in KEYS}}
-        known = [line for line in read_lines(self.record) if all(line.get(key) == config[key] for key in KEYS)]
+        known = [line for line in read_jsonl(self.record) if all(line.get(key) == config[key] for key in KEYS)]
         for line in known:
             if (line["table"], line["row"]) == (table, row):
                 return line
         for line in known:
             if TABLES.get(line["table"], {}).get(line["row"]) == name:  # the same run, in another table
-                append_lines(self.record, [line | identity])
+                append_jsonl(self.record, [line | identity])
                 return line | identity
         if not (folder / "config.json").exists() and config["burn_in"]:
             finish(*self.config(name, percent, seed, burn_in=True), quiet=self.quiet)
         finish(config, folder, quiet=self.quiet)
-        last, made = read_lines(folder / "log.jsonl")[-1], read_config(folder)
+        last, made = read_jsonl(folder / "log.jsonl")[-1], read_config(folder)
         teacher, student = last["test"]["teacher"], last["test"]["student"]
         found = {"AP": teacher["AP"], "AP50": teacher["AP50"], "AP_student": student["AP"]}
         line = identity | {key: round(value, 4) for key, value in found.items()} | {"seconds": last["seconds"]}
         line |= {key: made[key] for key in ("commit", "machine")}
-        append_lines(self.record, [line])
+        append_jsonl(self.record, [line])
         self.curve(folder, {"row": name, **{key: config[key] for key in KEYS}})
         return line
 
     def curve(self, folder: Path, identity: dict) -> None:
         """Append what a run measured while it was trained to RECORD_curves.jsonl, unless it is there."""
         file = self.record.with_name(f"{self.record.stem}_curves.jsonl")
-        if not any(identity.items() <= line.items() for line in read_lines(file)):
-            log = read_lines(folder / "log.jsonl")
+        if not any(identity.items() <= line.items() for line in read_jsonl(file)):
+            log = read_jsonl(folder / "log.jsonl")
             lines = [{key: line[key] for key in CURVE if key in line} for line in log if "AP_teacher" in line]
-            append_lines(file, [identity | line for line in lines])
+            append_jsonl(file, [identity | line for line in lines])
 
     def config(self, name: str, percent: float, seed: int, burn_in: bool = False) -> tuple[dict, Path]:
         """Settings and folder of a row's run, or of the supervised run it starts from."""

@@ -1,13 +1,10 @@
-"""Files of a run: written whole or not at all, read without running anything in them.
+"""The weights and the state of a run.
 
-Weights are safetensors with what is needed to build the detector in their header; `last.pt` holds everything a resume
-needs; logs are JSON lines.
+Weights are safetensors files; their header holds what is needed to build the detector. `last.pt`
+holds everything a resume needs. Nothing in either is executed when it is read.
 """
 
 import json
-import os
-import random
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -15,127 +12,107 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from semidetr_lite.detectors.detector import Detector
-from semidetr_lite.errors import UserError, reading
+from semidetr_lite.errors import UserError, as_user_error
+from semidetr_lite.files import write_atomic
 from semidetr_lite.training.presets import make_detector
-
-ADVICE = "free some space or choose another --out, then use --resume"
-
-
-def write_whole(path: Path, content) -> None:
-    """Put text, bytes or what `content(temporary path)` writes in place of a file; a UserError leaves the old one."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{random.randrange(10**6)}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if callable(content):
-            content(temporary)
-        else:
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as problem:
-        raise UserError(f"{path}: cannot be written ({str(problem).splitlines()[0]}); {ADVICE}") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def save_weights(
-    path: Path, detector: Detector, name: str, arguments: dict, categories: list[dict], dtype: torch.dtype | None = None
+    path: Path,
+    detector: Detector,
+    name: str,
+    arguments: dict,
+    categories: list[dict],
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """A detector as safetensors, with its name, arguments, categories and suppression in the header.
+    """Write a detector as a safetensors file.
 
-    `dtype`: of the numbers in the file, for instance torch.float16 for one half the size; they are read as float32.
+    Args:
+        path: the file.
+        detector: its weights, `.nms` and `.test_size` are written.
+        name: of the detector in the commands, such as "dino".
+        arguments: keyword arguments it was built with.
+        categories: [{"id", "name"}] in the order of the labels.
+        dtype: of the numbers in the file; torch.float16 halves its size. They are read as float32.
+
+    Raises UserError where the file cannot be written.
     """
     header = {"detector": name, "arguments": arguments, "categories": categories}
     header |= {"nms": detector.nms, "test_size": detector.test_size}
-    tensors = {key: value.detach().to("cpu", dtype).contiguous() for key, value in detector.state_dict().items()}
-    write_whole(path, save(tensors, {"semidetr_lite": json.dumps(header)}))
+    tensors = {
+        key: value.detach().to("cpu", dtype).contiguous()
+        for key, value in detector.state_dict().items()
+    }
+    write_atomic(path, save(tensors, {"semidetr_lite": json.dumps(header)}))
 
 
 def load_detector(path, weights: str = "teacher") -> Detector:
-    """A trained detector, in eval mode, with `.categories` [{"id", "name"}].
+    """A trained detector in eval mode, with `.categories` [{"id", "name"}].
 
-    `path` is a .safetensors file, or a run folder with `weights` "student" or "teacher" (its average). Raises UserError
-    for a file that is not there or does not hold weights of this package.
+    Args:
+        path: a .safetensors file, or a run folder.
+        weights: "student" or "teacher" (EMA weights); which file of a run folder to read.
+
+    Raises UserError for a file that is missing or does not hold weights of this package.
     """
     path = Path(path)
     if weights not in ("student", "teacher"):
         raise UserError(f"weights must be 'student' or 'teacher', got {weights!r}")
     file = path / f"{weights}.safetensors" if path.is_dir() else path
     if not file.is_file():
-        raise UserError(f"{file}: no such weights; give a run folder made by `semidetr train` or a .safetensors file")
-    with reading(file, "not a weights file"), safe_open(file, framework="pt") as opened:
+        advice = "give a run folder made by `semidetr train` or a .safetensors file"
+        raise UserError(f"{file}: no such weights; {advice}")
+    with as_user_error(file, "not a weights file"), safe_open(file, framework="pt") as opened:
         header = json.loads((opened.metadata() or {}).get("semidetr_lite", "null"))
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}
     if header is None:
-        raise UserError(f"{file}: weights of another program; only files written by semidetr-lite can be read")
-    with reading(file, "its header is damaged"):
+        advice = "only files written by semidetr-lite can be read"
+        raise UserError(f"{file}: weights of another program; {advice}")
+    with as_user_error(file, "its header is damaged"):
         arguments = {**header["arguments"], "backbone_weights": None}
         detector = make_detector(header["detector"], len(header["categories"]), arguments)
-        fill(detector, tensors, file)
-        detector.categories = [{"id": int(row["id"]), "name": str(row["name"])} for row in header["categories"]]
-        nms, size = header["nms"], header["test_size"]
+        load_state_strict(detector, tensors, file)
+        detector.categories = [
+            {"id": int(row["id"]), "name": str(row["name"])} for row in header["categories"]
+        ]
+        nms = header["nms"]
         detector.nms = None if nms is None else float(nms)
+        size = header["test_size"]
         detector.test_size = None if size is None else (int(size[0]), int(size[1]))
     return detector.eval()
 
 
-def fill(module: torch.nn.Module, tensors: dict, file: Path) -> None:
-    """Load a state dict, whole; one line if it belongs to another model."""
-    own = module.state_dict()
-    wrong = [key for key in own if key not in tensors or tensors[key].shape != own[key].shape]
-    wrong += [key for key in tensors if key not in own]
-    if wrong:
-        raise UserError(f"{file}: weights of another model ({len(wrong)} entries differ, first {wrong[0]!r})")
+def load_state_strict(module: torch.nn.Module, tensors: dict, file: Path) -> None:
+    """Load a whole state dict into a module.
+
+    Raises UserError, naming `file`, where an entry is missing, unknown or of another shape.
+    """
+    expected = module.state_dict()
+    mismatched = [
+        key
+        for key, value in expected.items()
+        if key not in tensors or tensors[key].shape != value.shape
+    ]
+    mismatched += [key for key in tensors if key not in expected]
+    if mismatched:
+        problem = f"{len(mismatched)} entries differ, first {mismatched[0]!r}"
+        raise UserError(f"{file}: weights of another model ({problem})")
     module.load_state_dict(tensors)
 
 
 def load_state(file: Path) -> dict:
-    """What `last.pt` holds; nothing in it is executed."""
+    """The content of `last.pt`. Raises UserError for a file that is missing or no checkpoint."""
     if not Path(file).is_file():
         raise UserError(f"{file}: no checkpoint there; start without --resume")
-    with reading(file, "not a checkpoint of semidetr-lite"):
+    with as_user_error(file, "not a checkpoint of semidetr-lite"):
         return dict(torch.load(file, map_location="cpu", weights_only=True))
 
 
 def read_config(run) -> dict:
-    """The settings in a run folder."""
+    """The settings in the config.json of a run folder. Raises UserError where there is none."""
     file = Path(run) / "config.json"
     if not file.is_file():
-        raise UserError(f"{run}: no config.json, so this is no run folder; give a folder that `semidetr train` wrote")
-    with reading(file, "not a JSON object; the run folder is damaged"):
+        advice = "give a folder that `semidetr train` wrote"
+        raise UserError(f"{run}: no config.json, so this is no run folder; {advice}")
+    with as_user_error(file, "not a JSON object; the run folder is damaged"):
         return dict(json.loads(file.read_text(encoding="utf-8")).items())
-
-
-def read_lines(path, unfinished: bool = False) -> list[dict]:
-    """The lines of a JSON-lines file, none if there is no file; a last one cut short is left out if `unfinished`."""
-    path = Path(path)
-    rows, found = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else [], []
-    for number, row in enumerate(rows, 1):
-        try:
-            found.append(dict(json.loads(row).items()))
-        except (ValueError, AttributeError, RecursionError):
-            if not unfinished or number < len(rows):
-                fault = f"line {number} is not a JSON object, so these are not JSON lines"
-                raise UserError(f"{path}: {fault}; mend or delete that line to go on") from None
-    return found
-
-
-def append_lines(path: Path, lines: list[dict]) -> None:
-    """Add lines to a JSON-lines file, on the disk when it returns; a full disk is a UserError and no half line."""
-    text = memoryview("".join(json.dumps(line) + "\n" for line in lines).encode())
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab", buffering=0) as file:
-            before = file.tell()
-            try:
-                while text:  # a nearly full disk takes a part
-                    text = text[file.write(text) :]
-                os.fsync(file.fileno())
-            except OSError:
-                file.truncate(before)
-                raise
-    except OSError as problem:
-        raise UserError(f"{path}: cannot be written ({problem.strerror}); {ADVICE}") from None

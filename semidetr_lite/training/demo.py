@@ -17,7 +17,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from semidetr_lite.errors import Stopped, UserError
-from semidetr_lite.training.checkpoint import read_lines
+from semidetr_lite.files import read_jsonl
 from semidetr_lite.training.train import finish, new_config, summary
 
 
@@ -115,13 +115,13 @@ def _stop_with_parent() -> None:
 def _follow(processes: dict, out: Path, steps: int | None) -> None:
     """Show what the processes log until all have ended; if one fails the others are ended."""
     total = sum(steps or DEMO_RUNS[name].steps for name in processes)
-    logged = {name: len(read_lines(out / name / "log.jsonl", unfinished=True)) for name in processes}
+    logged = {name: len(read_jsonl(out / name / "log.jsonl", unfinished=True)) for name in processes}
     with tqdm(total=total, unit="step", mininterval=2, dynamic_ncols=True) as bar:
         while any(process.is_alive() for process in processes.values()):
             wait([process.sentinel for process in processes.values() if process.is_alive()], timeout=1)
             done = 0
             for name in processes:
-                lines = read_lines(out / name / "log.jsonl", unfinished=True)
+                lines = read_jsonl(out / name / "log.jsonl", unfinished=True)
                 for line in lines[logged[name] :]:
                     if "AP_teacher" in line:
                         tqdm.write(summary(DEMO_RUNS[name].title, line))

@@ -17,7 +17,7 @@ from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.detectors.detr import DETR
 from semidetr_lite.detectors.dino import DINO
 from semidetr_lite.detectors.pyramid import FCOS, FasterRCNN
-from semidetr_lite.errors import UserError, reading
+from semidetr_lite.errors import UserError, as_user_error
 from semidetr_lite.losses import LossWeights
 from semidetr_lite.methods.dense_teacher import DenseTeacher
 from semidetr_lite.methods.mean_teacher import MeanTeacher, TeacherStudent
@@ -42,7 +42,7 @@ class Recipe:
     steps: int
     burn_in_steps: int = 0  # of the supervised run that an ablation's semi-supervised runs start from
     percent: float = 10  # of the training images whose labels are used
-    further: int = 0  # digits: unlabelled scenes beyond the 2,000
+    extra_unlabelled: int = 0  # digits: unlabelled scenes beyond the 2,000
     labelled_images: int = 16  # a step
     unlabelled_images: int = 16
     accumulate: int = 1  # parts that a step's images are run in, each with its share of both kinds
@@ -129,7 +129,7 @@ COCO = Recipe(
 
 PRESETS = {
     "digits": DIGITS,
-    "digits-full": dataclasses.replace(DIGITS, percent=100, further=2000),
+    "digits-full": dataclasses.replace(DIGITS, percent=100, extra_unlabelled=2000),
     "coco-1pct": dataclasses.replace(COCO, percent=1),
     "coco-5pct": dataclasses.replace(COCO, percent=5),
     "coco-10pct": COCO,
@@ -153,16 +153,16 @@ PRESETS = {
 
 def load_splits(config: dict, file="config.json") -> Splits:
     """The data of a run, from its config.json; a UserError names `file`."""
-    with reading(file, "settings of data that cannot be used"):
+    with as_user_error(file, "settings of data that cannot be used"):
         if config["data"] == "digits":
-            return digits.load(config["percent"], config["fold"], config["recipe"].get("further", 0))
+            return digits.load(config["percent"], config["fold"], config["recipe"].get("extra_unlabelled", 0))
         places = (config[key] for key in ("data", "images", "unlabelled", "percent", "fold", "validation"))
         return coco.load(*places, config.get("folds"), config.get("flip", True))
 
 
 def make_recipe(config: dict, file="config.json") -> Recipe:
     """The recipe written in a config.json; a UserError names `file`."""
-    with reading(file, "not a recipe"):
+    with as_user_error(file, "not a recipe"):
         entries = dict(config["recipe"])
         views = {key: tuple(v) if isinstance(v, list) else v for key, v in entries["views"].items()}
         entries |= {"views": ViewSettings(**views), "loss_weights": LossWeights(*entries["loss_weights"])}

@@ -34,18 +34,11 @@ from semidetr_lite.data.batches import Batches
 from semidetr_lite.data.splits import Splits
 from semidetr_lite.detectors.detector import padded_side
 from semidetr_lite.device import to_host
-from semidetr_lite.errors import Stopped, UserError, reading
+from semidetr_lite.errors import Stopped, UserError, as_user_error
+from semidetr_lite.files import append_jsonl, read_jsonl, write_atomic
 from semidetr_lite.methods.mean_teacher import TeacherStudent
 from semidetr_lite.training import presets
-from semidetr_lite.training.checkpoint import (
-    append_lines,
-    fill,
-    load_state,
-    read_config,
-    read_lines,
-    save_weights,
-    write_whole,
-)  # fmt: skip
+from semidetr_lite.training.checkpoint import load_state, load_state_strict, read_config, save_weights
 from semidetr_lite.training.engine import Engine, check_parts, choose_precision
 from semidetr_lite.training.measure import duplicates, measure, pseudo_quality, watched_boxes
 from semidetr_lite.training.presets import Recipe, make_recipe
@@ -147,14 +140,14 @@ class Run:
         unsaved = (self.out / "config.json").exists() and not (self.out / "last.pt").exists()
         state = load_state(self.out / "last.pt") if resume and not unsaved else None
         if state:
-            with reading(self.out / "last.pt", "not a checkpoint of a run"):
+            with as_user_error(self.out / "last.pt", "not a checkpoint of a run"):
                 config = dict(json.loads(state["config"]))
         elif resume:
             config = read_config(self.out)
         elif (self.out / "last.pt").exists():
             raise UserError(f"{self.out}: holds a run already; choose another --out, or go on with --resume")
         file = self.out / "config.json" if resume else "the options"
-        with reading(file, "not a recipe"):
+        with as_user_error(file, "not a recipe"):
             config = {**config, "recipe": {**config["recipe"], **(how or {})}}
         recipe = make_recipe(config, file)
         # What is chosen here is stored, and kept on resume: another number of threads adds numbers in another order.
@@ -175,7 +168,7 @@ class Run:
         settings = {key: value for key, value in self.config.items() if key not in ("commit", "machine", "command")}
         given = (state and state["step"], settings, fingerprint(self.splits))
         distributed.assert_same_on_all_ranks("images, labels or settings", *given)
-        with reading(self.out / "last.pt" if state else self.out, "cannot be built"):
+        with as_user_error(self.out / "last.pt" if state else self.out, "cannot be built"):
             self._build(state)
         self.last_good = f"{self.out / 'last.pt'} (step {self.step})" if state else "none yet"
 
@@ -198,21 +191,21 @@ class Run:
         self.optimizer = make_optimizer(self.method, self.recipe)
         self.engine = Engine(self.method, self.recipe)
         if state:
-            fill(self.method, state["method"], self.out / "last.pt")
+            load_state_strict(self.method, state["method"], self.out / "last.pt")
             self.optimizer.load_state_dict(state["optimizer"])
             self.method.student.nms = self.method.teacher.nms = state["nms"]
         elif start:
             for part in ("student", "teacher"):
                 named = [(key.partition("."), value) for key, value in start["method"].items()]
                 own = {key: value for (owner, _, key), value in named if owner == part}
-                fill(getattr(self.method, part), own, burn_in)
+                load_state_strict(getattr(self.method, part), own, burn_in)
 
     def _burnt_in(self, file: Path) -> dict:
         """The checkpoint to start from; a warning if it may have seen other labels than this run has."""
         if not file.is_file():
             raise UserError(f"{file.parent}: no run to start from, it has no last.pt; give --burn-in a finished run")
         start = load_state(file)
-        with reading(file, "not a checkpoint of a run"):
+        with as_user_error(file, "not a checkpoint of a run"):
             begun = dict(json.loads(start["config"]))
         other = [f"{key} {begun.get(key)}" for key in ("data", "percent", "fold") if begun.get(key) != self.config[key]]
         if other and distributed.rank() == 0:
@@ -229,7 +222,7 @@ class Run:
             for left in self.out.glob(".*.part"):  # by a run that was killed while it wrote
                 left.unlink(missing_ok=True)
             self._drop_later_lines()
-            write_whole(self.out / "config.json", json.dumps(self.config, indent=1))
+            write_atomic(self.out / "config.json", json.dumps(self.config, indent=1))
         look = {"desc": self.config["method"], "mininterval": 2, "dynamic_ncols": True, "disable": self.quiet}
         self.logged, self.began, line = self.step, time.perf_counter(), {}
         # the bar is closed also when something goes wrong, so that the error gets a line of its own
@@ -291,7 +284,7 @@ class Run:
         file = self.out / "bad_step.pt"
         if self.skipped == 1 and distributed.rank() == 0:
             dump = {"batch": batch, "step": step, "method": self.method.state_dict()}
-            write_whole(file, lambda where: torch.save(dump, where))
+            write_atomic(file, lambda where: torch.save(dump, where))
         said = f"step {self.step}: {fault}"
         if self.skipped >= PATIENCE:
             said += f"; the {PATIENCE}th such step in a row (to look into the first: replay({str(file)!r}))"
@@ -358,8 +351,8 @@ class Run:
             return self.save()
         if self._due(self.recipe.watch_every) and self.unlabelled:
             watched = watched_boxes(self.method, self.splits.unlabelled, self.step)
-            append_lines(self.out / "pseudo_boxes.jsonl", watched)
-        append_lines(self.out / "log.jsonl", [_plain(line)])
+            append_jsonl(self.out / "pseudo_boxes.jsonl", watched)
+        append_jsonl(self.out / "log.jsonl", [_plain(line)])
         if not self.quiet:
             tqdm.write(summary(self.config["method"], line))
         self.save()
@@ -394,17 +387,17 @@ class Run:
             "skipped": self.skipped,
             "config": json.dumps(self.config),
         }  # fmt: skip
-        write_whole(self.out / "last.pt", lambda where: torch.save(state, where))
+        write_atomic(self.out / "last.pt", lambda where: torch.save(state, where))
         self.last_good = f"{self.out / 'last.pt'} (step {self.step})"
 
     def _drop_later_lines(self) -> None:
         """Lines of steps after the checkpoint (or of a run that never saved) are written again; drop them."""
         for name in ("log.jsonl", "pseudo_boxes.jsonl"):
             if os.path.lexists(self.out / name):  # a link is replaced, never followed to write
-                lines = read_lines(self.out / name, unfinished=True)
-                with reading(self.out / name, "not the log of a run"):
+                lines = read_jsonl(self.out / name, unfinished=True)
+                with as_user_error(self.out / name, "not the log of a run"):
                     kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= self.step]
-                write_whole(self.out / name, "".join(kept))
+                write_atomic(self.out / name, "".join(kept))
 
 
 class Stop:
@@ -459,8 +452,8 @@ def replay(file) -> dict[str, torch.Tensor]:
     """
     file = Path(file)
     dump, run = load_state(file), Run({}, file.parent, resume=True, workers=0, quiet=True)
-    with reading(file, "not a step that was skipped"):
-        fill(run.method, dump["method"], file)
+    with as_user_error(file, "not a step that was skipped"):
+        load_state_strict(run.method, dump["method"], file)
         return run.method(dump["batch"], dump["step"])
 
 
