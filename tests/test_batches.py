@@ -193,6 +193,19 @@ def test_an_unreadable_unlabelled_image_is_replaced_and_counted(capsys):
     ] == [True] * 3
 
 
+def test_each_unreadable_image_of_a_step_has_a_replacement_of_its_own(capsys):
+    bad = set(range(1000, 1040, 2))
+    good = Batches(some_splits(), 2, 6, VIEWS, seed=0)
+    batches = Batches(some_splits(bad=bad), 2, 6, VIEWS, seed=0)
+    alike = []
+    for step in range(30):
+        pairs = zip(ids(good[step], "weak"), ids(batches[step], "weak"))
+        replacements = [new for old, new in pairs if old in bad]
+        if len(replacements) > 1:
+            alike.append(len(set(replacements)) == 1)
+    assert len(alike) > 10 and sum(alike) < len(alike) / 2
+
+
 def test_an_unreadable_labelled_image_ends_the_run_unless_told_otherwise(capsys):
     splits = some_splits(bad={4})
     batches = Batches(splits, 3, 0, VIEWS, seed=0)
@@ -293,6 +306,16 @@ def test_no_image_falls_behind_over_many_steps():
     for kind, expected in (("labelled", 20), ("unlabelled", 20)):
         assert len(counts[kind]) == {"labelled": 20, "unlabelled": 30}[kind]
         assert all(abs(count - expected) <= 1 for count in counts[kind].values())
+
+
+def test_labelled_and_unlabelled_images_come_in_orders_of_their_own():
+    splits = some_splits(labelled=20, unlabelled=20)  # of the same shapes
+    batches = Batches(splits, 3, 3, VIEWS, seed=0)
+    orders = [
+        [index for draw_index in range(4) for index in sampler.draw(0, draw_index)]
+        for sampler in (batches.labelled, batches.unlabelled)
+    ]
+    assert set(orders[0]) == set(orders[1]) and orders[0] != orders[1]
 
 
 def test_a_shape_that_no_image_has_takes_any():

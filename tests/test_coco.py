@@ -214,6 +214,16 @@ class TestCocoDataset:
             in err
         )
 
+    @pytest.mark.parametrize("beyond, counted", [(0.9, False), (1.1, True)])
+    def test_a_box_is_counted_as_cut_from_more_than_a_pixel_on(
+        self, tmp_path, capsys, beyond, counted
+    ):
+        content = document()
+        content["annotations"] += [box(30, 10, 9, 22, 5, 10 + beyond, 9)]
+        dataset = CocoDataset(make(tmp_path, content), tmp_path / "images")
+        assert dataset.target(0)["boxes"][-1].tolist() == [22, 5, 32, 14]
+        assert ("annotation 30" in capsys.readouterr().err) == counted
+
     @pytest.mark.parametrize(
         "xywh", [(0, 0, 0, 5), (5, 5, 3, -2), (40, 3, 5, 5), (float("nan"), 1, 2, 3)]
     )
@@ -558,6 +568,21 @@ class TestLoad:
             splits.unlabelled[5]
         splits = load(**data, validation=val, percent=100)
         assert len(splits.labelled) == 6 and image_ids(splits.unlabelled) == [16, 17]
+
+    def test_ids_of_unlabelled_images_clash_with_no_json(self, tmp_path):
+        train = make(tmp_path / "data", document(6))
+        val_content = document(4)
+        for row in val_content["images"]:
+            row["id"] += 500
+        for row in val_content["annotations"]:
+            row["image_id"] += 500
+        val = make(tmp_path / "data", val_content, "v.json", images="v")
+        picture(tmp_path / "more" / "a.jpg", 12, 16)
+        images = tmp_path / "data" / "images"
+        more = tmp_path / "more"
+        splits = load(train, images, unlabelled=more, validation=val, percent=100)
+        assert image_ids(splits.test) == [510, 511, 512, 513]
+        assert image_ids(splits.unlabelled) == [514]
 
     def test_a_labelled_link_is_not_unlabelled_as_well(self, tmp_path):
         make(tmp_path / "data", document(4))

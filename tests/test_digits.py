@@ -272,6 +272,14 @@ def test_load_divides_the_training_scenes():
     )
 
 
+def test_extra_unlabelled_scenes_follow_the_training_scenes():
+    splits = digits.load(percent=10, fold=1, extra_unlabelled=5)
+    assert len(splits.labelled) == 200 and len(splits.unlabelled) == 1800 + 5
+    image, target = splits.unlabelled[len(splits.unlabelled) - 1]
+    assert target["image_id"] == 2004 and torch.equal(image, digits.scene(2004)[0])
+    assert splits.labelled.indices == digits.load(percent=10, fold=1).labelled.indices
+
+
 def test_unlabelled_scenes_hide_their_truth():
     splits = digits.load(percent=10, fold=1)
     image, target = splits.unlabelled[3]

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from semidetr_lite.data.coco import CocoDataset, find_annotations, load
-from semidetr_lite.data.formats import names_in_yaml
+from semidetr_lite.data.formats import names_in_yaml, read_yolo
 from semidetr_lite.errors import UserError
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "voc2012-100"
@@ -205,6 +205,24 @@ class TestYolo:
             "labels"
         ].tolist() == [1, 0]
         assert splits.labelled[3][1]["boxes"].shape == (0, 4)
+
+    def test_the_innermost_folder_of_images_has_the_labels_beside_it(self, tmp_path):
+        picture(tmp_path / "images" / "one" / "images" / "a.png")
+        text = "0 0.5 0.5 0.25 0.5\n"
+        write(tmp_path / "images" / "one" / "labels" / "a.txt", text)
+        write(tmp_path / "data.yaml", "names: [person]")
+        annotations, _ = read_yolo(tmp_path)
+        assert annotations.problems == []
+        assert [row["bbox"] for row in annotations.document["annotations"]] == [[12, 6, 8, 12]]
+
+    def test_val_is_for_validation_and_test_neither_for_it_nor_for_training(self, tmp_path):
+        folder = yolo(tmp_path)
+        picture(folder / "images" / "test" / "f.png")
+        train, validation = find_annotations(folder)
+        assert stems(train) == list("abcd") and stems(validation) == ["e"]
+        (folder / "images" / "val" / "e.png").unlink()
+        (folder / "labels" / "val" / "e.txt").unlink()
+        assert stems(find_annotations(folder)[1]) == ["f"]
 
     def test_boxes_are_of_the_upright_image(self, tmp_path):
         folder = yolo(tmp_path)

@@ -317,6 +317,19 @@ def test_the_teacher_sees_the_whole_image_however_far_the_students_views_go(colo
         )
 
 
+def test_the_strong_view_has_a_zoom_of_its_own(colourless):
+    target = still_target([[10, 10, 20, 20]], (30, 40))
+    settings = ViewSettings(**{**STILL.__dict__, "zoom": (0.5, 0.5), "strong_zoom": (2.0, 2.0)})
+    scales = {}
+    for view in (weak_view, labelled_view, strong_view):
+        moved = view(torch.rand(3, 30, 40), target, np.random.default_rng(0), settings)[1]
+        scales[view] = float(moved["matrix"][0, 0])
+    assert scales == {weak_view: 1.0, labelled_view: 0.5, strong_view: 2.0}
+    zoomed = ViewSettings(**{**STILL.__dict__, "weak_zoom": (0.5, 0.5)})
+    moved = weak_view(torch.rand(3, 30, 40), target, np.random.default_rng(0), zoomed)[1]
+    assert moved["boxes"].tolist() == [[15, 12.5, 20, 17.5]]
+
+
 def test_a_mirrored_view_is_the_mirror_image():
     image, target = torch.rand(3, 30, 41), still_target([[3, 4, 20, 25]], (30, 41))
     settings, mirrored = ViewSettings(**{**STILL.__dict__, "flip": True}), 0
