@@ -32,7 +32,7 @@ from semidetr_lite.methods.mean_teacher import (
 )
 from semidetr_lite.methods.semi_detr import SemiDETR
 from semidetr_lite.methods.supervised import Supervised
-from semidetr_lite.training.measure import watched_boxes
+from semidetr_lite.training.measure import pseudo_box_log
 from semidetr_lite.training.presets import PRESETS, make_method
 
 PARTS = ("class", "l1", "giou")
@@ -687,13 +687,13 @@ def test_the_watched_boxes_are_those_of_the_step(mining):
         {**some_batch(), "weak": (images, targets), "strong": (images, targets)},
         list(zip(images, targets)),
     )
-    before = any(any(line["mined"]) for line in watched_boxes(method, scenes, 0))
+    before = any(any(line["mined"]) for line in pseudo_box_log(method, scenes, 0))
     assert before == (mining in ("top_k", "mean_std"))  # there is no threshold yet
     method(batch, step)
     method.stats["cost_threshold"] += (
         1e-5  # it is the cost of one of the boxes, found in a batch here and alone below
     )
-    lines = watched_boxes(method, scenes, step)
+    lines = pseudo_box_log(method, scenes, step)
     kept, mined = (
         np.concatenate([line[name] for line in lines]).astype(bool) for name in ("kept", "mined")
     )
@@ -731,7 +731,7 @@ def test_watched_boxes_cost_what_their_detector_matches_by(no_object):
         nms=1.0,
     )
     image, size = torch.rand(3, 64, 96), (64, 96)
-    (line,) = watched_boxes(method, [(image, {"image_id": 7})], 3)
+    (line,) = pseudo_box_log(method, [(image, {"image_id": 7})], 3)
     outputs, boxes = method.student([image]), torch.tensor(line["boxes"])
     target = {"boxes": boxes, "labels": torch.tensor(line["labels"]), "size": size}
     kind = {"class_cost": "softmax", "class_weight": 1.0} if no_object else {}

@@ -19,12 +19,14 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "semidetr_lite"
 ROOMS = [
     "errors",
+    "fields",
     "boxes",
     "device",
     "distributed",
     "data",
     "detectors",
     "matching",
+    "loss_weights",
     "losses",
     "methods",
     "evaluate",

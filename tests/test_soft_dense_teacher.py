@@ -17,7 +17,7 @@ from semidetr_lite.data.views import ViewSettings, map_boxes, strong_view, warp,
 from semidetr_lite.detectors.pyramid import Cells
 from semidetr_lite.methods.dense_teacher import DenseTeacher, dense_losses, select_regions
 from semidetr_lite.methods.soft_teacher import SoftTeacher, box_regression_variance, soft_class_loss
-from semidetr_lite.training.measure import plain_pseudo_boxes, pseudo_quality, watched_boxes
+from semidetr_lite.training.measure import plain_pseudo_boxes, pseudo_quality, pseudo_box_log
 from semidetr_lite.training.presets import PRESETS, make_method
 from semidetr_lite.training.train import Run, new_config
 from tests.test_pyramid import CLASSES, SMALL, small, some_target
@@ -425,7 +425,7 @@ def test_measures_read_the_teachers_detections(kind, splits):
         "pseudo_precision",
         "pseudo_recall",
     }
-    lines = watched_boxes(method, splits.unlabelled, 7, 2)
+    lines = pseudo_box_log(method, splits.unlabelled, 7, 2)
     assert [line["step"] for line in lines] == [7, 7] and json.dumps(lines)
     assert set(lines[0]["cost"]) == {None} and not any(lines[0]["mined"])
     assert lines[0]["kept"] == [score >= 0.35 for score in found["scores"].tolist()]

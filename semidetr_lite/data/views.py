@@ -15,40 +15,17 @@ Differences from the released code: boxes that leave the view are dropped (there
 the shear factor is the tangent of its angle (there the hyperbolic tangent).
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 import torch.nn.functional as nnf
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
+from semidetr_lite.data.view_settings import ViewSettings
+
 GREY = 125  # of what lies outside the image and of erased patches, as in the released code; of bytes
 FILL = GREY / 255  # the same of floats
 View = tuple[torch.Tensor, dict]  # an image and its target
-
-
-@dataclass(frozen=True)
-class ViewSettings:
-    """How far the views may go.
-
-    Fractions are of the image's side, angles in degrees, ranges symmetric unless given as pairs.
-    """
-
-    short_sides: tuple[int, ...] = ()  # one is drawn and the image resized to it; empty: the size stays
-    long_side: int = 1333
-    flip: bool = True
-    zoom: tuple[float, float] = (1.0, 1.0)  # of the student's views: about the centre, canvas kept, log-uniform
-    shift: float = 0.0  # of the student's views
-    # of the teacher's view; at most 1, for what the teacher cannot see would be background to the student
-    weak_zoom: tuple[float, float] = (1.0, 1.0)
-    strong_zoom: tuple[float, float] | None = None  # of the strong view, if it is not `zoom`
-    strong_shift: float = 0.1
-    strong_rotation: float = 30.0
-    strong_shear: float = 30.0
-    patches: int = 4  # at most so many erased patches ...
-    patch_side: float = 0.2  # ... of at most this fraction of the side
-    visible: float = 0.25  # a box of which less remains in view is dropped
 
 
 def map_boxes(boxes: torch.Tensor, matrix: torch.Tensor, size) -> tuple[torch.Tensor, torch.Tensor]:

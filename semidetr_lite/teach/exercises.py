@@ -29,7 +29,7 @@ from semidetr_lite.evaluate import evaluate
 from semidetr_lite.methods import mean_teacher, query_consistency
 from semidetr_lite.methods.semi_detr import SemiDETR
 from semidetr_lite.training import ablate
-from semidetr_lite.training.checkpoint import fill
+from semidetr_lite.training.checkpoint import load_state_strict
 from semidetr_lite.training.engine import micro_batches
 
 
@@ -257,7 +257,7 @@ def gap_closed(lines: list[dict], row: str, percent: float) -> float:
 def resumed(state: dict) -> tuple[dict, dict, int]:
     """The tensors of student and teacher, and the step, that a run goes on with from its `last.pt`."""
     method = torch.nn.ModuleDict({part: torch.nn.Linear(3, 2) for part in ("student", "teacher")})
-    fill(method, state["method"], Path("last.pt"))
+    load_state_strict(method, state["method"], Path("last.pt"))
     student, teacher = (dict(part.state_dict()) for part in method.values())
     return student, teacher, state["offset"] + state["step"]
 

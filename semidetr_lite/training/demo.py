@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from semidetr_lite.errors import Stopped, UserError
 from semidetr_lite.training.checkpoint import read_lines
-from semidetr_lite.training.train import finish, new_config, summary
+from semidetr_lite.training.loop import summary, train_or_resume
+from semidetr_lite.training.settings import new_config
 
 
 class DemoRun(NamedTuple):
@@ -38,7 +39,12 @@ DEMO_RUNS = {
     "mean-teacher": DemoRun("mean-teacher", "supervised", 500, "mean teacher"),
 }
 TITLES = {name: run.title for name, run in DEMO_RUNS.items()}
-QUICK_INTERVALS = {"log_every": 2, "evaluate_every": 4, "watch_every": 4, "evaluate_images": 20}  # of a run of 4 steps
+QUICK_INTERVALS = {
+    "log_every": 2,
+    "evaluate_every": 4,
+    "watch_every": 4,
+    "evaluate_images": 20,
+}  # of a run of 4 steps
 
 
 def train_demo_run(
@@ -60,7 +66,7 @@ def train_demo_run(
     burn_in = str(out / run.burn_in) if run.burn_in else None
     settings = {"steps": run.steps, "burn_in": burn_in, **changes}
     config = new_config("digits", run.method, seed=seed, **settings)
-    return finish(config, out / (folder or name), workers=0, quiet=quiet)
+    return train_or_resume(config, out / (folder or name), workers=0, quiet=quiet)
 
 
 def train_side_by_side(names: list[str], out: Path, seed: int, **changes) -> list[Path]:
@@ -115,10 +121,15 @@ def _stop_with_parent() -> None:
 def _follow(processes: dict, out: Path, steps: int | None) -> None:
     """Show what the processes log until all have ended; if one fails the others are ended."""
     total = sum(steps or DEMO_RUNS[name].steps for name in processes)
-    logged = {name: len(read_lines(out / name / "log.jsonl", unfinished=True)) for name in processes}
+    logged = {
+        name: len(read_lines(out / name / "log.jsonl", unfinished=True)) for name in processes
+    }
     with tqdm(total=total, unit="step", mininterval=2, dynamic_ncols=True) as bar:
         while any(process.is_alive() for process in processes.values()):
-            wait([process.sentinel for process in processes.values() if process.is_alive()], timeout=1)
+            wait(
+                [process.sentinel for process in processes.values() if process.is_alive()],
+                timeout=1,
+            )
             done = 0
             for name in processes:
                 lines = read_lines(out / name / "log.jsonl", unfinished=True)
@@ -133,7 +144,10 @@ def _follow(processes: dict, out: Path, steps: int | None) -> None:
 
 
 def _end(processes: dict) -> None:
-    """Ask the processes that still run to save and end, and wait for them; a second Ctrl-C ends them at once."""
+    """Ask the processes that still run to save and end, and wait for them.
+
+    A second Ctrl-C ends them at once.
+    """
     for process in processes.values():
         if process.is_alive():
             process.terminate()
@@ -151,7 +165,9 @@ class _SignalsAsExceptions:
 
     def __enter__(self) -> None:
         self.before: dict[int, Callable | int | None] = {}
-        if threading.current_thread() is threading.main_thread():  # Python takes signals nowhere else
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # Python takes signals nowhere else
             self.before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._stop)
 
     def _stop(self, number: int, _) -> None:
