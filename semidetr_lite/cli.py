@@ -1,7 +1,7 @@
-"""The commands: demo, gallery, train, evaluate, predict, compare, ablate, doctor. Each is a plain function.
+"""The commands: demo, gallery, train, evaluate, predict, compare, ablate, doctor.
 
-What takes long to import (torch, scikit-learn, matplotlib) is imported where it is used, so that help
-and messages about wrong options come at once.
+Each is a plain function. What takes long to import (torch, scikit-learn, matplotlib) is imported
+where it is used, so that help and messages about wrong options come at once.
 """
 
 import dataclasses
@@ -50,18 +50,19 @@ def demo(
     mean_teacher: bool = False,
     quick: bool = False,
 ) -> None:
-    """Semi-DETR against supervised training of the same time, with 10 % of the labels; nothing to download.
+    """Semi-DETR against supervised training of the same time, with 10 % of the labels.
 
-    The data are handwritten digits in photographs. A detector is trained on the 200 labelled scenes;
-    from there Semi-DETR goes on with 1,800 unlabelled scenes as well, and beside it supervised
-    training for the same time. Prints the AP of each on the test scenes and writes a page with
-    pictures. Called again, it goes on where it was stopped.
+    Nothing is downloaded: the data are handwritten digits in photographs. A detector is trained on
+    the 200 labelled scenes; from there Semi-DETR goes on with 1,800 unlabelled scenes as well, and
+    beside it supervised training for the same time. Prints the AP of each on the test scenes and
+    writes a page with pictures. Called again, it goes on where it was stopped.
 
     Args:
         out: folder of the runs and the page.
         detector: what to train.
         seed: of weights, views and noise.
-        control: also train supervised for the time of Semi-DETR, the fair comparison; --no-control leaves it out.
+        control: also train supervised for the time of Semi-DETR, the fair comparison;
+            --no-control leaves it out.
         mean_teacher: also train the plain mean teacher.
         quick: a few steps of everything, to see that it works (accuracy means nothing).
     """
@@ -92,7 +93,8 @@ def _plan(names: list[str], quick: bool) -> str:
     length = {name: 4 if quick else run.steps for name, run in DEMO_RUNS.items()}
     together = {
         "control": f"supervised training for the same time, {length['control']:,} steps",
-        "semi-detr": f"Semi-DETR, which adds 1,800 unlabelled scenes, {length['semi-detr']:,} steps",
+        "semi-detr": "Semi-DETR, which adds 1,800 unlabelled scenes, "
+        f"{length['semi-detr']:,} steps",
         "mean-teacher": f"the plain mean teacher, {length['mean-teacher']:,} steps",
     }
     lines = [f"1. supervised training on 200 labelled scenes, {length['supervised']:,} steps"]
@@ -107,7 +109,7 @@ def _plan(names: list[str], quick: bool) -> str:
 
 
 def _table(runs: list[Path]) -> str:
-    """AP of finished demo runs on the test split, EMA weights, without NMS unless the stage needs it."""
+    """AP of finished demo runs on the test split: EMA weights, NMS where the stage needs it."""
     from semidetr_lite.training.checkpoint import read_lines
     from semidetr_lite.training.demo import TITLES
 
@@ -133,7 +135,8 @@ def train(
     Args:
         out: the run folder to write.
         settings: of the run.
-        resume: go on with the run in --out, with its settings; only the options of speed and memory may change.
+        resume: go on with the run in --out, with its settings; only the options of speed and memory
+            may change.
         workers: processes that load data, of each process that trains.
     """
     config = as_config(settings)
@@ -184,7 +187,7 @@ def evaluate(
     truth: Path | None = None,
     detections: Path | None = None,
 ) -> None:
-    """Measure a run on its test split, or a detections json against a truth json: the twelve COCO figures.
+    """The twelve COCO figures of a run on its test split, or of a json of detections.
 
     Args:
         run: a run folder.
@@ -224,7 +227,7 @@ def _measure_run(run: Path, weights: Weights, voc: bool) -> dict[str, float]:
 def predict(
     run: Folder, images: Folders, out: Path, score: float = 0.3, weights: Weights = "teacher"
 ) -> None:
-    """Detect objects in images: writes a picture of each and detections.json in COCO's results format.
+    """Detect objects in images: a picture of each, and detections.json in COCO's results format.
 
     Args:
         run: a run folder or a .safetensors file.
@@ -307,7 +310,7 @@ def doctor(
     data: str | None = None, images: Path | None = None, unlabelled: Path | None = None,
     validation: Path | None = None, weights: Path | None = None, out: Path | None = None,
 ) -> None:  # fmt: skip
-    """Say what is in a data set, and everything that is wrong with it; or what a published weights file is.
+    """Say what is in a data set and what is wrong with it, or what a published weights file is.
 
     Args:
         data: as in `train`: a COCO json, or a COCO, VOC or YOLO folder.
@@ -344,7 +347,7 @@ def doctor(
 
 
 def gallery(out: Path = Path("runs/gallery"), scenes: int = 6, score: float = 0.3) -> None:
-    """A look without training: supervised, Semi-DETR and truth side by side, from weights in the repository.
+    """A look without training: supervised, Semi-DETR and truth, from weights in the repository.
 
     Args:
         out: folder for gallery.png.
@@ -359,9 +362,8 @@ def gallery(out: Path = Path("runs/gallery"), scenes: int = 6, score: float = 0.
 
     picture, found = write_gallery(out, scenes, score)
     objects = sum(len(truth["boxes"]) for truth in found.truths)
-    print(
-        f"{len(found.truths)} test scenes with {objects} objects; boxes that score at least {score:g}:\n"
-    )
+    scenes_with_objects = f"{len(found.truths)} test scenes with {objects} objects"
+    print(f"{scenes_with_objects}; boxes that score at least {score:g}:\n")
     print(f"{'':<14}{'hits':>8}{'false alarms':>16}{'missed':>10}")
     for name, (hits, false_alarms, misses) in found.counts(score).items():
         print(f"{name:<14}{hits:>8}{false_alarms:>16}{misses:>10}")
@@ -375,7 +377,7 @@ def _check_score(score: float) -> None:
 
 
 def compare(runs: Folders, out: Path, images: int = 8, score: float = 0.3) -> None:
-    """Write one page about several runs: AP table, curves, pseudo-boxes over training, pictures side by side.
+    """Write one page about several runs: AP table, curves, pseudo-boxes, pictures side by side.
 
     Args:
         runs: run folders or .safetensors files; the first is what the others are compared with.
@@ -412,12 +414,12 @@ def ablate(
     quick: bool = False,
     show: bool = False,
 ) -> None:
-    """Compare the methods, and Semi-DETR with its parts changed: rows x label percents x seeds, one run at a time.
+    """Compare the methods, and Semi-DETR with its parts changed: rows x label percents x seeds.
 
-    Each finished run is a line of a JSON-lines file, and what has its line is not run again; an
-    unfinished run goes on where it was. At the end: the tables, with mean and standard error over the
-    seeds, and a picture of them. The options of `train` hold for every run; --steps are those of a
-    semi-supervised run.
+    One run at a time. Each finished run is a line of a JSON-lines file, and what has its line is
+    not run again; an unfinished run goes on where it was. At the end: the tables, with mean and
+    standard error over the seeds, and a picture of them. The options of `train` hold for every run;
+    --steps are those of a semi-supervised run.
 
     Args:
         out: folder of the runs, the record and the picture.
@@ -428,7 +430,8 @@ def ablate(
         settings: of all runs.
         record: the JSON-lines file, ablation.jsonl in --out if not given.
         quick: a few steps of everything, to see that it works (accuracy means nothing).
-        show: run nothing, only print and draw all tables of the record, whatever the options before say.
+        show: run nothing, only print and draw all tables of the record, whatever the other options
+            say.
     """
     record = record or out / "ablation.jsonl"
     if not show:

@@ -7,7 +7,6 @@ ten times as many.
 
 import contextlib
 import copy
-import dataclasses
 import io
 import json
 import os
@@ -26,7 +25,8 @@ from PIL import Image
 from semidetr_lite import cli
 from semidetr_lite.data import digits
 from semidetr_lite.training import presets
-from semidetr_lite.training.train import Run
+from semidetr_lite.training.loop import Run
+from semidetr_lite.training.settings import change
 from tests.test_cli import FEW, SMALL, coco_folder
 
 MORE = int(os.environ.get("FUZZ", "1"))
@@ -170,7 +170,7 @@ def check(folder: Path, *words, kept: bool = True) -> int:
 @pytest.fixture(scope="module", autouse=True)
 def small():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(presets.PRESETS, "digits", dataclasses.replace(presets.PRESETS["digits"], **SMALL, steps=2))
+        patch.setitem(presets.PRESETS, "digits", change(presets.PRESETS["digits"], **SMALL, steps=2))
         patch.setattr(digits, "COUNTS", FEW)
         yield
 
@@ -310,8 +310,8 @@ def test_weights_of_others(work):
 @pytest.mark.parametrize(("command", "count"), [("evaluate", 120), ("compare", 25), ("train", 120)])
 def test_config_of_a_run(work, command, count, monkeypatch):
     monkeypatch.setattr(Run, "_loader", lambda self: [])
-    go = Run.go
-    monkeypatch.setattr(Run, "go", lambda self: {"test": {}, **go(self)})
+    go = Run.run
+    monkeypatch.setattr(Run, "run", lambda self: {"test": {}, **go(self)})
     more = {"compare": ["--out", work.parent / "page", "--images", 1], "train": ["--resume", "--out", work / "run"]}
     words = [command, *([] if command == "train" else [work / "run"]), *more.get(command, [])]
     if command == "train":  # which reads config.json only where there is no checkpoint yet
@@ -341,7 +341,9 @@ WORDS = [
     *cli.COMMANDS, "--out", "--data", "--percent", "--seed", "--steps", "--fold", "--preset", "--method",
     "--detector", "--images", "--unlabelled", "--validation", "--burn-in", "--folds", "--resume", "--workers",
     "--accumulate", "--precision", "--show", "--record", "--rows", "--tables", "--seeds", "--percents", "--score",
-    "--weights", "--truth", "--detections", "--voc", "--no-flip", "--quick", "0", "-1", "1.5", "1e9", "nan", "inf",
+    "--batch-size", "--learning-rate", "--queries",
+    "--image-size", "--lr-drops", "--zoom", "--weights", "--truth", "--detections", "--voc",
+    "--no-flip", "--quick", "0", "-1", "1.5", "1e9", "nan", "inf",
     "", "supervised", "semi-detr", "dino", "digits", "coco-10pct", "main", "--", "-h", "--nope", "\0", "../..", "ü",
     "none.json", "run", "coco", "detections.json", "voc", "yolo", "coco/images", "coco/instances_val.json",
 ]  # fmt: skip

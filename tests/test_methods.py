@@ -1,7 +1,6 @@
 """One step of each method: what it may see, what it may move, what it costs, and its losses rebuilt by hand."""
 
 import copy
-import dataclasses
 import sys
 import traceback
 
@@ -34,6 +33,7 @@ from semidetr_lite.methods.semi_detr import SemiDETR
 from semidetr_lite.methods.supervised import Supervised
 from semidetr_lite.training.measure import pseudo_box_log
 from semidetr_lite.training.presets import PRESETS, make_method
+from semidetr_lite.training.settings import change as change_settings
 
 PARTS = ("class", "l1", "giou")
 SWITCH = 10  # the step at which stage two begins
@@ -770,7 +770,7 @@ def test_mined_boxes_are_targets_only_with_mined_targets(kind):
     ("preset", "in_stage_two"), [("coco-10pct-paper", True), ("coco-10pct", False)]
 )
 def test_the_paper_has_consistency_in_both_stages(preset, in_stage_two):
-    recipe = dataclasses.replace(PRESETS[preset], max_pseudo_boxes=12)
+    recipe = change_settings(PRESETS[preset], max_pseudo_boxes=12)
     method = make_method("semi-detr", student(), recipe, steps=20, offset=0, seed=0).train()
     batch = some_batch()
     assert "consistency" in method(batch, 9)

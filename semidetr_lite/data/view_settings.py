@@ -26,7 +26,8 @@ class ViewSettings:
     # of the student's views, about the centre, on the same canvas, log-uniform
     zoom: Range = (1.0, 1.0)
     shift: Fraction = 0.0  # of the student's views
-    # of the teacher's view; at most 1: what the teacher cannot see would be background to the student
+    # of the teacher's view; at most 1: what the teacher cannot see would be background to the
+    # student
     weak_zoom: WeakZoom = (1.0, 1.0)
     strong_zoom: Range | None = None  # of the strong view, if it is not `zoom`
     strong_shift: Fraction = 0.1  # of the strong view

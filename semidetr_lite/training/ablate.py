@@ -1,10 +1,12 @@
-"""The comparison: rows x label percents x seeds, one run after another, one line of a JSON-lines file for each.
+"""The comparison: rows x label percents x seeds, one run after another, a line of JSON for each.
 
-A semi-supervised row starts from a supervised run of the recipe's `burn_in` steps on the same labels, shared by all
-rows of a seed. The row "supervised" takes as long as burn-in and method together; with all labels it is the upper end
-of the gap. Killed, it goes on where it was; what has its line already is not run again, on whatever machine it ran.
+A semi-supervised row starts from a supervised run of `burn_in_steps` on the same labels, shared by
+all rows of a seed. The row "supervised" takes as long as burn-in and method together; with all
+labels it is the upper end of the gap. A killed ablation goes on where it was. What has its line
+already is not run again, on whatever machine it ran.
 
-Rows and tables follow the paper's ablation (section 4.3), with the seed's mistake, mined boxes as targets, added.
+Rows and tables follow the paper's ablation (section 4.3). Added is "mined as targets", where mined
+boxes are targets too.
 """
 
 import math
@@ -93,8 +95,8 @@ class Ablation:
     Args:
         out: folder of the runs: DETECTOR/PERCENTpct/seedSEED/ROW below it.
         record: the JSON-lines file that finished runs are appended to.
-        settings: of all runs, but for what a row changes; the preset digits' if None. `steps` are those of
-            a semi-supervised run, `burn_in_steps` those of the supervised run before it.
+        settings: of all runs, but for what a row changes; the preset digits' if None. `steps` are
+            those of a semi-supervised run, `burn_in_steps` those of the supervised run before it.
         quiet: no progress bars.
 
     Raises UserError for settings that cannot be.
@@ -113,7 +115,7 @@ class Ablation:
     def run(
         self, tables: list[str], rows: list[str], percents: list[float], seeds: list[int]
     ) -> None:
-        """Run what has no line yet. `rows` picks some of the tables' rows, all of them if it is empty.
+        """Run what has no line yet; `rows` picks some of the tables' rows, all if it is empty.
 
         Raises UserError for a row that there is not, and where nothing is left to run.
         """
@@ -171,7 +173,7 @@ class Ablation:
         return line
 
     def append_curve(self, folder: Path, run: dict) -> None:
-        """Append what a run measured while it was trained to RECORD_curves.jsonl, unless it is there."""
+        """Append what a run measured in training to RECORD_curves.jsonl, unless it is there."""
         file = self.record.with_name(f"{self.record.stem}_curves.jsonl")
         if not any(run.items() <= line.items() for line in read_lines(file)):
             log = read_lines(folder / "log.jsonl")
@@ -229,9 +231,10 @@ class Summary(NamedTuple):
 
 
 def summarise(lines: list[dict]) -> list[Summary]:
-    """Mean, standard error over seeds and gap closed (design: supervised with equal time to supervised with all).
+    """Mean, standard error over seeds and gap closed of each row.
 
-    Runs of several lengths are rows of their own. An end of the gap is the shortest supervised run of at least the
+    The gap is from supervised training of the same time to that with all labels. Runs of several
+    lengths are rows of their own. An end of the gap is the shortest supervised run of at least the
     time of the row, or else the longest there is.
     """
     groups: dict[tuple, list[dict]] = {}

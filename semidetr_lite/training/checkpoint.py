@@ -1,7 +1,7 @@
 """Files of a run: written whole or not at all, read without running anything in them.
 
-Weights are safetensors with what is needed to build the detector in their header; `last.pt` holds everything a resume
-needs; logs are JSON lines.
+Weights are safetensors with what is needed to build the detector in their header; `last.pt` holds
+everything a resume needs; logs are JSON lines.
 """
 
 import json
@@ -54,9 +54,10 @@ def save_weights(
     categories: list[dict],
     dtype: torch.dtype | None = None,
 ) -> None:
-    """A detector as safetensors, with its name, arguments, categories and suppression in the header.
+    """A detector as safetensors, with its name, arguments, categories and NMS in the header.
 
-    `dtype`: of the numbers in the file, for instance torch.float16 for one half the size; they are read as float32.
+    `dtype`: of the numbers in the file, for instance torch.float16 for one half the size; they are
+    read as float32.
     """
     header = {"detector": name, "arguments": arguments, "categories": categories}
     header |= {"nms": detector.nms, "test_size": detector.test_size}
@@ -70,8 +71,8 @@ def save_weights(
 def load_detector(path, weights: str = "teacher") -> Detector:
     """A trained detector, in eval mode, with `.categories` [{"id", "name"}].
 
-    `path` is a .safetensors file, or a run folder with `weights` "student" or "teacher" (its average). Raises UserError
-    for a file that is not there or does not hold weights of this package.
+    `path` is a .safetensors file, or a run folder with `weights` "student" or "teacher" (its EMA).
+    Raises UserError for a file that is not there or does not hold weights of this package.
     """
     path = Path(path)
     if weights not in ("student", "teacher"):
@@ -79,7 +80,8 @@ def load_detector(path, weights: str = "teacher") -> Detector:
     file = path / f"{weights}.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise UserError(
-            f"{file}: no such weights; give a run folder made by `semidetr train` or a .safetensors file"
+            f"{file}: no such weights; "
+            "give a run folder made by `semidetr train` or a .safetensors file"
         )
     with reading(file, "not a weights file"), safe_open(file, framework="pt") as opened:
         header = json.loads((opened.metadata() or {}).get("semidetr_lite", "null"))
@@ -126,7 +128,8 @@ def read_config(run) -> dict:
     file = Path(run) / "config.json"
     if not file.is_file():
         raise UserError(
-            f"{run}: no config.json, so this is no run folder; give a folder that `semidetr train` wrote"
+            f"{run}: no config.json, so this is no run folder; "
+            "give a folder that `semidetr train` wrote"
         )
     with reading(file, "not a JSON object; the run folder is damaged"):
         return dict(json.loads(file.read_text(encoding="utf-8")).items())

@@ -1,7 +1,8 @@
-"""The demo: a supervised start, then supervised training and Semi-DETR side by side for the same time.
+"""The demo: a supervised start, then supervised training and Semi-DETR for the same time.
 
-Supervised and semi-supervised training start from the same weights, see the same labelled scenes and take about the
-same time, so their difference is what the unlabelled scenes bring. They run as two processes of one thread each.
+Supervised and semi-supervised training start from the same weights, see the same labelled scenes
+and take about the same time, so their difference is what the unlabelled scenes bring. They run side
+by side, as two processes of one thread each.
 """
 
 import multiprocessing
@@ -70,9 +71,10 @@ def train_demo_run(
 
 
 def train_side_by_side(names: list[str], out: Path, seed: int, **changes) -> list[Path]:
-    """Train several of DEMO_RUNS at the same time, each in a process of one thread; returns their folders.
+    """Train several of DEMO_RUNS at the same time, each in a process; returns their folders.
 
-    One progress bar counts the steps of all. Where one fails or the user stops the program, each saves and ends.
+    Each process has one thread. One progress bar counts the steps of all. Where one fails or the
+    user stops the program, each saves and ends.
 
     Raises UserError with the message of a run that failed, Stopped after Ctrl-C or SIGTERM.
     """
@@ -161,7 +163,10 @@ def _end(processes: dict) -> None:
 
 
 class _SignalsAsExceptions:
-    """While inside, SIGTERM raises KeyboardInterrupt as Ctrl-C does, with the exit status as its argument."""
+    """While inside, SIGTERM raises KeyboardInterrupt as Ctrl-C does.
+
+    The argument of the exception is the exit status.
+    """
 
     def __enter__(self) -> None:
         self.before: dict[int, Callable | int | None] = {}

@@ -36,7 +36,10 @@ def check_micro_batches(kind: str, images: int, count: int) -> None:
 
 
 def micro_batches(batch: dict, count: int) -> list[dict]:
-    """A batch in `count` of equal size (or one less), the mix of labelled and unlabelled images kept in each."""
+    """A batch in `count` parts with the same mix of labelled and unlabelled images.
+
+    Their sizes are equal, or differ by one image.
+    """
     pieces: dict[str, list] = {}
     for name, (images, targets) in batch.items():
         check_micro_batches(name, len(images), count)
@@ -47,7 +50,9 @@ def micro_batches(batch: dict, count: int) -> list[dict]:
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """What "auto" means on a device: bfloat16 on a GPU that has it, else float32; every other name as it is.
+    """What "auto" means on a device; every other name as it is.
+
+    That is bfloat16 on a GPU that has it, else float32.
 
     Raises UserError for a precision that there is not.
     """
@@ -134,7 +139,7 @@ class Engine:
                 warnings.simplefilter(
                     "ignore", FutureWarning
                 )  # broadcast_buffers gets another name
-                # All start from the weights of the first; buffers are the same in all of them anyway.
+                # All start from the weights of the first; buffers are the same in all anyway.
                 self.wrapped = DistributedDataParallel(
                     method, broadcast_buffers=False, find_unused_parameters=True
                 )

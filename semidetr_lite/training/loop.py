@@ -1,7 +1,7 @@
 """The training loop: one for every method, since a method is `losses = method(batch, step)` and
 `method.after_step(step)`.
 
-    Run(config, out).run()    config: see settings.new_config; for the files in `out` see run_folder.py
+    Run(config, out).run()    config: see settings.new_config; files in `out`: see run_folder.py
 
 A run may start from another one (`burn_in`): it takes over the weights of student and teacher, and
 its step count goes on; the optimizer starts anew.
@@ -44,8 +44,9 @@ PATIENCE = 3  # steps in a row without a finite loss and gradient after which a 
 
 
 def train_or_resume(config: Config, folder: Path, workers: int = 1, quiet: bool = False) -> Path:
-    """Train a run to its end from wherever it stands; returns its folder. `workers` and `quiet`: see Run.
+    """Train a run to its end from wherever it stands; returns its folder.
 
+    `workers` and `quiet`: see Run.
     Raises UserError where the folder holds a run with other settings than these.
     """
     run_folder = RunFolder(folder)
@@ -66,7 +67,7 @@ def train_or_resume(config: Config, folder: Path, workers: int = 1, quiet: bool 
 
 
 def _as_given(stored: Config, given: Settings) -> Config:
-    """A stored run, with threads, precision and burn-in as they were given, where a run chooses or may move them."""
+    """A stored run, less what may differ: threads and precision are chosen, a burn-in moves."""
     runtime = dataclasses.replace(
         stored.runtime, threads=given.runtime.threads, precision=given.runtime.precision
     )
@@ -100,6 +101,7 @@ class Run:
         runtime: Runtime | None = None,
     ):
         self.folder, self.workers = RunFolder(out), workers
+        self.out = self.folder.path
         self.quiet = quiet or distributed.rank() > 0
         if workers < 0:
             raise UserError(f"--workers must be at least 0, got {workers}")
@@ -201,7 +203,7 @@ class Run:
             dynamic_ncols=True,
             disable=self.quiet,
         )
-        # The bar is closed also when something goes wrong, so that the error gets a line of its own.
+        # The bar is closed also when something goes wrong: the error gets a line of its own.
         with SignalHandler() as signals, bar:
             try:
                 return self._run_steps(signals, bar)
@@ -372,7 +374,7 @@ class Run:
         return line
 
     def _measure(self) -> dict:
-        """AP on the tune split, quality of the pseudo-boxes on watched images, and at the end AP on the test split."""
+        """AP on the tune split, quality of pseudo-boxes, and at the end AP on the test split."""
         line, images = {}, self.config.measuring.evaluate_images
         student, teacher = self.method.student, self.method.teacher
         for name, detector in (("student", student), ("teacher", teacher)):
@@ -429,8 +431,9 @@ def _resolve_runtime(config: Config, device: torch.device) -> Config:
 
 
 def replay(file: str | Path) -> dict[str, torch.Tensor]:
-    """The losses of a step that was skipped, from the `bad_step.pt` it left in a run folder; nothing is trained.
+    """The losses of a step that was skipped, from the `bad_step.pt` it left in a run folder.
 
+    Nothing is trained.
     Raises UserError for a file that is no such step.
     """
     file = Path(file)

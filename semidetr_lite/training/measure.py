@@ -26,9 +26,9 @@ from semidetr_lite.methods.mean_teacher import PseudoBoxes, TeacherStudent, sele
 def measure(
     detector: Detector, dataset: Dataset, images: int | None = None, voc: bool = False
 ) -> dict:
-    """The twelve COCO figures of a detector on the first `images` images of a dataset; with `voc` also VOC's two.
+    """The twelve COCO figures of a detector on the first `images` images of a dataset.
 
-    Each process looks at its share of them; the figures are those of all.
+    With `voc` also VOC's two. Each process takes its shard of the images; the figures are of all.
     """
     indices, own = distributed.shard(min(len(dataset), images or len(dataset))), []
     for start in range(0, len(indices), 200):
@@ -106,11 +106,11 @@ def pseudo_box_log(
             pseudo.above(method.score_threshold)[0].cpu().numpy(),
         )
         matched, mined = (one[0, valid] for one in matched_costs_of_image(method, image, pseudo))
-        scores = pseudo.scores[0].cpu().numpy()[valid]
+        scores, boxes = (tensor[0].cpu().numpy()[valid] for tensor in (pseudo.scores, pseudo.boxes))
         lines.append({
             "step": step,
             "image_id": target["image_id"],
-            "boxes": [[round(float(x), 2) for x in box] for box in pseudo.boxes[0].cpu().numpy()[valid]],
+            "boxes": [[round(float(x), 2) for x in box] for box in boxes],
             "scores": [round(float(score), 4) for score in scores],
             "labels": pseudo.labels[0].cpu().numpy()[valid].tolist(),
             "cost": [None if cost != cost else round(float(cost), 4) for cost in matched],
@@ -147,9 +147,10 @@ def matched_costs_of_image(
 def duplicates(
     detector: Detector, dataset: Dataset, images: int = 150, score: float = 0.3, nms: float = 0.6
 ) -> dict:
-    """Further boxes of the right class on an object that has one already (IoU 0.5), for each object found.
+    """Extra boxes of the right class on an object that has one already, per object found.
 
-    "duplicates" counts all boxes scoring at least `score`, "duplicates_nms" those left by suppression at `nms`.
+    A box is on an object at IoU 0.5. "duplicates" counts all boxes that score at least `score`,
+    "duplicates_nms" those that NMS at `nms` leaves.
     """
     pairs, found = [dataset[index] for index in range(min(len(dataset), images))], {}
     for name, overlap in (

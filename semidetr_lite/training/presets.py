@@ -105,7 +105,8 @@ def make_method(
     Args:
         name: a key of METHODS.
         student: the detector to train.
-        recipe: the settings of the method, a preset for instance; its own name, steps and seed do not count.
+        recipe: the settings of the method, a preset for instance; its own name, steps and seed do
+            not count.
         steps: of the run; stage one lasts its share of them.
         offset: the step that the run begins at, those of a burn-in before it.
         seed: of the noise.

@@ -1,4 +1,4 @@
-"""The settings of a run, once: a preset, config.json and the options of the commands are instances of `Settings`.
+"""The settings of a run, once: presets, config.json and command lines are instances of `Settings`.
 
 The name of a field is its option, its comment the help, its type the check. Nothing here imports
 torch, so that help and error messages of the commands come at once.
@@ -482,7 +482,9 @@ def _groups_of_fields() -> dict[str, str]:
 
 
 def change(settings: SettingsType, **changes) -> SettingsType:
-    """Settings with some fields replaced; a field of a group is named as its option is, without the group.
+    """Settings with some fields replaced.
+
+    A field of a group is named as its option is, without the group.
 
     Raises UserError for a field that there is not.
     """
@@ -500,7 +502,7 @@ def change(settings: SettingsType, **changes) -> SettingsType:
 
 
 def check(settings: SettingsType, origin: str = OPTIONS) -> SettingsType:
-    """Settings whose values fit their fields and each other, with what `image_size` implies filled in.
+    """Settings whose values fit, alone and together; what `image_size` implies is filled in.
 
     Raises UserError, which names `origin` (a file, or "the options") and the field.
     """

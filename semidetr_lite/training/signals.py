@@ -16,7 +16,7 @@ TORCHRUN_REPEATS_WITHIN = 5  # seconds in which torchrun sends a signal of the u
 
 
 class SignalHandler:
-    """While inside, the first Ctrl-C or SIGTERM is noted in `requested`; a second one stops the program.
+    """While inside, the first Ctrl-C or SIGTERM is noted in `requested`; a second one stops.
 
     `status` is the exit status that goes with the signal.
     """
