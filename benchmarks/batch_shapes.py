@@ -26,8 +26,7 @@ import make_coco_sized
 from semidetr_lite.data.batches import Batches
 from semidetr_lite.data.views import resized
 from semidetr_lite.training.engine import micro_batches
-from semidetr_lite.training.presets import make_recipe
-from semidetr_lite.training.train import new_config
+from semidetr_lite.training.settings import new_config
 
 PLANS = {"teacher": 25, "student": 63}  # different convolutions of ResNet-50 and projections, and their gradients
 KEPT = 10_000
@@ -54,8 +53,10 @@ class Splits:
 
 def batches(steps: int, parts: int, splits: Splits):
     """("teacher" or "student", sizes of its images) for each part of each step."""
-    recipe, rng = make_recipe(new_config("coco-10pct", data="none")), np.random.default_rng(0)
-    drawn, sides = Batches(splits, recipe.labelled_images, recipe.unlabelled_images, recipe.views, 0), recipe.views
+    recipe, rng = new_config("coco-10pct", data="none"), np.random.default_rng(0)
+    count, unlabelled_count = recipe.optimizer.batch_size, recipe.optimizer.unlabelled_batch_size
+    sides = recipe.views
+    drawn = Batches(splits, count, unlabelled_count, sides, 0)
     for step in range(steps):
         shape, turn = drawn.shape_and_draw_index(step)
         labelled = [splits.labelled.sizes[index] for index in drawn.labelled.draw(shape, turn)]

@@ -46,18 +46,29 @@ from semidetr_lite.detectors import deformable
 from semidetr_lite.errors import UserError
 from semidetr_lite.methods import mean_teacher, query_consistency, semi_detr
 from semidetr_lite.training.engine import micro_batches
+from semidetr_lite.training.loop import Run
+from semidetr_lite.training.memory import raise_if_out_of_memory
 from semidetr_lite.training.presets import load_splits
-from semidetr_lite.training.train import Run, new_config
+from semidetr_lite.training.settings import DetectorKwargs, new_config
 
 SETUPS = ["float32:8", "tf32:8", "bfloat16:8", "bfloat16:4", "bfloat16:4:checkpointing", "bfloat16:8:channels_last"]
 STAGES = {"one-to-many": 1.0, "one-to-one": 0.0}
 TOY = {
-    "arguments": {
-        "num_queries": 12, "dim": 16, "heads": 2, "hidden": 16, "encoder_layers": 1, "decoder_layers": 1,
-        "backbone": "resnet18", "backbone_weights": None, "test_size": (48, 80),
-    },
-    "labelled_images": 2, "unlabelled_images": 8,
-}  # fmt: skip
+    "detector_kwargs": DetectorKwargs(
+        num_queries=12,
+        dim=16,
+        heads=2,
+        hidden=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        backbone="resnet18",
+        test_size=(48, 80),
+    ),
+    "batch_size": 2,
+    "unlabelled_batch_size": 8,
+    "short_sides": (32, 40, 48),
+    "long_side": 80,
+}
 
 
 class Clock:
@@ -159,7 +170,7 @@ def watched(run: Run, clock: Clock):
 def passes_alone(run: Run, batch: dict) -> None:
     """The forward and backward passes of a step, for a loss that costs nothing."""
     run.optimizer.zero_grad(set_to_none=True)
-    for part in micro_batches(batch, run.engine.parts):
+    for part in micro_batches(batch, run.engine.num_micro_batches):
         with torch.no_grad():
             run.method.teacher(part["weak"][0])
         outputs = run.method.student([*part["labelled"][0], *part["strong"][0]])
@@ -196,7 +207,7 @@ def measure(run: Run, options) -> dict:
 
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    run.rehearse()
+    run.memory_dry_run()
     found["rehearsal_gb"] = peak()
     batches, waits, seconds, kept = iter(run._loader()), [], [], []
     for number in range(options.warm_up + options.steps):
@@ -225,7 +236,7 @@ def measure(run: Run, options) -> dict:
         for batch in kept:
             run.train_step(batch)
         whole = clock.now() - began
-    if not run.recipe.compile:
+    if not run.config.runtime.compile:
         found["operations"] = [operations(work, kept[-1]) for work in works]
     rest = whole - sum(clock.total.values())
     parts = {**dict(sorted(clock.total.items(), key=lambda item: -item[1])), "everything else": rest}
@@ -237,13 +248,14 @@ def make_run(setup: str, stage: str, data: str, splits, options) -> Run:
     precision, parts, *flags = setup.split(":")
     changes = {"precision": precision, "accumulate": int(parts), "one_to_many_share": STAGES[stage]}
     changes |= dict.fromkeys(flags, True) | {"score_threshold": 0.0, "max_pseudo_boxes": options.pseudo}
-    changes |= {"labelled_images": options.mix[0], "unlabelled_images": options.mix[1]} if options.mix else {}
-    config = new_config("coco-10pct", data=data, steps=1000)
+    if options.mix:
+        changes |= {"batch_size": options.mix[0], "unlabelled_batch_size": options.mix[1]}
     if options.short_side:
-        changes["views"] = config["recipe"]["views"] | {"short_sides": [options.short_side]}
-    changes["arguments"] = {**config["recipe"]["arguments"], "backbone_weights": None}
+        changes["short_sides"] = (options.short_side,)
     if options.toy:
-        changes |= TOY | {"views": {**config["recipe"]["views"], "short_sides": [32, 40, 48], "long_side": 80}}
+        changes |= TOY
+    else:
+        changes["backbone_weights"] = None
     config = new_config("coco-10pct", data=data, steps=1000, **changes)
     return Run(
         config, Path(tempfile.gettempdir()) / "never-written", splits=splits, workers=options.workers, quiet=True
@@ -298,10 +310,10 @@ def one_line(setup: str, stage: str, data: str, splits, options) -> dict:
     line |= {"workers": options.workers, "steps": options.steps, "short_side": options.short_side}
     run = make_run(setup, stage, data, splits, options)
     try:
-        line |= {"images": [run.recipe.labelled_images, run.unlabelled], **measure(run, options)}
+        line |= {"images": [run.config.optimizer.batch_size, run.unlabelled], **measure(run, options)}
     except torch.OutOfMemoryError as problem:
         try:
-            run.engine.explain(problem)
+            raise_if_out_of_memory(problem, run.config.runtime, run.engine.precision)
         except UserError as said:
             line["failed"] = str(said)
     del run

@@ -2,7 +2,7 @@
 
     python benchmarks/kill_test.py --kills 50
 
-Two runs of `semidetr_lite.training.train.Run` on the digits, small detector, one process with one worker that loads
+Two runs of `semidetr_lite.training.loop.Run` on the digits, small detector, one process with one worker that loads
 data, a checkpoint every second step: one whole, the other killed with SIGKILL. Of the kills a fifth comes within the
 first seconds after a start, two fifths while a file is being written (it waits for one to appear), the rest at a random
 moment of a random step. Then weights, optimizer, logs (times apart) and AP of both are compared, bit for bit.
@@ -25,7 +25,7 @@ SMALL = {
     "decoder_layers": 2, "backbone": "tiny", "anchor_size": 0.1, "denoising_queries": 6,
 }  # fmt: skip
 CHANGES = {
-    "arguments": SMALL, "labelled_images": 2, "unlabelled_images": 2, "log_every": 2, "watch_every": 20,
+    **SMALL, "batch_size": 2, "unlabelled_batch_size": 2, "log_every": 2, "watch_every": 20,
     "evaluate_every": 50, "evaluate_images": 4, "max_pseudo_boxes": 8, "score_threshold": 0.0, "cost_queue_size": 20,
 }  # fmt: skip
 
@@ -63,11 +63,12 @@ def main() -> int:
 
 def train(folder: Path, method: str, steps: int) -> int:
     """Start the run, or go on with what is there of it."""
-    from semidetr_lite.training.train import Run, new_config
+    from semidetr_lite.training.loop import Run
+    from semidetr_lite.training.settings import new_config
 
     torch.set_num_threads(1)
     config = new_config("digits", method, steps=steps, percent=1, **CHANGES)
-    Run(config, folder, resume=(folder / "config.json").exists(), workers=1, quiet=True).go()
+    Run(config, folder, resume=(folder / "config.json").exists(), workers=1, quiet=True).run()
     return 0
 
 

@@ -14,7 +14,8 @@ import torch
 
 from semidetr_lite.training.checkpoint import load_detector
 from semidetr_lite.training.engine import Engine
-from semidetr_lite.training.train import Run, new_config
+from semidetr_lite.training.loop import Run
+from semidetr_lite.training.settings import new_config
 
 WEIGHTS = Path(__file__).parents[1] / "notebooks/checkpoints/supervised.safetensors"
 STEPS = range(10)

@@ -22,19 +22,19 @@ from semidetr_lite.evaluate import evaluate
 from semidetr_lite.losses import detection_loss
 from semidetr_lite.matching import layer_costs, match_layers, pad_targets
 from semidetr_lite.training.checkpoint import save_weights
+from semidetr_lite.training.loop import train_or_resume
 from semidetr_lite.training.presets import PRESETS, make_detector
-from semidetr_lite.training.train import finish, new_config
+from semidetr_lite.training.settings import Config, change, config_json, new_config
 
 CHECKPOINTS = Path(__file__).parents[1] / "notebooks" / "checkpoints"
 SCENES = 100  # of the tune split
 
 
 class Made(NamedTuple):
-    """How one file is made: arguments of new_config, the entry it begins from, what differs in its detector."""
+    """How one file is made: arguments of new_config, and the entry it begins from."""
 
     settings: dict
     start: str | None = None
-    arguments: dict = {}
 
 
 MADE = {
@@ -45,10 +45,13 @@ MADE = {
     "semi_detr": Made({"method": "semi-detr", "steps": 1500}, "supervised"),
     # begins from the backbone alone; 12 queries, of which each is matched often enough to learn
     "detr": Made(
-        {"method": "supervised", "detector": "detr", "percent": 100, "steps": 6000}, "semi_detr", {"num_queries": 12}
+        {"method": "supervised", "detector": "detr", "percent": 100, "steps": 6000, "num_queries": 12},
+        "semi_detr",
     ),
     # a smaller box head: the file must stay under 2 MB
-    "faster_rcnn": Made({"method": "supervised", "detector": "faster-rcnn", "steps": 1000}, None, {"hidden": 48}),
+    "faster_rcnn": Made(
+        {"method": "supervised", "detector": "faster-rcnn", "steps": 1000, "hidden": 48}
+    ),
     "fcos": Made({"method": "supervised", "detector": "fcos", "steps": 1000}),
 }
 
@@ -59,9 +62,8 @@ def train(name: str, out: Path) -> Path:
     start = made.start and str(train(made.start, out))
     whole = name != "detr"
     config = new_config(**{"seed": 0, "percent": 10, **made.settings}, burn_in=start if whole else None)
-    config["recipe"]["arguments"] |= made.arguments
     if whole:
-        finish(config, folder)
+        train_or_resume(config, folder)
     elif not (folder / "teacher.safetensors").exists():
         train_detr(config, Path(start), folder)
     return folder
@@ -71,17 +73,17 @@ def ship(name: str, run: Path) -> dict:
     """Write an entry's file; its AP, in %, and how its run was made."""
     config = json.loads((run / "config.json").read_text())
     detector, file = load_detector(run), CHECKPOINTS / f"{name}.safetensors"
-    arguments = config["recipe"]["arguments"]
+    arguments = config["detector_kwargs"]
     save_weights(file, detector, config["detector"], arguments, config["categories"], torch.float16)
     keep = {key: config[key] for key in ("method", "detector", "percent", "seed", "steps", "commit", "machine")}
     return {**find_ap(file), **keep, "MB": round(file.stat().st_size / 1e6, 2)}
 
 
-def train_detr(config: dict, start: Path, out: Path) -> None:
+def train_detr(config: Config, start: Path, out: Path) -> None:
     """A DETR on all labels, its backbone that of `start` (as the real one begins on ImageNet's)."""
-    steps = config["steps"]
+    steps, kwargs = config.steps, config.detector_kwargs
     torch.manual_seed(0)
-    detector = make_detector("detr", 10, config["recipe"]["arguments"]).train()
+    detector = make_detector("detr", 10, kwargs).train()
     detector.backbone.load_state_dict(load_detector(start).backbone.state_dict())
     batches = Batches(digits.load(100, 1), 16, 0, PRESETS["digits"].views, seed=0)
     optimizer = torch.optim.AdamW(detector.parameters(), lr=5e-4)
@@ -98,9 +100,10 @@ def train_detr(config: dict, start: Path, out: Path) -> None:
         torch.nn.utils.clip_grad_norm_(detector.parameters(), 0.5)
         optimizer.step()
     out.mkdir(parents=True, exist_ok=True)
-    config["categories"] = digits.CATEGORIES
-    (out / "config.json").write_text(json.dumps(config))
-    save_weights(out / "teacher.safetensors", detector, "detr", config["recipe"]["arguments"], digits.CATEGORIES)
+    config = change(config, categories=digits.CATEGORIES)
+    (out / "config.json").write_text(config_json(config))
+    weights = out / "teacher.safetensors"
+    save_weights(weights, detector, "detr", kwargs.given(), digits.CATEGORIES)
 
 
 def find_ap(file: Path) -> dict:

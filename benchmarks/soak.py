@@ -58,12 +58,13 @@ def train(folder: Path) -> int:
     import torch
 
     from semidetr_lite.errors import Stopped
-    from semidetr_lite.training.train import Run, new_config
+    from semidetr_lite.training.loop import Run
+    from semidetr_lite.training.settings import new_config
 
     torch.set_num_threads(1)
     config = new_config("digits", "semi-detr", steps=10**6, percent=10, **{**CHANGES, **OFTEN})
     try:
-        Run(config, folder, workers=1, quiet=True).go()
+        Run(config, folder, workers=1, quiet=True).run()
     except Stopped as stopped:
         print(stopped.args[0], file=sys.stderr)
         return stopped.args[1]

@@ -16,7 +16,8 @@ import torch
 
 from semidetr_lite.data.batches import Batches
 from semidetr_lite.methods import mean_teacher, semi_detr, supervised
-from semidetr_lite.training.train import Run, new_config
+from semidetr_lite.training.loop import Run
+from semidetr_lite.training.settings import new_config
 
 TIMED = (
     "stack_layers",
@@ -78,12 +79,12 @@ def main() -> None:
         runs[name] = Run(
             new_config(method=method, steps=10_000, score_threshold=0.05, **changes), "unused", quiet=True, workers=0
         )
-        recipe = runs[name].recipe
+        config = runs[name].config
         loaders[name] = Batches(
             runs[name].splits,
-            recipe.labelled_images,
-            0 if method == "supervised" else recipe.unlabelled_images,
-            recipe.views,
+            config.optimizer.batch_size,
+            0 if method == "supervised" else config.optimizer.unlabelled_batch_size,
+            config.views,
             0,
         )
         times[name], shares[name] = [], []

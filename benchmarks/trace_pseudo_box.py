@@ -25,7 +25,7 @@ from semidetr_lite.detectors.backbone import Tiny
 from semidetr_lite.detectors.dino import DINO
 from semidetr_lite.methods.semi_detr import SemiDETR
 from semidetr_lite.training.engine import Engine
-from semidetr_lite.training.presets import Recipe
+from semidetr_lite.training.settings import Runtime
 
 PACKAGE = Path(semidetr_lite.__file__).parent
 HELPERS = ("boxes.py", "device.py", "distributed.py")
@@ -49,7 +49,7 @@ def small_step(stage: str) -> tuple[Engine, dict, int]:
         "weak": ([image], [view]),
         "strong": ([image], [view]),
     }
-    return Engine(method, Recipe({}, None, 1)), batch, 3 if stage == "one" else 12
+    return Engine(method, Runtime()), batch, 3 if stage == "one" else 12
 
 
 def traced_calls(engine: Engine, batch: dict, step: int) -> list[tuple[str, str]]:

@@ -37,6 +37,7 @@ from semidetr_lite.detectors.denoising import DenoisingTargets
 from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.detectors.transformer import Layers, QueryGroup, batch_rows, stack_layers
 from semidetr_lite.device import to_device, to_host
+from semidetr_lite.loss_weights import LossWeights
 from semidetr_lite.matching import (
     Assignment,
     PaddedTargets,
@@ -46,22 +47,6 @@ from semidetr_lite.matching import (
 )
 
 NO_OBJECT_WEIGHT = 0.1  # of queries without an object, in DETR's cross-entropy
-
-
-class LossWeights(NamedTuple):
-    """Factors of the three losses. The matching cost keeps 2, 5 and 2."""
-
-    class_weight: float = 2.0
-    l1_weight: float = 5.0
-    giou_weight: float = 2.0
-
-    def scaled(self, factor: float, box_factor: float = 1.0) -> "LossWeights":
-        """All three times `factor`; those of L1 and GIoU also times `box_factor`."""
-        return LossWeights(
-            self.class_weight * factor,
-            self.l1_weight * factor * box_factor,
-            self.giou_weight * factor * box_factor,
-        )
 
 
 class NumBoxes(NamedTuple):

@@ -25,7 +25,7 @@ METHODS = {
     "soft-teacher": "Soft Teacher",
     "dense-teacher": "Dense Teacher",
 }
-DIGITS = {"data": "digits", "percent": 10, "fold": 1, "recipe": {}}  # to load the embedded data
+DIGITS = {"data": "digits", "percent": 10, "fold": 1}  # to load the embedded data
 DATA_KEYS = ("data", "validation", "categories")  # in which compared runs agree
 
 
@@ -122,10 +122,16 @@ def _read_weights(path: Path) -> Record:
 
 def _check_data(run: Record, first: Record) -> None:
     for key in DATA_KEYS if run.data else ("categories",):
-        if run.config.get(key) != first.config.get(key):
+        if _data_setting(run.config, key) != _data_setting(first.config, key):
             where = "of config.json" if run.data else "of the weights"
             fault = f'{run.path} and {first.path} differ in "{key}" {where}'
             raise UserError(f"{fault}; compare runs on the same data")
+
+
+def _data_setting(config: dict, key: str):
+    """The value of a key of DATA_KEYS in a config.json, None if it has none."""
+    files = config.get("data_files")
+    return files.get(key) if key == "validation" and isinstance(files, dict) else config.get(key)
 
 
 def _burn_in(folder: Path, config: dict) -> tuple[str, list[dict]]:

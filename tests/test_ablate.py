@@ -1,6 +1,5 @@
 """The comparison: what is run, what is not run again, and the arithmetic of its tables."""
 
-import dataclasses
 import json
 import math
 import sys
@@ -12,7 +11,8 @@ from semidetr_lite.data import digits
 from semidetr_lite.errors import UserError
 from semidetr_lite.training import presets
 from semidetr_lite.training.ablate import ROWS, TABLES, Ablation, markdown, read_jsonl, summarise
-from semidetr_lite.training.train import Run
+from semidetr_lite.training.loop import Run
+from semidetr_lite.training.settings import change, differences
 from semidetr_lite.visualize import plot_ablation, png
 from tests.test_cli import FEW, SMALL, coco_folder
 
@@ -21,9 +21,13 @@ FIELDS = "table row method detector data percent fold seed steps AP AP50 seconds
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    recipe = dataclasses.replace(presets.PRESETS["digits"], **SMALL, steps=2, burn_in_steps=1)
+    recipe = change(presets.PRESETS["digits"], **SMALL, steps=2, burn_in_steps=1)
     monkeypatch.setitem(presets.PRESETS, "digits", recipe)
     monkeypatch.setattr(digits, "COUNTS", FEW)
+
+
+def preset(**changes):
+    return change(presets.PRESETS["digits"], **changes)
 
 
 def command(monkeypatch, *words) -> int:
@@ -44,7 +48,7 @@ def test_rows_percents_and_seeds_are_run_once_and_only_what_is_missing_later(mon
     assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "dino/50pct/seed3/+SHM/config.json").read_text())["burn_in"].endswith("burn-in")
     runs = []
-    monkeypatch.setattr(Run, "go", lambda run: runs.append(run.out.name))
+    monkeypatch.setattr(Run, "run", lambda run: runs.append(run.out.name))
     assert command(monkeypatch, *words, "--seeds", 3) == 0 and not runs
     capsys.readouterr()
     assert command(monkeypatch, "--out", tmp_path, "--show") == 0
@@ -53,7 +57,7 @@ def test_rows_percents_and_seeds_are_run_once_and_only_what_is_missing_later(mon
 
 def test_a_run_counts_in_every_table_that_names_it(tmp_path):
     ablation = Ablation(tmp_path / "runs", tmp_path / "record.jsonl", quiet=True)
-    ablation.go(["main", "matching"], ["semi-detr", "stage-wise"], [50], [0])
+    ablation.run(["main", "matching"], ["semi-detr", "stage-wise"], [50], [0])
     lines = read_jsonl(tmp_path / "record.jsonl")
     assert [(line["table"], line["row"]) for line in lines] == [("main", "semi-detr"), ("matching", "stage-wise")]
     assert {key: lines[0][key] for key in ("AP", "seconds")} == {key: lines[1][key] for key in ("AP", "seconds")}
@@ -63,8 +67,8 @@ def test_a_run_counts_in_every_table_that_names_it(tmp_path):
 def test_a_run_of_another_table_is_not_made_again(tmp_path):
     """On whatever machine it was made: its folder need not be here."""
     record = tmp_path / "record.jsonl"
-    Ablation(tmp_path / "there", record, quiet=True).go(["main"], ["semi-detr"], [50], [0])
-    Ablation(tmp_path / "here", record, quiet=True).go(["matching", "boxes"], ["stage-wise", "union"], [50], [0])
+    Ablation(tmp_path / "there", record, quiet=True).run(["main"], ["semi-detr"], [50], [0])
+    Ablation(tmp_path / "here", record, quiet=True).run(["matching", "boxes"], ["stage-wise", "union"], [50], [0])
     first, *others = read_jsonl(record)
     assert [(line["table"], line["row"]) for line in others] == [("matching", "stage-wise"), ("boxes", "union")]
     assert all({**line, "table": "main", "row": "semi-detr"} == first for line in others)
@@ -72,27 +76,27 @@ def test_a_run_of_another_table_is_not_made_again(tmp_path):
 
 
 def test_an_unfinished_run_goes_on(monkeypatch, tmp_path):
-    ablation = Ablation(tmp_path, tmp_path / "record.jsonl", steps=2, quiet=True, log_every=1)
+    ablation = Ablation(tmp_path, tmp_path / "record.jsonl", preset(steps=2, log_every=1), quiet=True)
     step = Run.train_step
 
     def stopped(run, batch):
-        if run.config["method"] == "mean-teacher" and run.step == 1:
+        if run.config.method == "mean-teacher" and run.step == 1:
             raise KeyboardInterrupt
         return step(run, batch)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Run, "train_step", stopped)
-        ablation.go(["main"], ["mean-teacher"], [50], [0])
+        ablation.run(["main"], ["mean-teacher"], [50], [0])
     steps = []
     monkeypatch.setattr(Run, "train_step", lambda run, batch: steps.append(run.step) or step(run, batch))
-    ablation.go(["main"], ["mean-teacher"], [50], [0])
+    ablation.run(["main"], ["mean-teacher"], [50], [0])
     assert steps == [1] and len(read_jsonl(tmp_path / "record.jsonl")) == 1
 
 
 def test_every_row_runs_on_coco_data(tmp_path):
     data, names = coco_folder(tmp_path / "data"), [name for name in ROWS if not ROWS[name].detector]
-    ablation = Ablation(tmp_path, tmp_path / "record.jsonl", steps=1, quiet=True, data=str(data))
-    ablation.go(
+    ablation = Ablation(tmp_path, tmp_path / "record.jsonl", preset(steps=1, data=str(data)), quiet=True)
+    ablation.run(
         list(TABLES), [row for table in TABLES.values() for row, name in table.items() if name in names], [50], [0]
     )
     lines = read_jsonl(tmp_path / "record.jsonl")
@@ -102,13 +106,16 @@ def test_every_row_runs_on_coco_data(tmp_path):
 
 def test_rows_differ_in_what_their_names_say():
     def settings(name):
-        return Ablation("x", "x").config(name, 10, 0)[0]["recipe"]
+        return Ablation("x", "x").config(name, 10, 0)[0]
 
     paper = settings("semi-detr")
+    allowed = {"method", "steps", "burn_in"}
     for name, row in ROWS.items():
         if not row.detector:
-            assert {key for key, value in settings(name).items() if value != paper[key]} == set(row.changes), name
-    assert settings("+SHM")["consistency_boxes"] == "none" != settings("+SHM+CQC")["consistency_boxes"]
+            changed = {path[-1] for path in differences(settings(name), paper)}
+            assert changed - allowed == set(row.changes), name
+    boxes = [settings(name).semi_detr.consistency_boxes for name in ("+SHM", "+SHM+CQC")]
+    assert boxes == ["none", "confident"]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +125,7 @@ def test_rows_differ_in_what_their_names_say():
         (["--show"], "no finished run to show"),
         (["--seeds"], "nothing to run: give tables, rows, percents and seeds"),
         (["--percents", "100", "--rows", "semi-detr"], "nothing to run: "),
-        (["--steps", "0"], "steps must be at least 1, got 0"),
+        (["--steps", "0"], "--steps: input should be greater than or equal to 1, got 0"),
         (["--folds", "x"], "--folds x goes with --data"),
     ],
 )
@@ -129,9 +136,9 @@ def test_bad_input_gets_one_line(monkeypatch, tmp_path, capsys, words, said):
 
 
 def test_a_folder_of_other_runs_is_refused(tmp_path):
-    Ablation(tmp_path, tmp_path / "a.jsonl", quiet=True).go(["main"], ["supervised"], [50], [0])
+    Ablation(tmp_path, tmp_path / "a.jsonl", quiet=True).run(["main"], ["supervised"], [50], [0])
     with pytest.raises(UserError, match="holds a run with another steps; choose another --out"):
-        Ablation(tmp_path, tmp_path / "a.jsonl", steps=3).go(["main"], ["supervised"], [50], [0])
+        Ablation(tmp_path, tmp_path / "a.jsonl", preset(steps=3)).run(["main"], ["supervised"], [50], [0])
     (tmp_path / "a.jsonl").write_text("{")
     with pytest.raises(UserError, match="not JSON lines"):
         read_jsonl(tmp_path / "a.jsonl")
@@ -196,14 +203,16 @@ def test_rows_that_nothing_tells_apart_are_named_together():
 
 
 def test_options_of_the_data_reach_every_run(tmp_path):
-    ablation = Ablation(tmp_path, tmp_path / "record.jsonl", data="x.json", folds="f", flip=False)
+    ablation = Ablation(tmp_path, tmp_path / "record.jsonl", preset(data="x.json", folds="f", flip=False))
     for config in (ablation.config("semi-detr", 10, 0)[0], ablation.config("semi-detr", 10, 0, burn_in=True)[0]):
-        assert (config["folds"], config["flip"]) == ("f", False)
+        assert (config.data_files.folds, config.views.flip) == ("f", False)
 
 
 def test_what_was_measured_during_training_is_kept_once(tmp_path):
-    ablation = Ablation(tmp_path, tmp_path / "record.jsonl", steps=2, quiet=True, log_every=1, evaluate_every=1)
-    ablation.go(["main", "matching"], ["semi-detr", "stage-wise"], [50], [0])
+    ablation = Ablation(
+        tmp_path, tmp_path / "record.jsonl", preset(steps=2, log_every=1, evaluate_every=1), quiet=True
+    )
+    ablation.run(["main", "matching"], ["semi-detr", "stage-wise"], [50], [0])
     lines = read_jsonl(tmp_path / "record_curves.jsonl")
     assert [(line["row"], line["step"]) for line in lines] == [("semi-detr", 1), ("semi-detr", 2)]
     assert {"AP_teacher", "pseudo_precision", "pseudo_recall", "duplicates", "duplicates_nms"} <= set(lines[0])

@@ -8,7 +8,6 @@ are the same in every run; FUZZ=10 tries ten times as many.
 
 import contextlib
 import copy
-import dataclasses
 import io
 import json
 import os
@@ -27,7 +26,8 @@ from PIL import Image
 from semidetr_lite import cli
 from semidetr_lite.data import digits
 from semidetr_lite.training import presets
-from semidetr_lite.training.train import Run
+from semidetr_lite.training.loop import Run
+from semidetr_lite.training.settings import change
 from tests.test_cli import FEW, SMALL, coco_folder
 
 MORE = int(os.environ.get("FUZZ", "1"))
@@ -219,11 +219,7 @@ def check(folder: Path, *words, kept: bool = True) -> int:
 @pytest.fixture(scope="module", autouse=True)
 def small():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(
-            presets.PRESETS,
-            "digits",
-            dataclasses.replace(presets.PRESETS["digits"], **SMALL, steps=2),
-        )
+        patch.setitem(presets.PRESETS, "digits", change(presets.PRESETS["digits"], **SMALL, steps=2))
         patch.setattr(digits, "COUNTS", FEW)
         yield
 
@@ -398,12 +394,9 @@ def test_weights_of_others(work):
 @pytest.mark.parametrize(("command", "count"), [("evaluate", 120), ("compare", 25), ("train", 120)])
 def test_config_of_a_run(work, command, count, monkeypatch):
     monkeypatch.setattr(Run, "_loader", lambda self: [])
-    go = Run.go
-    monkeypatch.setattr(Run, "go", lambda self: {"test": {}, **go(self)})
-    more = {
-        "compare": ["--out", work.parent / "page", "--images", 1],
-        "train": ["--resume", "--out", work / "run"],
-    }
+    go = Run.run
+    monkeypatch.setattr(Run, "run", lambda self: {"test": {}, **go(self)})
+    more = {"compare": ["--out", work.parent / "page", "--images", 1], "train": ["--resume", "--out", work / "run"]}
     words = [command, *([] if command == "train" else [work / "run"]), *more.get(command, [])]
     if command == "train":  # which reads config.json only where there is no checkpoint yet
         (work / "run/last.pt").unlink()
@@ -448,14 +441,14 @@ def test_record_of_an_ablation(work):
 
 
 WORDS = [
-    *cli.COMMANDS, "--out", "--data", "--percent", "--seed", "--steps", "--fold", "--preset",
-    "--method", "--detector", "--images", "--unlabelled", "--validation", "--burn-in", "--folds",
-    "--resume", "--workers", "--accumulate", "--precision", "--show", "--record", "--rows",
-    "--tables", "--seeds", "--percents", "--score", "--weights", "--truth", "--detections",
-    "--voc", "--no-flip", "--quick", "0", "-1", "1.5", "1e9", "nan", "inf", "", "supervised",
-    "semi-detr", "dino", "digits", "coco-10pct", "main", "--", "-h", "--nope", "\0", "../..", "ü",
-    "none.json", "run", "coco", "detections.json", "voc", "yolo", "coco/images",
-    "coco/instances_val.json",
+    *cli.COMMANDS, "--out", "--data", "--percent", "--seed", "--steps", "--fold", "--preset", "--method",
+    "--detector", "--images", "--unlabelled", "--validation", "--burn-in", "--folds", "--resume", "--workers",
+    "--accumulate", "--precision", "--show", "--record", "--rows", "--tables", "--seeds", "--percents", "--score",
+    "--batch-size", "--learning-rate", "--queries",
+    "--image-size", "--lr-drops", "--zoom", "--weights", "--truth", "--detections", "--voc",
+    "--no-flip", "--quick", "0", "-1", "1.5", "1e9", "nan", "inf",
+    "", "supervised", "semi-detr", "dino", "digits", "coco-10pct", "main", "--", "-h", "--nope", "\0", "../..", "ü",
+    "none.json", "run", "coco", "detections.json", "voc", "yolo", "coco/images", "coco/instances_val.json",
 ]  # fmt: skip
 
 

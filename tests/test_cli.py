@@ -1,6 +1,5 @@
 """The commands as a user types them: they work on COCO-format data, and bad input gets one line and status 2."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -15,11 +14,11 @@ from semidetr_lite import cli
 from semidetr_lite.data import digits
 from semidetr_lite.training import demo, presets
 from semidetr_lite.training.checkpoint import load_state
-from semidetr_lite.training.train import Run, new_config
+from semidetr_lite.training.loop import Run
+from semidetr_lite.training.settings import change, new_config
 from tests.test_train import SMALL
 from tests.test_trust import interrupt
 
-SMALL = {**SMALL, "arguments": {"dino": SMALL["arguments"]}}
 FEW = {"train": 8, "tune": 3, "test": 3}
 
 
@@ -51,7 +50,7 @@ def coco_folder(root, count=8, sizes=((40, 60), (64, 48))):
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    recipe = dataclasses.replace(presets.PRESETS["digits"], **SMALL, steps=2)
+    recipe = change(presets.PRESETS["digits"], **SMALL, steps=2)
     monkeypatch.setitem(presets.PRESETS, "digits", recipe)
     monkeypatch.setattr(digits, "COUNTS", FEW)
 
@@ -65,7 +64,7 @@ def run(monkeypatch, *words) -> int:
 def trained(tmp_path_factory):
     """A run on COCO-format data with a folder of unlabelled images."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(presets.PRESETS, "digits", dataclasses.replace(presets.PRESETS["digits"], **SMALL, steps=2))
+        patch.setitem(presets.PRESETS, "digits", change(presets.PRESETS["digits"], **SMALL, steps=2))
         root = tmp_path_factory.mktemp("trained")
         data = coco_folder(root / "data")
         coco_folder(root / "more", 4)
@@ -92,7 +91,7 @@ def test_demo_trains_all_prints_the_table_and_writes_the_page(monkeypatch, tmp_p
     def one_after_the_other(names, out, seed, **changes):  # other processes would not know the small preset
         return [demo.train_demo_run(name, out, seed, **changes) for name in names]
 
-    monkeypatch.setattr(cli, "train_side_by_side", one_after_the_other)
+    monkeypatch.setattr(demo, "train_side_by_side", one_after_the_other)
     assert run(monkeypatch, "demo", "--out", tmp_path) == 0
     printed = capsys.readouterr().out
     assert "supervised, same time" in printed and "Semi-DETR" in printed and "AP50" in printed
@@ -146,10 +145,11 @@ def test_predict_writes_pictures_and_coco_json(monkeypatch, trained, tmp_path, c
         (["evaluate", "RUN", "--truth", "x.json"], "give a run folder (with --voc if you like), or --truth"),
         (["train", "--out", "OUT", "--unlabelled", "x"], "--unlabelled x goes with --data"),
         (["train", "--out", "OUT", "--workers", "-1"], "--workers must be at least 0, got -1"),
-        (["train", "--out", "OUT", "--seed", "-1"], "the options: not a recipe (ValueError: seed cannot be -1"),
-        (["train", "--out", "OUT", "--accumulate", "99"], "labelled images a step cannot be run in 99 parts; lower"),
+        (["train", "--out", "OUT", "--seed", "-1"], "--seed: input should be greater than or equal to 0, got -1"),
+        (["train", "--out", "OUT", "--accumulate", "99"], "a step cannot be run in 99 micro-batches; lower"),
         (["train", "--out", "OUT", "--burn-in", "x"], "x: no run to start from, it has no last.pt"),
-        (["train", "--out", "OUT", "--backbone-weights", "none"], "the preset digits has no ResNet"),
+        (["train", "--out", "OUT", "--backbone-weights", "x.pth"], "the backbone tiny is no ResNet"),
+        (["train", "--out", "OUT", "--level", "1"], "dino has no level: leave out --level"),
         (["doctor", "--data", "IMAGES", "--out", "x.jpg"], "x.jpg: the picture is a .png file"),
     ],
 )
@@ -162,10 +162,10 @@ def test_options_that_do_not_go_together_get_one_line(monkeypatch, trained, tmp_
 
 def test_backbone_weights_are_a_file_or_none():
     def chosen(weights):
-        return new_config("coco-10pct", backbone_weights=weights)["recipe"]["arguments"]["backbone_weights"]
+        return new_config("coco-10pct", backbone_weights=weights).detector_kwargs.backbone_weights
 
-    assert [chosen(weights) for weights in (None, "none", "r50.pth")] == ["IMAGENET1K_V1", None, "r50.pth"]
-    assert presets.PRESETS["coco-10pct"].arguments["dino"]["backbone_weights"] == "IMAGENET1K_V1"
+    assert [chosen(weights) for weights in (None, "none", "r50.pth")] == [None, None, "r50.pth"]
+    assert new_config("coco-10pct").detector_kwargs.backbone_weights == "IMAGENET1K_V1"
 
 
 def test_a_burn_in_on_other_labels_is_told(monkeypatch, trained, tmp_path, capsys):
@@ -266,8 +266,8 @@ def test_a_resumed_run_takes_memory_options_and_no_other(monkeypatch, tmp_path, 
         assert fault in capsys.readouterr().err
     assert json.loads((tmp_path / "run/config.json").read_text()) == config
     assert run(monkeypatch, *words, "--steps", 3, "--resume", "--accumulate", 2, "--checkpointing") == 0
-    changed = {**config["recipe"], "accumulate": 2, "checkpointing": True}
-    assert json.loads((tmp_path / "run/config.json").read_text()) == {**config, "recipe": changed}
+    changed = {**config["runtime"], "accumulate": 2, "checkpointing": True}
+    assert json.loads((tmp_path / "run/config.json").read_text()) == {**config, "runtime": changed}
     assert load_state(tmp_path / "run/last.pt")["step"] == 3
 
 

@@ -14,8 +14,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "data_scripts"))
 import make_coco_sized
 
 from semidetr_lite.data.coco import CocoDataset
-from semidetr_lite.training import train
-from semidetr_lite.training.train import Run, new_config
+from semidetr_lite.training import loop
+from semidetr_lite.training.loop import Run
+from semidetr_lite.training.settings import DetectorKwargs, new_config
 
 
 @pytest.fixture(scope="module")
@@ -70,33 +71,17 @@ def test_a_folder_in_use_and_impossible_counts_are_refused(tree, tmp_path, capsy
 
 
 def test_the_coco_recipe_runs_on_it_end_to_end(tree, tmp_path, monkeypatch):
-    """80 classes, drawn sizes, micro-batches of both kinds, both stages; all of it small."""
-    for name in ("pseudo_quality", "watched_boxes"):  # of few images, which they take as they are
-        monkeypatch.setattr(train, name, functools.partial(getattr(train, name), images=2))
-    small = {
-        "num_queries": 20,
-        "dim": 16,
-        "heads": 2,
-        "hidden": 16,
-        "encoder_layers": 1,
-        "decoder_layers": 1,
-    }
+    """80 classes, the resize draw, parts with the mix of both kinds, both stages; all of it small."""
+    for name in ("pseudo_quality", "pseudo_box_log"):  # of few images, which they take as they are
+        monkeypatch.setattr(loop, name, functools.partial(getattr(loop, name), images=2))
+    small = {"num_queries": 20, "dim": 16, "heads": 2, "hidden": 16, "encoder_layers": 1, "decoder_layers": 1}
     arguments = {**small, "backbone": "resnet18", "test_size": (48, 80)}
-    config = new_config("coco-10pct", data=str(tree), steps=2)
-    views = {**config["recipe"]["views"], "short_sides": [32, 40, 48], "long_side": 80}
-    few = {
-        "labelled_images": 2,
-        "unlabelled_images": 8,
-        "accumulate": 2,
-        "log_every": 1,
-        "evaluate_every": 9,
-    }
-    config = new_config(
-        "coco-10pct", data=str(tree), steps=2, arguments=arguments, views=views, **few
-    )
+    few = {"batch_size": 2, "unlabelled_batch_size": 8, "accumulate": 2, "log_every": 1, "evaluate_every": 9}
+    few |= {"short_sides": (32, 40, 48), "long_side": 80, "detector_kwargs": DetectorKwargs(**arguments)}
+    config = new_config("coco-10pct", data=str(tree), steps=2, **few)
     run = Run(config, tmp_path / "run", quiet=True, workers=0)
-    assert (len(run.splits.labelled), len(run.splits.unlabelled), run.engine.parts) == (16, 144, 2)
-    last = run.go()
+    assert (len(run.splits.labelled), len(run.splits.unlabelled), run.engine.num_micro_batches) == (16, 144, 2)
+    last = run.run()
     assert last["step"] == 2 and all(math.isfinite(value) for value in last["losses"].values())
     assert set(last["test"]) == {"student", "teacher"}
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]

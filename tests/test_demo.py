@@ -39,7 +39,7 @@ def test_runs_side_by_side_are_those_that_each_would_be_alone(changes, tmp_path)
     assert folders == [tmp_path / name for name in NAMES]
     for name in NAMES:
         config = json.loads((tmp_path / name / "config.json").read_text())
-        assert config["threads"] == 1 and config["burn_in"] == str(tmp_path / "supervised")
+        assert config["runtime"]["threads"] == 1 and config["burn_in"] == str(tmp_path / "supervised")
         alone = train_demo_run(name, tmp_path, 3, folder=f"{name} alone", quiet=True, threads=1, **changes)
         ours, theirs = state(tmp_path / name), state(alone)
         assert all(torch.equal(ours[key], theirs[key]) or ours[key].isnan().any() for key in ours)
@@ -57,6 +57,7 @@ STOPPED = """
 import sys
 from pathlib import Path
 from semidetr_lite.errors import Stopped
+from semidetr_lite.training.settings import DetectorKwargs
 from semidetr_lite.training.demo import train_side_by_side
 if __name__ == "__main__":
     try:

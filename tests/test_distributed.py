@@ -26,8 +26,8 @@ from semidetr_lite.losses import NumBoxes, denoising_loss
 from semidetr_lite.matching import PaddedTargets
 from semidetr_lite.methods.mean_teacher import MeanTeacher
 from semidetr_lite.training.engine import Engine
-from semidetr_lite.training.presets import Recipe
-from semidetr_lite.training.train import Run
+from semidetr_lite.training.loop import Run
+from semidetr_lite.training.settings import Runtime
 
 KINDS = ["supervised", "mean teacher", "stage one", "stage two", "detr"]
 # labelled objects an image; how many pseudo-boxes: what the second process has nothing of
@@ -93,7 +93,7 @@ def step_of(kind: str, case: str, parts: int = 1, together: bool = True) -> tupl
         prepare = method.prepare
         method.prepare = lambda parts, step: [prepare([part], step)[0] for part in parts]
     engine, values = (
-        Engine(method, Recipe({}, None, 1, accumulate=parts * distributed.world_size())),
+        Engine(method, Runtime(accumulate=parts * distributed.world_size())),
         {},
     )
     for losses, found in engine.losses(batch, step):
@@ -128,7 +128,7 @@ def run(out, **how) -> dict:
         quiet=True,
         workers=0,
         **how,
-    ).go()
+    ).run()
 
 
 def skipping(rank: int, out: Path) -> tuple:
@@ -146,7 +146,7 @@ def skipping(rank: int, out: Path) -> tuple:
 
     run.method.forward, run._measure = spoiled, dict
     run.train_step = lambda batch: seen.append(train_step(batch)) or seen[-1]
-    run.go()
+    run.run()
     return [losses["labelled/class"] for losses in seen], sum(
         p.double().sum() for p in run.method.parameters()
     ).item()
@@ -167,7 +167,7 @@ def stopping(rank: int, out: Path) -> tuple:
 
     run.train_step = train_step
     try:
-        run.go()
+        run.run()
     except Stopped as said:
         return run.step, said.args[0]
 
@@ -284,7 +284,7 @@ SCRIPT = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
 from semidetr_lite import cli, distributed
-from semidetr_lite.training.train import Run
+from semidetr_lite.training.loop import Run
 from test_distributed import few_digits, small
 real = Run.train_step
 def train_step(self, batch):
@@ -294,8 +294,8 @@ def train_step(self, batch):
 Run.train_step = train_step
 def train():
     distributed.start()
-    Run(small(steps=4, log_every=1, evaluate_every=9), sys.argv[1], splits=few_digits(), workers=0).go()
-cli.tyro.extras.subcommand_cli_from_dict = lambda *a, **k: train()
+    Run(small(steps=4, log_every=1, evaluate_every=9), sys.argv[1], splits=few_digits(), workers=0).run()
+cli.run_command = lambda *_: train()
 sys.exit(cli.main())
 """
 
@@ -323,6 +323,6 @@ def test_a_process_that_dies_ends_the_job_with_a_message_and_it_resumes_on_one(t
     )
     assert ended.returncode == 1 and time.perf_counter() - began < 60
     assert f"Signal {signal.SIGKILL.value} (SIGKILL)" in ended.stderr
-    resumed = Run({}, out, resume=True, splits=few_digits(), quiet=True, workers=0)
+    resumed = Run(None, out, resume=True, splits=few_digits(), quiet=True, workers=0)
     assert resumed.step == 2
-    assert resumed.go()["step"] == 4
+    assert resumed.run()["step"] == 4

@@ -9,7 +9,6 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-import tyro
 
 from semidetr_lite import cli
 
@@ -110,7 +109,7 @@ def parse(words: list[str]) -> None:
         return functools.wraps(command)(lambda *_, **__: None)
 
     read = {name: silent(command) for name, command in cli.COMMANDS.items()}
-    tyro.extras.subcommand_cli_from_dict(read, prog="semidetr", args=words)
+    cli.run_command(words, read)
 
 
 @functools.cache

@@ -11,16 +11,18 @@ from semidetr_lite import cli
 from semidetr_lite.detectors import deformable
 from semidetr_lite.errors import UserError
 from semidetr_lite.methods import mean_teacher
+from semidetr_lite.training import loop
 from semidetr_lite.training.engine import Engine
-from semidetr_lite.training.presets import Recipe, make_recipe
-from semidetr_lite.training.train import Run, new_config
+from semidetr_lite.training.loop import Run
+from semidetr_lite.training.memory import memory_dry_run, raise_if_out_of_memory
+from semidetr_lite.training.settings import Runtime
 
 BATCH = {"counts": (3, 2), "sizes": ((64, 64),) * 2, "weak_sizes": ((64, 64),) * 2}
 
 
 def engine(kind: str, **options) -> tuple[Engine, int]:
     method, step = make(kind)
-    return Engine(method, Recipe({}, None, 1, **options)), step
+    return Engine(method, Runtime(**options)), step
 
 
 def run(kind: str, **options) -> tuple[dict, dict]:
@@ -157,7 +159,7 @@ def test_the_rehearsal_has_the_most_of_everything_and_changes_nothing(kind, part
         return losses
 
     made.method.forward = forward
-    made.rehearse((64, 96), 2, 0 if kind == "supervised" else 4, most=9)
+    memory_dry_run(made, (64, 96), 2, 0 if kind == "supervised" else 4, max_boxes=9)
     assert len(seen) == 2 * parts
     for batch, losses, stats in seen:
         assert all(
@@ -182,16 +184,12 @@ def test_the_rehearsal_has_the_most_of_everything_and_changes_nothing(kind, part
     assert all(parameter.grad is None for parameter in made.method.parameters())
 
 
-def test_a_run_rehearses_with_the_largest_size_of_its_views(tmp_path, monkeypatch):
+def test_the_dry_run_of_a_run_has_the_largest_size_of_its_views(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(Engine, "rehearse", lambda self, *how: asked.append(how))
-    Run(small("supervised"), tmp_path / "a", workers=0).rehearse()
-    views = {
-        **new_config("coco-10pct")["recipe"]["views"],
-        "short_sides": [48, 64],
-        "long_side": 80,
-    }
-    Run(small("mean-teacher", views=views), tmp_path / "b", workers=0).rehearse()
+    monkeypatch.setattr(loop, "memory_dry_run", lambda engine, *how: asked.append(how))
+    Run(small("supervised"), tmp_path / "a", workers=0).memory_dry_run()
+    sized = small("mean-teacher", short_sides=(48, 64), long_side=80)
+    Run(sized, tmp_path / "b", workers=0).memory_dry_run()
     assert [how[0] for how in asked] in ([(96, 128), (64, 80)], [(128, 96), (64, 80)])
     assert [how[1:] for how in asked] == [(2, 0, 8), (2, 2, 8)]
 
@@ -203,9 +201,10 @@ def test_a_run_rehearses_with_the_largest_size_of_its_views(tmp_path, monkeypatc
 def test_out_of_memory_names_what_to_turn(options, named):
     made, _ = engine("supervised", **options)
     with pytest.raises(UserError) as caught:
-        made.explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+        problem = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        raise_if_out_of_memory(problem, made.runtime, made.precision)
     assert str(caught.value) == f"out of memory in the largest steps: {', or '.join(named)}"
-    made.explain(RuntimeError("another"))
+    raise_if_out_of_memory(RuntimeError("another"), made.runtime, made.precision)
 
 
 def test_a_run_without_memory_ends_with_a_line(tmp_path, monkeypatch):
@@ -215,19 +214,27 @@ def test_a_run_without_memory_ends_with_a_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Engine, "losses", full)
     with pytest.raises(UserError, match="out of memory in the largest steps: raise --accumulate"):
-        Run(small("supervised"), tmp_path / "run", workers=0, quiet=True).go()
+        Run(small("supervised"), tmp_path / "run", workers=0, quiet=True).run()
 
 
-def test_the_commands_options_reach_the_recipe(tmp_path, monkeypatch):
-    made = []
-    monkeypatch.setattr(
-        cli,
-        "Run",
-        lambda config, *_, **__: made.append(make_recipe(config)) or pytest.skip.Exception,
-    )
-    for options in ({}, {"accumulate": 4, "precision": "tf32", "checkpointing": True}):
-        with pytest.raises(AttributeError):  # there is no run
-            cli.train(tmp_path / "run", preset="coco-10pct", **options)
-    assert [recipe.accumulate for recipe in made] == [8, 4]
-    assert [recipe.precision for recipe in made] == ["auto", "tf32"]
-    assert [recipe.checkpointing for recipe in made] == [False, True]
+def test_the_options_of_the_command_reach_the_run(tmp_path, monkeypatch):
+    configs = []
+
+    class Stop(Exception):
+        pass
+
+    def run(config, *_, **__):
+        configs.append(config)
+        raise Stop
+
+    monkeypatch.setattr(loop, "Run", run)
+    options = ["--accumulate", "4", "--precision", "tf32", "--checkpointing", "--queries", "77"]
+    for words in ([], options):
+        start = ["train", "--out", str(tmp_path / "run"), "--preset", "coco-10pct"]
+        with pytest.raises(Stop):
+            cli.run_command(start + words, cli.COMMANDS)
+    runtimes = [config.runtime for config in configs]
+    assert [runtime.accumulate for runtime in runtimes] == [8, 4]
+    assert [runtime.precision for runtime in runtimes] == ["auto", "tf32"]
+    assert [runtime.checkpointing for runtime in runtimes] == [False, True]
+    assert [config.detector_kwargs.num_queries for config in configs] == [None, 77]

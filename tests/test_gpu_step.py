@@ -13,7 +13,7 @@ import batch_shapes
 import gpu_step
 
 from semidetr_lite.detectors.detector import padded_side
-from semidetr_lite.training.engine import Engine
+from semidetr_lite.training import loop
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +71,10 @@ def test_a_clock_counts_inner_parts_once(monkeypatch):
 
 
 def test_a_setup_that_does_not_fit_says_so_in_its_line(tmp_path, monkeypatch):
-    def full(self, *sizes):
+    def full(engine, *sizes):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Engine, "rehearse", full)
+    monkeypatch.setattr(loop, "memory_dry_run", full)
     out = tmp_path / "lines.jsonl"
     assert gpu_step.main(["--toy", "--setups", "float32:1", "--stages", "one-to-one", "--out", str(out)]) == 0
     assert json.loads(out.read_text())["failed"].startswith("out of memory in the largest steps: raise --accumulate")

@@ -1,7 +1,6 @@
 """One step of each method: what it may see, what it may move, what it costs, and its losses rebuilt by hand."""
 
 import copy
-import dataclasses
 import sys
 import traceback
 
@@ -32,8 +31,9 @@ from semidetr_lite.methods.mean_teacher import (
 )
 from semidetr_lite.methods.semi_detr import SemiDETR
 from semidetr_lite.methods.supervised import Supervised
-from semidetr_lite.training.measure import watched_boxes
+from semidetr_lite.training.measure import pseudo_box_log
 from semidetr_lite.training.presets import PRESETS, make_method
+from semidetr_lite.training.settings import change as change_settings
 
 PARTS = ("class", "l1", "giou")
 SWITCH = 10  # the step at which stage two begins
@@ -715,13 +715,13 @@ def test_the_watched_boxes_are_those_of_the_step(mining):
         {**some_batch(), "weak": (images, targets), "strong": (images, targets)},
         list(zip(images, targets)),
     )
-    before = any(any(line["mined"]) for line in watched_boxes(method, scenes, 0))
+    before = any(any(line["mined"]) for line in pseudo_box_log(method, scenes, 0))
     assert before == (mining in ("top_k", "mean_std"))  # there is no threshold yet
     method(batch, step)
     method.stats["cost_threshold"] += (
         1e-5  # it is the cost of one of the boxes, found in a batch here and alone below
     )
-    lines = watched_boxes(method, scenes, step)
+    lines = pseudo_box_log(method, scenes, step)
     kept, mined = (
         np.concatenate([line[name] for line in lines]).astype(bool) for name in ("kept", "mined")
     )
@@ -759,7 +759,7 @@ def test_watched_boxes_cost_what_their_detector_matches_by(no_object):
         nms=1.0,
     )
     image, size = torch.rand(3, 64, 96), (64, 96)
-    (line,) = watched_boxes(method, [(image, {"image_id": 7})], 3)
+    (line,) = pseudo_box_log(method, [(image, {"image_id": 7})], 3)
     outputs, boxes = method.student([image]), torch.tensor(line["boxes"])
     target = {"boxes": boxes, "labels": torch.tensor(line["labels"]), "size": size}
     kind = {"class_cost": "softmax", "class_weight": 1.0} if no_object else {}
@@ -798,7 +798,7 @@ def test_mined_boxes_are_targets_only_with_mined_targets(kind):
     ("preset", "in_stage_two"), [("coco-10pct-paper", True), ("coco-10pct", False)]
 )
 def test_the_paper_has_consistency_in_both_stages(preset, in_stage_two):
-    recipe = dataclasses.replace(PRESETS[preset], max_pseudo_boxes=12)
+    recipe = change_settings(PRESETS[preset], max_pseudo_boxes=12)
     method = make_method("semi-detr", student(), recipe, steps=20, offset=0, seed=0).train()
     batch = some_batch()
     assert "consistency" in method(batch, 9)

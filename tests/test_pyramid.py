@@ -1,6 +1,7 @@
 """Faster R-CNN and FCOS against torchvision's own forward, brute force, and the contract of all detectors."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from semidetr_lite.detectors.pyramid import FCOS, FasterRCNN, Seen, drawn
 from semidetr_lite.errors import UserError
 from semidetr_lite.methods.supervised import Supervised
 from semidetr_lite.training.checkpoint import save_weights
-from semidetr_lite.training.presets import PRESETS, make_detector
-from semidetr_lite.training.train import new_config
+from semidetr_lite.training.presets import make_detector, preset_settings
+from semidetr_lite.training.settings import new_config
 
 SMALL = {
     "fcos": {"dim": 32, "anchor_sizes": (4, 8, 16), "convs": 1, "backbone": "tiny"},
@@ -317,8 +318,10 @@ def test_a_wrong_pair_names_what_to_choose(method, detector, choose):
 @pytest.mark.parametrize("preset", ["digits", "coco-10pct"])
 @pytest.mark.parametrize("name", NAMES)
 def test_presets_have_arguments_for_them(preset, name):
-    arguments = {**PRESETS[preset].arguments[name], "backbone_weights": None}
-    assert make_detector(name, 10, arguments).num_classes == 10
+    method = "soft-teacher" if name == "faster-rcnn" else "dense-teacher"
+    kwargs = preset_settings(preset, method, name).detector_kwargs
+    kwargs = dataclasses.replace(kwargs, backbone_weights=None)
+    assert make_detector(name, 10, kwargs).num_classes == 10
 
 
 def test_image_sizes_are_all_torchvision_reads_of_an_image_list():

@@ -746,7 +746,7 @@ def test_damaged_runs_are_one_clear_line(tmp_path, spoil, message):
 
 def test_a_config_without_a_setting_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(runs.presets, "load_splits", REAL_LOAD_SPLITS)
-    with pytest.raises(UserError, match=r"semi/config\.json: .*KeyError: 'recipe'"):
+    with pytest.raises(UserError, match=r"semi/config\.json: .*settings of data that cannot be used"):
         write_report([make_run(tmp_path / "semi", "semi-detr", 0.5)], tmp_path / "out")
 
 

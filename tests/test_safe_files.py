@@ -19,7 +19,8 @@ from semidetr_lite import load_detector
 from semidetr_lite.data.images import read_image
 from semidetr_lite.detectors.public_weights import load_public_weights
 from semidetr_lite.errors import UserError
-from semidetr_lite.training.train import Run, new_config, replay
+from semidetr_lite.training.loop import Run, replay
+from semidetr_lite.training.settings import DetectorKwargs, new_config
 from tests.test_bad_input import call, small, sound, tree, work  # noqa: F401  (fixtures)
 from tests.test_train import DETECTOR
 
@@ -104,7 +105,9 @@ def test_a_pickle_that_runs_something_is_refused(door, bomb, work, tmp_path):  #
     elif door == "backbone":
         with pytest.raises(UserError, match="theirs.pth"):
             arguments = {**DETECTOR, "backbone": "resnet50", "backbone_weights": str(write(other))}
-            Run(new_config(arguments=arguments, data=str(work / "coco"), steps=1), out, quiet=True)
+            kwargs = DetectorKwargs(**arguments)
+            config = new_config(detector_kwargs=kwargs, data=str(work / "coco"), steps=1)
+            Run(config, out, quiet=True)
     else:
         with pytest.raises(UserError, match="theirs.pth"):
             replay(write(other))

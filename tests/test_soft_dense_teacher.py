@@ -1,6 +1,7 @@
 """Soft Teacher and Dense Teacher: each formula by hand, and what holds for every method."""
 
 import copy
+import dataclasses
 import json
 import math
 
@@ -17,9 +18,10 @@ from semidetr_lite.data.views import ViewSettings, map_boxes, strong_view, warp,
 from semidetr_lite.detectors.pyramid import Cells
 from semidetr_lite.methods.dense_teacher import DenseTeacher, dense_losses, select_regions
 from semidetr_lite.methods.soft_teacher import SoftTeacher, box_regression_variance, soft_class_loss
-from semidetr_lite.training.measure import plain_pseudo_boxes, pseudo_quality, watched_boxes
+from semidetr_lite.training.loop import Run
+from semidetr_lite.training.measure import plain_pseudo_boxes, pseudo_box_log, pseudo_quality
 from semidetr_lite.training.presets import PRESETS, make_method
-from semidetr_lite.training.train import Run, new_config
+from semidetr_lite.training.settings import DetectorKwargs, new_config
 from tests.test_pyramid import CLASSES, SMALL, small, some_target
 
 KINDS = {"soft-teacher": (SoftTeacher, "faster-rcnn"), "dense-teacher": (DenseTeacher, "fcos")}
@@ -178,11 +180,10 @@ def test_the_defaults_are_the_papers_and_presets_change_them():
         for kind, (_, detector) in KINDS.items():
             method = make_method(kind, small(detector), recipe, 10, 0, 0)
             changed = getattr(recipe, kind.replace("-", "_"))
-            assert method.max_pseudo_boxes == min(recipe.max_pseudo_boxes, 100) and (
-                preset == "digits" or changed == {"max_pseudo_boxes": 100}
-            )
-            for key in changed.keys() - {"unlabelled_weight", "unlabelled_box_weight"}:
-                assert getattr(method, key) == changed[key]
+            assert method.max_pseudo_boxes == min(recipe.pseudo_labels.max_pseudo_boxes, 100)
+            assert preset == "digits" or changed == type(changed)()
+            for key in vars(changed).keys() - {"unlabelled_weight", "unlabelled_box_weight"}:
+                assert getattr(method, key) == getattr(changed, key)
 
 
 # Soft Teacher
@@ -425,7 +426,7 @@ def test_measures_read_the_teachers_detections(kind, splits):
         "pseudo_precision",
         "pseudo_recall",
     }
-    lines = watched_boxes(method, splits.unlabelled, 7, 2)
+    lines = pseudo_box_log(method, splits.unlabelled, 7, 2)
     assert [line["step"] for line in lines] == [7, 7] and json.dumps(lines)
     assert set(lines[0]["cost"]) == {None} and not any(lines[0]["mined"])
     assert lines[0]["kept"] == [score >= 0.35 for score in found["scores"].tolist()]
@@ -435,21 +436,24 @@ def test_measures_read_the_teachers_detections(kind, splits):
 def test_a_resumed_run_is_the_same_run(kind, splits, tmp_path):
     detector = KINDS[kind][1]
     settings = {
-        "arguments": SMALL[detector], "labelled_images": 2, "unlabelled_images": 2, "log_every": 1, "evaluate_every": 2,
-        "evaluate_images": 2, "watch_every": 2, "max_pseudo_boxes": 8, kind.replace("-", "_"): OPEN[kind],
+        "detector_kwargs": DetectorKwargs(**SMALL[detector]), "batch_size": 2, "unlabelled_batch_size": 2,
+        "log_every": 1, "evaluate_every": 2, "evaluate_images": 2, "watch_every": 2,
     }  # fmt: skip
+    group = kind.replace("-", "_")
+    own = dataclasses.replace(getattr(PRESETS["digits"], group), **OPEN[kind], max_pseudo_boxes=8)
+    settings[group] = own
     config = new_config(method=kind, detector=detector, steps=2, **settings)
 
     def run(out, **how):
         return Run(config, tmp_path / out, splits=splits, quiet=True, workers=0, **how)
 
-    run("whole").go()
+    run("whole").run()
     first = run("parts")
     first.out.mkdir()
     first.train_step(first._loader().dataset[0])
     first.step = 1
     first.save()
-    run("parts", resume=True).go()
+    run("parts", resume=True).run()
     for part in ("student", "teacher"):
         whole, parts = (
             load_detector(tmp_path / out, part).state_dict() for out in ("whole", "parts")

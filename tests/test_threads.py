@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from semidetr_lite.errors import UserError
-from semidetr_lite.training.train import Run, new_config
+from semidetr_lite.training.loop import Run
+from semidetr_lite.training.settings import change, new_config
 from tests.test_train import go, small, splits  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +35,7 @@ def seen_by_torch(code: str, **variables) -> list[str]:
     return [line.removeprefix("torch sees ") for line in run.stdout.splitlines() if line.startswith("torch sees")]
 
 
-COMMAND = "sys.argv = ['semidetr', 'evaluate', 'nowhere']; runpy.run_module('semidetr_lite', run_name='__main__')"
+COMMAND = "sys.argv = ['semidetr', 'evaluate', '.']; runpy.run_module('semidetr_lite', run_name='__main__')"
 
 
 def test_waiting_threads_sleep_before_torch_is_loaded():
@@ -64,17 +65,17 @@ def test_the_number_of_threads_is_chosen_once_and_kept(splits, tmp_path):  # noq
     try:
         go(small(threads=2, steps=1), tmp_path / "run", splits)
         torch.set_num_threads(1)
-        resumed = Run({}, tmp_path / "run", resume=True, splits=splits, workers=0, quiet=True)
-        assert torch.get_num_threads() == 2 == resumed.config["threads"]
+        resumed = Run(None, tmp_path / "run", resume=True, splits=splits, workers=0, quiet=True)
+        assert torch.get_num_threads() == 2 == resumed.config.runtime.threads
         torch.set_num_threads(1)
         go(small(steps=1), tmp_path / "other", splits)
-        assert json.loads((tmp_path / "other/config.json").read_text())["threads"] == 1  # what torch had
+        assert json.loads((tmp_path / "other/config.json").read_text())["runtime"]["threads"] == 1  # what torch had
     finally:
         torch.set_num_threads(1)
 
 
 def test_a_number_of_threads_that_cannot_be(splits, tmp_path):  # noqa: F811
-    with pytest.raises(UserError, match="--threads must be at least 1, got 0"):
+    with pytest.raises(UserError, match="--threads: input should be greater than or equal to 1, got 0"):
         new_config(threads=0)
-    with pytest.raises(UserError, match="threads cannot be 'many'"):
-        go({**small(), "threads": "many"}, tmp_path / "run", splits)
+    with pytest.raises(UserError, match="--threads: input should be a valid integer, got .many"):
+        go(change(small(), threads="many"), tmp_path / "run", splits)

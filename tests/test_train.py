@@ -15,17 +15,27 @@ from semidetr_lite.data.splits import Splits, Subset, WithoutLabels
 from semidetr_lite.errors import UserError
 from semidetr_lite.training import measure as measure_module
 from semidetr_lite.training.engine import micro_batches
+from semidetr_lite.training.loop import Run, learning_rate_factor
 from semidetr_lite.training.presets import PRESETS, make_detector
-from semidetr_lite.training.train import Run, learning_rate_factor, make_recipe, new_config
+from semidetr_lite.training.settings import (
+    Config,
+    DetectorKwargs,
+    change,
+    config_json,
+    differences,
+    new_config,
+    preset_settings,
+    read_settings,
+)
 
 DETECTOR = {
     "num_queries": 12, "dim": 32, "heads": 2, "levels": 3, "points": 2, "hidden": 32, "encoder_layers": 1,
     "decoder_layers": 2, "backbone": "tiny", "anchor_size": 0.1, "denoising_queries": 6,
 }  # fmt: skip
 SMALL = {
-    "arguments": DETECTOR,
-    "labelled_images": 2,
-    "unlabelled_images": 2,
+    "detector_kwargs": DetectorKwargs(**DETECTOR),
+    "batch_size": 2,
+    "unlabelled_batch_size": 2,
     "log_every": 2,
     "evaluate_every": 4,
     "evaluate_images": 4,
@@ -40,12 +50,12 @@ def splits() -> Splits:
     return Splits(Subset(train, range(4)), WithoutLabels(train, range(4, 12)), few, few, digits.CATEGORIES, flip=False)
 
 
-def small(method="semi-detr", steps=4, **changes) -> dict:
+def small(method="semi-detr", steps=4, **changes) -> Config:
     return new_config(method=method, steps=steps, **{**SMALL, **changes})
 
 
 def go(config, out, splits, **how) -> dict:
-    return Run(config, out, splits=splits, quiet=True, workers=0, **how).go()
+    return Run(config, out, splits=splits, quiet=True, workers=0, **how).run()
 
 
 FORMS = {
@@ -61,7 +71,8 @@ def test_other_detectors_train_too(name, method, splits, tmp_path):
     shared = {"num_queries": 12, "dim": 32, "heads": 2, "hidden": 32, "encoder_layers": 1, "decoder_layers": 2}
     further = {} if name == "detr" else {"levels": 3, "points": 2, "anchor_size": 0.1}
     arguments = {**shared, "backbone": "tiny", **further, **FORMS[name]}
-    config = small(method, detector=name, arguments=arguments, score_threshold=0.0)
+    kwargs = DetectorKwargs(**arguments)
+    config = small(method, detector=name, detector_kwargs=kwargs, score_threshold=0.0)
     last = go(config, tmp_path / "run", splits)
     assert all(math.isfinite(value) for value in last["losses"].values()) and set(last["test"]) == {
         "student",
@@ -73,14 +84,15 @@ def test_other_detectors_train_too(name, method, splits, tmp_path):
 
 def test_semi_detr_needs_queries_that_are_boxes(splits, tmp_path):
     arguments = {"num_queries": 12, "dim": 32, "heads": 2, "hidden": 32, "backbone": "tiny", "level": 0}
+    config = small(detector="detr", detector_kwargs=DetectorKwargs(**arguments))
     with pytest.raises(UserError, match="semi-detr needs boxes as queries.*DETR"):
-        Run(small(detector="detr", arguments=arguments), tmp_path / "run", splits=splits, workers=0)
+        Run(config, tmp_path / "run", splits=splits, workers=0)
 
 
 def test_accumulated_parts_keep_the_mix_and_give_the_gradient_of_the_whole(splits, tmp_path):
-    config = small("mean-teacher", labelled_images=2, unlabelled_images=4, score_threshold=0.0)
+    config = small("mean-teacher", batch_size=2, unlabelled_batch_size=4, score_threshold=0.0)
     whole, parted = (
-        Run({**config, "recipe": {**config["recipe"], "accumulate": parts}}, tmp_path / "x", splits=splits, workers=0)
+        Run(change(config, accumulate=parts), tmp_path / "x", splits=splits, workers=0)
         for parts in (1, 2)
     )
     batch = next(iter(whole._loader()))
@@ -90,7 +102,7 @@ def test_accumulated_parts_keep_the_mix_and_give_the_gradient_of_the_whole(split
     sum(whole.method(batch, 0).values()).backward()
     expected = torch.cat([p.grad.flatten() for p in whole.method.parameters() if p.grad is not None])
     parted.optimizer.step = lambda: None
-    parted.recipe = dataclasses.replace(parted.recipe, clip=1e9)
+    parted.config = change(parted.config, clip_grad_norm=1e9)
     parted.train_step(batch)
     found = torch.cat([p.grad.flatten() for p in parted.method.parameters() if p.grad is not None])
     assert torch.allclose(found, expected, atol=1e-4, rtol=1e-3) and found.abs().max() > 0.01
@@ -101,7 +113,7 @@ def test_accumulated_parts_keep_the_mix_and_give_the_gradient_of_the_whole(split
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_step_waits_for_the_device_once_a_part_and_twice_more(parts, splits, tmp_path):
     """For how many pseudo-boxes all parts have, then in each for its matching, at the end for losses and norm."""
-    config = small(labelled_images=2, unlabelled_images=4, score_threshold=0.0, accumulate=parts)
+    config = small(batch_size=2, unlabelled_batch_size=4, score_threshold=0.0, accumulate=parts)
     run = Run(config, tmp_path / "x", splits=splits, workers=0)
     batch = next(iter(run._loader()))
     with Accelerator(run.method) as watch:
@@ -109,22 +121,24 @@ def test_a_step_waits_for_the_device_once_a_part_and_twice_more(parts, splits, t
     assert [read.split(":")[0] for read in watch.reads] == ["device.py"] * (parts + 2) and watch.sends == []
 
 
+DETECTORS = ("dino", "deformable-detr", "detr", "faster-rcnn", "fcos")
+
+
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_makes_a_recipe_and_builds_its_detectors(preset):
-    for name in PRESETS[preset].arguments:
-        config = json.loads(json.dumps(new_config(preset, "supervised", name)))
-        recipe = make_recipe(config)
-        assert recipe.arguments == config["recipe"]["arguments"] and config["percent"] == PRESETS[preset].percent
-        assert recipe.labelled_images >= recipe.accumulate and recipe.drops == PRESETS[preset].drops
-        with torch.device("meta"):
-            make_detector(
-                name,
-                80,
-                {**recipe.arguments, "backbone_weights": None}
-                if "coco" in preset or preset == "voc"
-                else recipe.arguments,
-            )
-    full = make_recipe(new_config("coco-full"))
+@pytest.mark.parametrize("name", DETECTORS)
+def test_every_preset_is_sound_and_builds_its_detectors(preset, name):
+    assert PRESETS[preset].preset == preset
+    config = new_config(preset, "supervised", name)
+    assert differences(config, preset_settings(preset, "supervised", name)) == {}
+    assert read_settings(json.loads(config_json(config)), "config.json") == config
+    assert config.optimizer.batch_size >= config.runtime.accumulate
+    kwargs = dataclasses.replace(config.detector_kwargs, backbone_weights=None)
+    with torch.device("meta"):
+        make_detector(name, 80, kwargs)
+
+
+def test_the_learning_rate_drops_in_coco_full():
+    full = new_config("coco-full")
     rates = [learning_rate_factor(step, 240_000, full) for step in (0, 119_999, 120_000, 160_000)]
     assert rates == pytest.approx([1, 1, 0.1, 0.01])
 
@@ -185,13 +199,13 @@ def test_weights_that_cannot_be_read_are_named(tmp_path, name, content, message)
 
 def test_a_checkpoint_of_another_model_is_refused(splits, tmp_path):
     go(small("supervised", steps=2), tmp_path / "first", splits)
-    other = small(arguments={**DETECTOR, "dim": 64}, burn_in=str(tmp_path / "first"))
+    other = small(dim=64, burn_in=str(tmp_path / "first"))
     with pytest.raises(UserError, match=r"last\.pt: weights of another model"):
         Run(other, tmp_path / "second", splits=splits)
 
 
 def test_the_learning_rate_rises_stays_and_falls_to_zero():
-    recipe = make_recipe(new_config(warm_up=9, decay=0.25))
+    recipe = new_config(warmup_steps=9, lr_decay_fraction=0.25)
     factors = [learning_rate_factor(step, 100, recipe) for step in range(100)]
     assert factors[0] == 0.1 and factors[9:76] == [1.0] * 67 and factors[-1] == pytest.approx(0.04)
     assert all(a <= b for a, b in zip(factors, factors[1:9])) and all(
@@ -202,7 +216,7 @@ def test_the_learning_rate_rises_stays_and_falls_to_zero():
 def test_unknown_names_list_what_there_is():
     with pytest.raises(UserError, match="no method called 'magic': choose from supervised, mean-teacher, semi-detr"):
         new_config(method="magic")
-    with pytest.raises(UserError, match="no field 'lr' in a preset"):
+    with pytest.raises(UserError, match="no setting called 'lr': choose from accumulate, .*learning_rate"):
         new_config(lr=1)
 
 
@@ -236,4 +250,4 @@ def test_duplicates_are_counted_with_and_without_suppression():
 )
 def test_the_command_is_recorded_as_it_is_typed(arguments, command, monkeypatch):
     monkeypatch.setattr("sys.argv", arguments)
-    assert new_config()["command"] == command
+    assert new_config().command == command

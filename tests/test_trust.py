@@ -24,8 +24,9 @@ from semidetr_lite.methods.cost_mining import reliable_threshold
 from semidetr_lite.methods.mean_teacher import MeanTeacher, TeacherStudent
 from semidetr_lite.methods.semi_detr import SemiDETR
 from semidetr_lite.methods.supervised import Supervised
-from semidetr_lite.training import checkpoint, train
-from semidetr_lite.training.train import Run, replay
+from semidetr_lite.training import checkpoint, loop, presets, run_folder
+from semidetr_lite.training.loop import Run, replay
+from semidetr_lite.training.settings import Config
 from tests.test_train import go, small, splits  # noqa: F401  (a fixture)
 
 STEPS = 6
@@ -51,7 +52,7 @@ def whole(splits, tmp_path_factory):  # noqa: F811
     return folder
 
 
-def settings(method: str = "semi-detr", **changes) -> dict:
+def settings(method: str = "semi-detr", **changes) -> Config:
     return small(method, **{"steps": STEPS, "score_threshold": 0.0, "watch_every": 2, "cost_queue_size": 20, **changes})
 
 
@@ -79,10 +80,10 @@ PLACES = {
     "in a step": (Run, "train_step", 3, False),
     "before anything was saved": (Run, "train_step", 1, False),
     "between optimizer and average": (TeacherStudent, "after_step", 4, False),
-    "before a log line": (train, "append_jsonl", 2, False),
-    "between the two logs": (train, "append_jsonl", 3, False),
+    "before a log line": (run_folder, "append_jsonl", 2, False),
+    "between the two logs": (run_folder, "append_jsonl", 3, False),
     "between log and checkpoint": (Run, "save", 1, False),
-    "between the weights of two parts": (train, "save_weights", 3, False),
+    "between the weights of two parts": (run_folder, "save_weights", 3, False),
     "before the checkpoint is in its place": (os, "replace", 6, False),  # one of config.json, three a save
     "after the last checkpoint": (Run, "save", 2, True),
 }
@@ -96,9 +97,9 @@ def test_killed_and_resumed_ends_in_the_same_bits(place, whole, splits, tmp_path
         interrupt(patch, owner, name, turn, after=after)
         go(settings(), folder, splits)
     (folder / ".last.pt.77.77.part").write_text("half a checkpoint of a process that was killed")
-    run = Run({}, folder, resume=True, splits=splits, quiet=True, workers=0)
+    run = Run(None, folder, resume=True, splits=splits, quiet=True, workers=0)
     assert run.step < STEPS or place == "after the last checkpoint"
-    run.go()
+    run.run()
     assert_same_run(whole / "semi-detr", folder)
 
 
@@ -122,7 +123,7 @@ def test_a_torn_last_line_is_written_again(whole, splits, tmp_path, monkeypatch)
     for name in ("log.jsonl", "pseudo_boxes.jsonl"):
         with open(tmp_path / "run" / name, "a") as file:
             file.write('{"step": 5, "losses": {}}\n{"step": 5, "half a li')
-    go({}, tmp_path / "run", splits, resume=True)
+    go(None, tmp_path / "run", splits, resume=True)
     assert_same_run(whole / "semi-detr", tmp_path / "run")
 
 
@@ -135,15 +136,15 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(number, whole, split
     assert stopped.value.args == (f"stopped; the last checkpoint is {tmp_path / 'run/last.pt'} (step 3)", 128 + number)
     assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
     assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 3
-    go({}, tmp_path / "run", splits, resume=True)
+    go(None, tmp_path / "run", splits, resume=True)
     assert_same_run(whole / "semi-detr", tmp_path / "run")
 
 
 def test_measuring_is_broken_off_at_once(whole, splits, tmp_path, monkeypatch):  # noqa: F811
     with monkeypatch.context() as patch, pytest.raises(Stopped, match=r"last\.pt \(step 2\)"):
-        interrupt(patch, train, "measure", 1, act=lambda: os.kill(os.getpid(), signal.SIGTERM))
+        interrupt(patch, loop, "measure", 1, act=lambda: os.kill(os.getpid(), signal.SIGTERM))
         go(settings(), tmp_path / "run", splits)
-    go({}, tmp_path / "run", splits, resume=True)
+    go(None, tmp_path / "run", splits, resume=True)
     assert_same_run(whole / "semi-detr", tmp_path / "run")
 
 
@@ -159,16 +160,16 @@ def test_a_second_signal_does_not_wait(splits, tmp_path, monkeypatch):  # noqa: 
 
 
 def test_a_dead_data_worker_is_one_clear_line(splits, tmp_path, monkeypatch):  # noqa: F811
-    interrupt(monkeypatch, train.Batches, "__getitem__", 2, act=lambda: os.kill(os.getpid(), signal.SIGKILL))
+    interrupt(monkeypatch, loop.Batches, "__getitem__", 2, act=lambda: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(UserError, match=r"a process that loads data died.*fewer --workers.*none yet"):
-        Run(settings("supervised"), tmp_path / "run", splits=splits, quiet=True, workers=1).go()
+        Run(settings("supervised"), tmp_path / "run", splits=splits, quiet=True, workers=1).run()
     gc.collect()  # a loader that lives on complains about its dead worker whenever another process ends
 
 
 def test_data_workers_leave_signals_to_the_run(splits, tmp_path, monkeypatch):  # noqa: F811
     for number in (signal.SIGINT, signal.SIGTERM):  # as Ctrl-C and a batch system send them, to all processes
-        interrupt(monkeypatch, train.Batches, "__getitem__", 2, act=lambda number=number: os.kill(os.getpid(), number))
-    Run(settings("supervised"), tmp_path / "run", splits=splits, quiet=True, workers=1).go()
+        interrupt(monkeypatch, loop.Batches, "__getitem__", 2, act=lambda number=number: os.kill(os.getpid(), number))
+    Run(settings("supervised"), tmp_path / "run", splits=splits, quiet=True, workers=1).run()
 
 
 def test_a_run_that_fails_leaves_no_process_that_loads_data(splits, tmp_path, monkeypatch):  # noqa: F811
@@ -177,11 +178,11 @@ def test_a_run_that_fails_leaves_no_process_that_loads_data(splits, tmp_path, mo
     def unreadable():
         raise UserError("picture.jpg: cannot be read")
 
-    interrupt(monkeypatch, train.Batches, "__getitem__", 2, act=unreadable)
+    interrupt(monkeypatch, loop.Batches, "__getitem__", 2, act=unreadable)
     gc.disable()
     try:
         with pytest.raises(UserError, match=r"picture\.jpg") as kept:
-            Run(settings("supervised"), tmp_path / "run", splits=splits, quiet=True, workers=1).go()
+            Run(settings("supervised"), tmp_path / "run", splits=splits, quiet=True, workers=1).run()
         assert kept.value.__traceback__ and not multiprocessing.active_children()
     finally:
         gc.enable()
@@ -273,14 +274,14 @@ def test_a_loss_that_is_not_finite_skips_the_step_and_can_be_replayed(splits, tm
         return found
 
     monkeypatch.setattr(Run, "train_step", watched)
-    run.go()
+    run.run()
     changed = [key for key in states[0] if not same(states[1][key], states[2][key])]
     assert set(changed) <= {"cost_queue", "pseudo_boxes_per_class"}, "a skipped step changes no weights"
     assert not same(states[2]["student.class_head.weight"], states[3]["student.class_head.weight"])
     said = capsys.readouterr().err
     assert "warning: step 2: loss 'labelled denoising/class' is inf, so it is skipped" in said and "bad_step.pt" in said
     assert len(lines(tmp_path / "run" / "log.jsonl")) == STEPS // 2
-    monkeypatch.setattr(train.presets, "load_splits", lambda config, file: splits)
+    monkeypatch.setattr(presets, "load_splits", lambda config, file: splits)
     found = replay(tmp_path / "run/bad_step.pt")
     assert found["labelled denoising/class"].isinf() and found["labelled/class"].isfinite()
 
@@ -307,7 +308,7 @@ def test_a_few_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(splits, t
     assert state["step"] == 4 and state["skipped"] == 1
     assert all(value.isfinite().all() for value in state["method"].values())
     with pytest.raises(UserError, match="step 5: .*3th such"):  # the count is resumed too
-        go({}, tmp_path / "run", splits, resume=True)
+        go(None, tmp_path / "run", splits, resume=True)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -342,8 +343,8 @@ def test_a_network_that_says_nan_is_survived(method, part, splits, tmp_path):  #
 
 def alarms(counts, method="mean-teacher", steps=400) -> str | None:
     """What is said after so many steps with this number of pseudo-boxes of each class in 2 images."""
-    student = train.presets.make_detector("dino", len(counts), small()["recipe"]["arguments"])
-    made = train.presets.make_method(method, student, train.make_recipe(small()), 10, 0, 0)
+    student = presets.make_detector("dino", len(counts), small().detector_kwargs)
+    made = presets.make_method(method, student, small(), 10, 0, 0)
     labels = torch.tensor([label for label, count in enumerate(counts) for _ in range(count)], dtype=torch.int64)
     for _ in range(steps):
         made.update_pseudo_box_stats(labels, torch.ones_like(labels), 2)
@@ -360,7 +361,7 @@ def test_the_alarm_tells_a_collapsed_teacher_from_others():
 def test_the_alarm_is_a_line_in_the_log_and_on_the_screen(splits, tmp_path, monkeypatch, capsys):  # noqa: F811
     run = Run(settings(score_threshold=2.0), tmp_path / "run", splits=splits, workers=0)
     run.method.pseudo_boxes_per_class.fill_(1e-4)
-    run.go()
+    run.run()
     assert all("no pseudo-boxes for long" in line["alarm"] for line in lines(tmp_path / "run" / "log.jsonl"))
     assert "ALARM: no pseudo-boxes for long" in capsys.readouterr().out
 

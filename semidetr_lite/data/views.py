@@ -20,13 +20,14 @@ tangent).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as nnf
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
+
+from semidetr_lite.data.view_settings import ViewSettings
 
 GREY = 125  # uint8 value outside the image and of erased patches, as in the released code
 FILL = GREY / 255  # the same for floats in [0, 1]
@@ -39,34 +40,6 @@ PER_BOX = (
     "area",
 )  # target entries with a row per box
 View = tuple[torch.Tensor, dict]  # an image and its target
-
-
-@dataclass(frozen=True)
-class ViewSettings:
-    """How far the views may go.
-
-    Fractions are of the image's sides, angles in degrees. Ranges are symmetric about zero unless
-    given as pairs.
-    """
-
-    # all views
-    short_sides: tuple[int, ...] = ()  # one is drawn, the image resized to it; empty keeps the size
-    long_side: int = 1333  # at most
-    flip: bool = True  # mirrored half of the time
-    visible: float = 0.25  # a box of which a smaller fraction remains in view is dropped
-    # the student's views
-    zoom: tuple[float, float] = (1.0, 1.0)  # about the centre, on the same canvas, log-uniform
-    shift: float = 0.0
-    # the weak view; at most 1, because what the teacher cannot see becomes background for the
-    # student
-    weak_zoom: tuple[float, float] = (1.0, 1.0)
-    # the strong view
-    strong_zoom: tuple[float, float] | None = None  # in place of `zoom`
-    strong_shift: float = 0.1
-    strong_rotation: float = 30.0
-    strong_shear: float = 30.0
-    patches: int = 4  # erased patches, at most
-    patch_side: float = 0.2  # of a patch, at most
 
 
 def map_boxes(boxes: torch.Tensor, matrix: torch.Tensor, size) -> tuple[torch.Tensor, torch.Tensor]:

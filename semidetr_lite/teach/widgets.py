@@ -32,7 +32,7 @@ from semidetr_lite.matching import hungarian, matching_cost, one_to_many, pad_ta
 from semidetr_lite.teach.exercises import em_steps as fitted
 from semidetr_lite.training.ablate import ROWS, STEP_RATIO, TABLES
 from semidetr_lite.training.checkpoint import read_config
-from semidetr_lite.training.measure import readable
+from semidetr_lite.training.measure import iter_readable
 from semidetr_lite.training.presets import PRESETS, load_splits
 from semidetr_lite.visualize import (
     BESIDE,
@@ -418,7 +418,7 @@ def explore_run(folder, frames: int = 4) -> Explorer:
     """The teacher's boxes on the watched images of a run folder, `frames` looks side by side from a step on."""
     folder = Path(folder)
     lines, splits = read_jsonl(folder / "pseudo_boxes.jsonl"), load_splits(read_config(folder), folder / "config.json")
-    known = {target["image_id"]: (image, target.get("truth")) for image, target in readable(splits.unlabelled, 8)}
+    known = {target["image_id"]: (image, target.get("truth")) for image, target in iter_readable(splits.unlabelled, 8)}
     steps, watched = sorted({line["step"] for line in lines}), list(dict.fromkeys(line["image_id"] for line in lines))
 
     kept = [sum(sum(line["kept"]) for line in lines if line["image_id"] == image_id) for image_id in watched]
@@ -461,7 +461,7 @@ def explore_recorded(lines: Sequence[dict]) -> Explorer:
         kind = (line["row"], line["detector"], line["preset"])
         lengths[kind] = min(line["steps"], lengths.get(kind, line["steps"]))
     for line in lines:
-        time, before = line["step"], PRESETS[line["preset"]].burn_in_steps
+        time, before = line["step"], PRESETS[line["preset"]].schedule.burn_in_steps
         if line["method"] != "supervised":
             time = before + STEP_RATIO * time
         if time >= before:

@@ -1,10 +1,12 @@
-"""The comparison: rows x label percents x seeds, one run after another, one line of a JSON-lines file for each.
+"""The comparison: rows x label percents x seeds, one run after another, a line of JSON for each.
 
-A semi-supervised row starts from a supervised run of the recipe's `burn_in` steps on the same labels, shared by all
-rows of a seed. The row "supervised" takes as long as burn-in and method together; with all labels it is the upper end
-of the gap. Killed, it goes on where it was; what has its line already is not run again, on whatever machine it ran.
+A semi-supervised row starts from a supervised run of `burn_in_steps` on the same labels, shared by
+all rows of a seed. The row "supervised" takes as long as burn-in and method together; with all
+labels it is the upper end of the gap. A killed ablation goes on where it was. What has its line
+already is not run again, on whatever machine it ran.
 
-Rows and tables follow the paper's ablation (section 4.3), with the seed's mistake, mined boxes as targets, added.
+Rows and tables follow the paper's ablation (section 4.3). Added is "mined as targets", where mined
+boxes are targets too.
 """
 
 import math
@@ -16,14 +18,29 @@ from typing import NamedTuple
 from semidetr_lite.errors import UserError
 from semidetr_lite.files import append_jsonl, read_jsonl
 from semidetr_lite.training.checkpoint import read_config
-from semidetr_lite.training.presets import PRESETS
-from semidetr_lite.training.train import KEYS, finish, new_config
+from semidetr_lite.training.loop import train_or_resume
+from semidetr_lite.training.settings import (
+    PRESETS,
+    Config,
+    Settings,
+    as_config,
+    change,
+    check,
+    identity,
+    preset_settings,
+)
 
-STEP_RATIO = 2.5  # supervised steps that take as long as one of Semi-DETR (benchmarks/README.md, step cost)
+STEP_RATIO = (
+    2.5  # supervised steps that take as long as one of Semi-DETR (benchmarks/README.md, step cost)
+)
 
 
 class Row(NamedTuple):
-    """What is run: a method, fields of the recipe that differ, and the detector where the method asks for its own."""
+    """What is run.
+
+    A method, fields of the recipe that differ, and the detector where the method asks for its
+    own.
+    """
 
     method: str
     changes: dict = {}
@@ -44,14 +61,31 @@ ROWS = {
     "top-k": Row("semi-detr", {"mining": "top_k"}),
     "mined": Row("semi-detr", {"consistency_boxes": "mined"}),
     "mined as targets": Row("semi-detr", {"mined_targets": True}),
-    **{f"switch at {share} %": Row("semi-detr", {"one_to_many_share": share / 100}) for share in (20, 60, 80)},
+    **{
+        f"switch at {share} %": Row("semi-detr", {"one_to_many_share": share / 100})
+        for share in (20, 60, 80)
+    },
 }
 # table: {its row: the entry of ROWS, where it has another name there}
 TABLES = {
     "main": {name: name for name in list(ROWS)[:7]},
-    "matching": {"one-to-one": "one-to-one", "one-to-many": "one-to-many", "stage-wise": "semi-detr"},
-    "threshold": {"fixed": "+SHM+CQC", "mean+std": "mean+std", "top-k": "top-k", "mixture": "semi-detr"},
-    "boxes": {"confident": "+SHM+CQC", "mined": "mined", "union": "semi-detr", "mined as targets": "mined as targets"},
+    "matching": {
+        "one-to-one": "one-to-one",
+        "one-to-many": "one-to-many",
+        "stage-wise": "semi-detr",
+    },
+    "threshold": {
+        "fixed": "+SHM+CQC",
+        "mean+std": "mean+std",
+        "top-k": "top-k",
+        "mixture": "semi-detr",
+    },
+    "boxes": {
+        "confident": "+SHM+CQC",
+        "mined": "mined",
+        "union": "semi-detr",
+        "mined as targets": "mined as targets",
+    },
     "switch": {"as in the preset": "semi-detr", **{name: name for name in list(ROWS)[-3:]}},
 }
 
@@ -62,90 +96,117 @@ class Ablation:
     Args:
         out: folder of the runs: DETECTOR/PERCENTpct/seedSEED/ROW below it.
         record: the JSON-lines file that finished runs are appended to.
-        steps: of a semi-supervised run; the preset's if None.
-        burn_in_steps: of the supervised run before it; the preset's if None.
-        settings: of new_config: preset, detector, data, fields of the recipe and so on.
+        settings: of all runs, but for what a row changes; the preset digits' if None. `steps` are
+            those of a semi-supervised run, `burn_in_steps` those of the supervised run before it.
         quiet: no progress bars.
+
+    Raises UserError for settings that cannot be.
     """
 
-    def __init__(self, out: Path, record: Path, steps=None, burn_in_steps=None, quiet=False, **settings):
+    def __init__(
+        self,
+        out: str | Path,
+        record: str | Path,
+        settings: Settings | None = None,
+        quiet: bool = False,
+    ):
         self.out, self.record, self.quiet = Path(out), Path(record), quiet
-        self.settings = {"preset": "digits", "detector": "dino", **settings}
-        if self.settings["preset"] not in PRESETS:
-            raise UserError(f"no preset called {self.settings['preset']!r}: choose from {', '.join(PRESETS)}")
-        self.recipe = PRESETS[self.settings["preset"]]
-        self.steps = self.recipe.steps if steps is None else steps
-        self.burn_in_steps = self.recipe.burn_in_steps if burn_in_steps is None else burn_in_steps
-        if self.steps < 1:
-            raise UserError(f"steps must be at least 1, got {self.steps}")
+        self.settings = check(settings or PRESETS["digits"])
 
-    def go(self, tables: list[str], rows: list[str], percents: list[float], seeds: list[int]) -> None:
-        """Run what has no line yet. `rows` picks some of the tables' rows, all of them if it is empty."""
-        chosen = [(table, row, name) for table in tables for row, name in TABLES[table].items()]
-        unknown = set(rows) - {row for _, row, _ in chosen}
+    def run(
+        self, tables: list[str], rows: list[str], percents: list[float], seeds: list[int]
+    ) -> None:
+        """Run what has no line yet; `rows` picks some of the tables' rows, all if it is empty.
+
+        Raises UserError for a row that there is not, and where nothing is left to run.
+        """
+        for table in tables:
+            if table not in TABLES:
+                raise UserError(f"no table called {table!r}: choose from {', '.join(TABLES)}")
+        wanted = [(table, row, name) for table in tables for row, name in TABLES[table].items()]
+        unknown = set(rows) - {row for _, row, _ in wanted}
         if unknown:
-            known = ", ".join(dict.fromkeys(row for _, row, _ in chosen))
-            raise UserError(f"no row called {sorted(unknown)[0]!r} in {', '.join(tables)}: choose from {known}")
+            known = ", ".join(dict.fromkeys(row for _, row, _ in wanted))
+            fault = f"no row called {sorted(unknown)[0]!r} in {', '.join(tables)}"
+            raise UserError(f"{fault}: choose from {known}")
         jobs = []
         for percent in percents:
+            # with all labels nothing is left to be labelled by a teacher
+            all_labelled = percent == 100 and not self.settings.data_files.extra_unlabelled
             for seed in seeds:
-                for table, row, name in chosen:
-                    whole = percent == 100 and not self.recipe.extra_unlabelled and name != "supervised"
-                    if (not rows or row in rows) and not whole:  # with all labels nothing is left to be labelled
-                        jobs.append((table, row, name, percent, seed))
-                        self.config(name, percent, seed)  # what cannot be run is said before the first run
+                for table, row, name in wanted:
+                    if (rows and row not in rows) or (all_labelled and name != "supervised"):
+                        continue
+                    jobs.append((table, row, name, percent, seed))
+                    self.config(name, percent, seed)  # says what cannot be run before the first run
         if not jobs:
-            raise UserError("nothing to run: give tables, rows, percents and seeds; with all labels, supervised alone")
+            advice = "give tables, rows, percents and seeds; with all labels, supervised alone"
+            raise UserError(f"nothing to run: {advice}")
         for job in jobs:
-            self.line(*job)
+            self.run_row(*job)
 
-    def line(self, table: str, row: str, name: str, percent: float, seed: int) -> dict:
+    def run_row(self, table: str, row: str, name: str, percent: float, seed: int) -> dict:
         """The line of one row, from the record or from a run made now."""
         config, folder = self.config(name, percent, seed)
-        identity = {"table": table, "row": row, **{key: config[key] for key in KEYS}}
-        known = [line for line in read_jsonl(self.record) if all(line.get(key) == config[key] for key in KEYS)]
-        for line in known:
+        run = identity(config)
+        labels = {"table": table, "row": row, **run}
+        recorded = [line for line in read_jsonl(self.record) if run.items() <= line.items()]
+        for line in recorded:
             if (line["table"], line["row"]) == (table, row):
                 return line
-        for line in known:
-            if TABLES.get(line["table"], {}).get(line["row"]) == name:  # the same run, in another table
-                append_jsonl(self.record, [line | identity])
-                return line | identity
-        if not (folder / "config.json").exists() and config["burn_in"]:
-            finish(*self.config(name, percent, seed, burn_in=True), quiet=self.quiet)
-        finish(config, folder, quiet=self.quiet)
-        last, made = read_jsonl(folder / "log.jsonl")[-1], read_config(folder)
+        for line in recorded:
+            if (
+                TABLES.get(line["table"], {}).get(line["row"]) == name
+            ):  # the same run, in another table
+                append_jsonl(self.record, [line | labels])
+                return line | labels
+        if not (folder / "config.json").exists() and config.burn_in:
+            train_or_resume(*self.config(name, percent, seed, burn_in=True), quiet=self.quiet)
+        train_or_resume(config, folder, quiet=self.quiet)
+        last, stored = read_jsonl(folder / "log.jsonl")[-1], read_config(folder)
         teacher, student = last["test"]["teacher"], last["test"]["student"]
-        found = {"AP": teacher["AP"], "AP50": teacher["AP50"], "AP_student": student["AP"]}
-        line = identity | {key: round(value, 4) for key, value in found.items()} | {"seconds": last["seconds"]}
-        line |= {key: made[key] for key in ("commit", "machine")}
+        figures = {"AP": teacher["AP"], "AP50": teacher["AP50"], "AP_student": student["AP"]}
+        line = {**labels, **{key: round(value, 4) for key, value in figures.items()}}
+        line["seconds"] = last["seconds"]
+        line |= {key: stored[key] for key in ("commit", "machine")}
         append_jsonl(self.record, [line])
-        self.curve(folder, {"row": name, **{key: config[key] for key in KEYS}})
+        self.append_curve(folder, {"row": name, **run})
         return line
 
-    def curve(self, folder: Path, identity: dict) -> None:
-        """Append what a run measured while it was trained to RECORD_curves.jsonl, unless it is there."""
+    def append_curve(self, folder: Path, run: dict) -> None:
+        """Append what a run measured in training to RECORD_curves.jsonl, unless it is there."""
         file = self.record.with_name(f"{self.record.stem}_curves.jsonl")
-        if not any(identity.items() <= line.items() for line in read_jsonl(file)):
+        if not any(run.items() <= line.items() for line in read_jsonl(file)):
             log = read_jsonl(folder / "log.jsonl")
-            lines = [{key: line[key] for key in CURVE if key in line} for line in log if "AP_teacher" in line]
-            append_jsonl(file, [identity | line for line in lines])
+            lines = [
+                {key: line[key] for key in CURVE if key in line}
+                for line in log
+                if "AP_teacher" in line
+            ]
+            append_jsonl(file, [run | line for line in lines])
 
-    def config(self, name: str, percent: float, seed: int, burn_in: bool = False) -> tuple[dict, Path]:
+    def config(
+        self, name: str, percent: float, seed: int, burn_in: bool = False
+    ) -> tuple[Config, Path]:
         """Settings and folder of a row's run, or of the supervised run it starts from."""
-        row = ROWS[name]
-        detector = row.detector or self.settings["detector"]
-        place = self.out / detector / f"{percent:g}pct" / f"seed{seed}"
-        settings = {**self.settings, "detector": detector, "percent": percent, "seed": seed}
+        row, settings = ROWS[name], self.settings
+        burn_in_steps = settings.schedule.burn_in_steps
+        detector = row.detector or settings.detector
+        if detector != settings.detector:
+            own = preset_settings(settings.preset, row.method, detector)
+            settings = change(settings, detector=detector, detector_kwargs=own.detector_kwargs)
+        settings = change(settings, percent=float(percent), seed=seed, burn_in=None)
+        folder = self.out / detector / f"{percent:g}pct" / f"seed{seed}"
         if burn_in:
-            return new_config(method="supervised", steps=self.burn_in_steps, **settings), place / "burn-in"
-        steps, start = self.steps, None
+            config = as_config(change(settings, method="supervised", steps=burn_in_steps))
+            return config, folder / "burn-in"
+        settings = change(settings, method=row.method, **row.changes)
         if name == "supervised":
-            steps = self.burn_in_steps + round(STEP_RATIO * steps)
-        elif self.burn_in_steps:
-            start = str(place / "burn-in")
-        settings |= {**row.changes, "method": row.method, "steps": steps, "burn_in": start}
-        return new_config(**settings), place / name.replace(" ", "_")
+            steps = burn_in_steps + round(STEP_RATIO * settings.steps)
+            settings = change(settings, steps=steps)
+        elif burn_in_steps:
+            settings = change(settings, burn_in=str(folder / "burn-in"))
+        return as_config(settings), folder / name.replace(" ", "_")
 
 
 CURVE = (
@@ -171,46 +232,78 @@ class Summary(NamedTuple):
 
 
 def summarise(lines: list[dict]) -> list[Summary]:
-    """Mean, standard error over seeds and gap closed (design: supervised with equal time to supervised with all).
+    """Mean, standard error over seeds and gap closed of each row.
 
-    Runs of several lengths are rows of their own. An end of the gap is the shortest supervised run of at least the
+    The gap is from supervised training of the same time to that with all labels. Runs of several
+    lengths are rows of their own. An end of the gap is the shortest supervised run of at least the
     time of the row, or else the longest there is.
     """
     groups: dict[tuple, list[dict]] = {}
     for line in lines:
         data = line.get("data", "digits")
-        line = {**line, "preset": line["preset"] if data == "digits" else f"preset {line['preset']} on {data}"}
+        line = {
+            **line,
+            "preset": line["preset"] if data == "digits" else f"preset {line['preset']} on {data}",
+        }
         key = tuple(line[name] for name in ("table", "preset", "detector", "percent", "row"))
         groups.setdefault((*key, line.get("steps", 0)), []).append(line)
-    means, found = {key: statistics.mean(100 * line["AP"] for line in groups[key]) for key in groups}, []
+    means, found = (
+        {key: statistics.mean(100 * line["AP"] for line in groups[key]) for key in groups},
+        [],
+    )
     lengths: dict[tuple, list[int]] = {}
     for *key, steps in sorted(groups, key=lambda one: one[-1]):
         lengths.setdefault(tuple(key), []).append(steps)
 
-    def end(time: float, *key) -> float:
+    def reference_ap(time: float, *key) -> float:
         known = lengths.get(key, [])
-        return means.get((*key, next((steps for steps in known if steps >= time), known[-1] if known else 0)), math.nan)
+        return means.get(
+            (*key, next((steps for steps in known if steps >= time), known[-1] if known else 0)),
+            math.nan,
+        )
 
-    for key in sorted(groups, key=_place):
+    for key in sorted(groups, key=_sort_key):
         table, preset, detector, percent, row, steps = key
         members = groups[key]
         values = [100 * line["AP"] for line in members]
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
         time = steps if row == "supervised" else STEP_RATIO * steps
-        low, high = (end(time, "main", preset, detector, share, "supervised") for share in (percent, 100))
+        low, high = (
+            reference_ap(time, "main", preset, detector, share, "supervised")
+            for share in (percent, 100)
+        )
         gap = 100 * (means[key] - low) / (high - low) if high != low else math.nan
         ap50 = statistics.mean(100 * line["AP50"] for line in members)
         minutes = statistics.mean(line["seconds"] for line in members) / 60
         name = row if steps == lengths[key[:-1]][0] else f"{row}, {steps:,} steps"
-        found.append(Summary(table, preset, detector, percent, name, values, means[key], error, ap50, minutes, gap))
+        found.append(
+            Summary(
+                table,
+                preset,
+                detector,
+                percent,
+                name,
+                values,
+                means[key],
+                error,
+                ap50,
+                minutes,
+                gap,
+            )
+        )
     return found
 
 
-def _place(key: tuple) -> tuple:
+def _sort_key(key: tuple) -> tuple:
     """By which groups are sorted: as in TABLES, by percent, shorter runs first."""
     table, *between, row, steps = key
     tables, rows = list(TABLES), list(TABLES.get(table, ()))
-    return tables.index(table) if rows else len(tables), *between, rows.index(row) if row in rows else len(rows), steps
+    return (
+        tables.index(table) if rows else len(tables),
+        *between,
+        rows.index(row) if row in rows else len(rows),
+        steps,
+    )
 
 
 def markdown(rows: list[Summary]) -> Iterator[str]:

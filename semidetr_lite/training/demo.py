@@ -1,7 +1,8 @@
-"""The demo: a supervised start, then supervised training and Semi-DETR side by side for the same time.
+"""The demo: a supervised start, then supervised training and Semi-DETR for the same time.
 
-Supervised and semi-supervised training start from the same weights, see the same labelled scenes and take about the
-same time, so their difference is what the unlabelled scenes bring. They run as two processes of one thread each.
+Supervised and semi-supervised training start from the same weights, see the same labelled scenes
+and take about the same time, so their difference is what the unlabelled scenes bring. They run side
+by side, as two processes of one thread each.
 """
 
 import multiprocessing
@@ -18,7 +19,8 @@ from tqdm import tqdm
 
 from semidetr_lite.errors import Stopped, UserError
 from semidetr_lite.files import read_jsonl
-from semidetr_lite.training.train import finish, new_config, summary
+from semidetr_lite.training.loop import summary, train_or_resume
+from semidetr_lite.training.settings import new_config
 
 
 class DemoRun(NamedTuple):
@@ -38,7 +40,12 @@ DEMO_RUNS = {
     "mean-teacher": DemoRun("mean-teacher", "supervised", 500, "mean teacher"),
 }
 TITLES = {name: run.title for name, run in DEMO_RUNS.items()}
-QUICK_INTERVALS = {"log_every": 2, "evaluate_every": 4, "watch_every": 4, "evaluate_images": 20}  # of a run of 4 steps
+QUICK_INTERVALS = {
+    "log_every": 2,
+    "evaluate_every": 4,
+    "watch_every": 4,
+    "evaluate_images": 20,
+}  # of a run of 4 steps
 
 
 def train_demo_run(
@@ -60,13 +67,14 @@ def train_demo_run(
     burn_in = str(out / run.burn_in) if run.burn_in else None
     settings = {"steps": run.steps, "burn_in": burn_in, **changes}
     config = new_config("digits", run.method, seed=seed, **settings)
-    return finish(config, out / (folder or name), workers=0, quiet=quiet)
+    return train_or_resume(config, out / (folder or name), workers=0, quiet=quiet)
 
 
 def train_side_by_side(names: list[str], out: Path, seed: int, **changes) -> list[Path]:
-    """Train several of DEMO_RUNS at the same time, each in a process of one thread; returns their folders.
+    """Train several of DEMO_RUNS at the same time, each in a process; returns their folders.
 
-    One progress bar counts the steps of all. Where one fails or the user stops the program, each saves and ends.
+    Each process has one thread. One progress bar counts the steps of all. Where one fails or the
+    user stops the program, each saves and ends.
 
     Raises UserError with the message of a run that failed, Stopped after Ctrl-C or SIGTERM.
     """
@@ -115,10 +123,15 @@ def _stop_with_parent() -> None:
 def _follow(processes: dict, out: Path, steps: int | None) -> None:
     """Show what the processes log until all have ended; if one fails the others are ended."""
     total = sum(steps or DEMO_RUNS[name].steps for name in processes)
-    logged = {name: len(read_jsonl(out / name / "log.jsonl", unfinished=True)) for name in processes}
+    logged = {
+        name: len(read_jsonl(out / name / "log.jsonl", unfinished=True)) for name in processes
+    }
     with tqdm(total=total, unit="step", mininterval=2, dynamic_ncols=True) as bar:
         while any(process.is_alive() for process in processes.values()):
-            wait([process.sentinel for process in processes.values() if process.is_alive()], timeout=1)
+            wait(
+                [process.sentinel for process in processes.values() if process.is_alive()],
+                timeout=1,
+            )
             done = 0
             for name in processes:
                 lines = read_jsonl(out / name / "log.jsonl", unfinished=True)
@@ -133,7 +146,10 @@ def _follow(processes: dict, out: Path, steps: int | None) -> None:
 
 
 def _end(processes: dict) -> None:
-    """Ask the processes that still run to save and end, and wait for them; a second Ctrl-C ends them at once."""
+    """Ask the processes that still run to save and end, and wait for them.
+
+    A second Ctrl-C ends them at once.
+    """
     for process in processes.values():
         if process.is_alive():
             process.terminate()
@@ -147,11 +163,16 @@ def _end(processes: dict) -> None:
 
 
 class _SignalsAsExceptions:
-    """While inside, SIGTERM raises KeyboardInterrupt as Ctrl-C does, with the exit status as its argument."""
+    """While inside, SIGTERM raises KeyboardInterrupt as Ctrl-C does.
+
+    The argument of the exception is the exit status.
+    """
 
     def __enter__(self) -> None:
         self.before: dict[int, Callable | int | None] = {}
-        if threading.current_thread() is threading.main_thread():  # Python takes signals nowhere else
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # Python takes signals nowhere else
             self.before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._stop)
 
     def _stop(self, number: int, _) -> None:

@@ -1,4 +1,7 @@
-"""What is measured during training: AP, and the teacher's pseudo-boxes against the truth that training never sees."""
+"""What is measured during training.
+
+AP, and the teacher's pseudo-boxes against the truth that training never sees.
+"""
 
 from collections.abc import Iterator
 
@@ -20,19 +23,25 @@ from semidetr_lite.methods.cost_mining import mining_candidates, select_mined
 from semidetr_lite.methods.mean_teacher import PseudoBoxes, TeacherStudent, select_pseudo_boxes
 
 
-def measure(detector: Detector, dataset: Dataset, images: int | None = None, voc: bool = False) -> dict:
-    """The twelve COCO figures of a detector on the first `images` images of a dataset; with `voc` also VOC's two.
+def measure(
+    detector: Detector, dataset: Dataset, images: int | None = None, voc: bool = False
+) -> dict:
+    """The twelve COCO figures of a detector on the first `images` images of a dataset.
 
-    Each process looks at its share of them; the figures are those of all.
+    With `voc` also VOC's two. Each process takes its shard of the images; the figures are of all.
     """
     indices, own = distributed.shard(min(len(dataset), images or len(dataset))), []
     for start in range(0, len(indices), 200):
         pairs = [dataset[index] for index in indices[start : start + 200]]
         found = detector.detect([image for image, _ in pairs])
         own += [(detection, target) for detection, (_, target) in zip(found, pairs, strict=True)]
-    detections, targets = zip(*(pair for part in distributed.all_gather(own) for pair in part), strict=True)
+    detections, targets = zip(
+        *(pair for part in distributed.all_gather(own) for pair in part), strict=True
+    )
     further = evaluate_voc(detections, targets) if voc else {}
-    return evaluate(detections, targets) | {key: value for key, value in further.items() if key != "per_class"}
+    return evaluate(detections, targets) | {
+        key: value for key, value in further.items() if key != "per_class"
+    }
 
 
 @torch.no_grad()
@@ -48,7 +57,7 @@ def plain_pseudo_boxes(method: TeacherStudent, images: list) -> PseudoBoxes:
     return select_pseudo_boxes(method.teacher(images), sizes, method.max_pseudo_boxes, method.nms)
 
 
-def readable(dataset: Dataset, images: int) -> Iterator[tuple[torch.Tensor, dict]]:
+def iter_readable(dataset: Dataset, images: int) -> Iterator[tuple[torch.Tensor, dict]]:
     """The first `images` images of a dataset, less those that cannot be read."""
     for index in range(min(images, len(dataset))):
         try:
@@ -58,9 +67,12 @@ def readable(dataset: Dataset, images: int) -> Iterator[tuple[torch.Tensor, dict
 
 
 def pseudo_quality(method: TeacherStudent, dataset: Dataset, images: int = 100) -> dict:
-    """Precision and recall (IoU 0.5, right class) of the confident boxes; {} where no truth is known."""
+    """Precision and recall (IoU 0.5, right class) of the confident boxes.
+
+    {} where no truth is known.
+    """
     hits = boxes = objects = 0
-    for image, target in readable(dataset, images):
+    for image, target in iter_readable(dataset, images):
         if "truth" not in target:
             return {}
         pseudo = plain_pseudo_boxes(method, [image])
@@ -72,25 +84,33 @@ def pseudo_quality(method: TeacherStudent, dataset: Dataset, images: int = 100) 
         }
         hits += len(box_errors(detection, target["truth"])["hits"])
         boxes, objects = boxes + int(keep.sum()), objects + len(target["truth"]["labels"])
-    return {"pseudo_precision": round(hits / max(boxes, 1), 4), "pseudo_recall": round(hits / max(objects, 1), 4)}
+    return {
+        "pseudo_precision": round(hits / max(boxes, 1), 4),
+        "pseudo_recall": round(hits / max(objects, 1), 4),
+    }
 
 
 @torch.no_grad()
-def watched_boxes(method: TeacherStudent, dataset: Dataset, step: int, images: int = 8) -> list[dict]:
+def pseudo_box_log(
+    method: TeacherStudent, dataset: Dataset, step: int, images: int = 8
+) -> list[dict]:
     """Lines of pseudo_boxes.jsonl.
 
     The teacher's boxes on a few fixed images, the matching cost of each, and what becomes of them.
     """
     lines = []
-    for image, target in readable(dataset, images):
+    for image, target in iter_readable(dataset, images):
         pseudo = plain_pseudo_boxes(method, [image])
-        valid, kept = pseudo.valid[0].cpu().numpy(), pseudo.above(method.score_threshold)[0].cpu().numpy()
+        valid, kept = (
+            pseudo.valid[0].cpu().numpy(),
+            pseudo.above(method.score_threshold)[0].cpu().numpy(),
+        )
         matched, mined = (one[0, valid] for one in matched_costs_of_image(method, image, pseudo))
-        scores = pseudo.scores[0].cpu().numpy()[valid]
+        scores, boxes = (tensor[0].cpu().numpy()[valid] for tensor in (pseudo.scores, pseudo.boxes))
         lines.append({
             "step": step,
             "image_id": target["image_id"],
-            "boxes": [[round(float(x), 2) for x in box] for box in pseudo.boxes[0].cpu().numpy()[valid]],
+            "boxes": [[round(float(x), 2) for x in box] for box in boxes],
             "scores": [round(float(score), 4) for score in scores],
             "labels": pseudo.labels[0].cpu().numpy()[valid].tolist(),
             "cost": [None if cost != cost else round(float(cost), 4) for cost in matched],
@@ -118,17 +138,25 @@ def matched_costs_of_image(
     last_layer = stack_layers(method.student([image])).last_of_decoder()
     costs = layer_costs(last_layer, targets)[0].cpu().numpy()
     matched = matched_costs(costs, valid.cpu().numpy())
-    threshold = method.stats.get("cost_threshold", -np.inf)  # nothing is mined before the first step
+    threshold = method.stats.get(
+        "cost_threshold", -np.inf
+    )  # nothing is mined before the first step
     return matched, select_mined(matched, candidates.cpu().numpy(), threshold, rule)
 
 
-def duplicates(detector: Detector, dataset: Dataset, images: int = 150, score: float = 0.3, nms: float = 0.6) -> dict:
-    """Further boxes of the right class on an object that has one already (IoU 0.5), for each object found.
+def duplicates(
+    detector: Detector, dataset: Dataset, images: int = 150, score: float = 0.3, nms: float = 0.6
+) -> dict:
+    """Extra boxes of the right class on an object that has one already, per object found.
 
-    "duplicates" counts all boxes scoring at least `score`, "duplicates_nms" those left by suppression at `nms`.
+    A box is on an object at IoU 0.5. "duplicates" counts all boxes that score at least `score`,
+    "duplicates_nms" those that NMS at `nms` leaves.
     """
     pairs, found = [dataset[index] for index in range(min(len(dataset), images))], {}
-    for name, overlap in (("duplicates", 1.0), ("duplicates_nms", nms)):  # no two boxes overlap by more than 1
+    for name, overlap in (
+        ("duplicates", 1.0),
+        ("duplicates_nms", nms),
+    ):  # no two boxes overlap by more than 1
         boxes = objects = 0
         detections = detector.detect([image for image, _ in pairs], score, nms=overlap)
         for detection, (_, target) in zip(detections, pairs, strict=True):

@@ -1,0 +1,105 @@
+"""Memory: the largest steps are run once before the first, so that they do not fail hours later."""
+
+import functools
+
+import torch
+
+from semidetr_lite.data.splits import Splits
+from semidetr_lite.detectors.detector import Detector, padded_side
+from semidetr_lite.distributed import shard
+from semidetr_lite.errors import UserError
+from semidetr_lite.methods.mean_teacher import MeanTeacher, PseudoLabels
+from semidetr_lite.training.engine import Engine
+from semidetr_lite.training.settings import Runtime, Settings
+
+MAX_BOXES = 100  # more confident boxes in one image do not happen in practice
+
+
+def largest_size(settings: Settings, splits: Splits, detector: Detector) -> tuple[int, int]:
+    """(H, W) in pixels of the largest image that a step can have."""
+    views = settings.views
+    sizes = [size for part in (splits.labelled, splits.unlabelled) for size in part.sizes]
+    height, width = max(sizes, key=lambda size: size[0] * size[1])
+    if views.short_sides:
+        height, width = max(views.short_sides), views.long_side
+    if getattr(detector.backbone, "sees_padding", False):  # as among images of other sizes
+        height, width = padded_side(height), padded_side(width)
+    return height, width
+
+
+def memory_dry_run(
+    engine: Engine,
+    size: tuple[int, int],
+    labelled: int,
+    unlabelled: int,
+    max_boxes: int = MAX_BOXES,
+) -> None:
+    """Run the largest steps there can be, in each stage, and change nothing.
+
+    Args:
+        engine: runs the steps.
+        size: (H, W) of the largest image, in pixels.
+        labelled, unlabelled: images of a step, in all processes.
+        max_boxes: objects in each image, labelled or not.
+    """
+    method = engine.method
+    buffers = {name: value.clone() for name, value in method.named_buffers(recurse=False)}
+    batch = _largest_batch(size, labelled, unlabelled, max_boxes, method.student.num_classes)
+    trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
+    # as large as the state that the optimizer will have
+    state = [torch.empty_like(parameter) for parameter in trained for _ in range(2)]
+    if isinstance(method, MeanTeacher):
+        predict = method.predict_pseudo_labels
+        method.predict_pseudo_labels = functools.partial(_all_confident, predict)
+    try:
+        for step in (0, 2**31):  # the first stage, and the last
+            for losses, _ in engine.losses(batch, step):
+                sum(losses.values()).backward()
+            method.zero_grad(set_to_none=True)
+    finally:
+        method.__dict__.pop("predict_pseudo_labels", None)
+        for name, value in buffers.items():
+            setattr(method, name, value)
+        method.stats = {}
+        del state
+
+
+def _largest_batch(
+    size: tuple[int, int], labelled: int, unlabelled: int, max_boxes: int, num_classes: int
+) -> dict:
+    """This process's images of a step, all of one size and full of boxes."""
+    corners = torch.tensor([0.1, 0.1, 0.6, 0.6]) + torch.linspace(0, 0.3, max_boxes)[:, None]
+    boxes = corners * torch.tensor(size).flip(0).repeat(2)
+    target = {"size": size, "matrix": torch.eye(3)}
+    full = {**target, "boxes": boxes, "labels": torch.arange(max_boxes) % num_classes}
+    image = torch.zeros(3, *size, dtype=torch.uint8)
+    count, unlabelled_count = len(shard(labelled)), len(shard(unlabelled))
+    batch = {"labelled": ([image] * count, [full] * count)}
+    if unlabelled_count:
+        view = ([image] * unlabelled_count, [target] * unlabelled_count)
+        batch |= {"weak": view, "strong": view}
+    return batch
+
+
+def _all_confident(predict, micro_batch: dict, keep_teacher: bool) -> PseudoLabels:
+    """A teacher's pseudo-labels, with a confident box in every column that there is."""
+    labels = predict(micro_batch, keep_teacher)
+    valid = torch.ones_like(labels.confident)
+    weak = labels.weak._replace(scores=torch.ones_like(labels.weak.scores), valid=valid)
+    strong = labels.strong._replace(valid=valid)
+    return labels._replace(weak=weak, strong=strong, confident=valid, candidates=valid)
+
+
+def raise_if_out_of_memory(problem: Exception, runtime: Runtime, precision: str) -> None:
+    """Raises UserError, which names the options to change, if memory was short.
+
+    Returns otherwise.
+    """
+    if not isinstance(problem, torch.OutOfMemoryError) and "allocate memory" not in str(problem):
+        return
+    ways = [f"raise --accumulate (now {runtime.accumulate})"]
+    if not runtime.checkpointing:
+        ways.append("add --checkpointing")
+    if precision != "bfloat16":
+        ways.append("use --precision bfloat16")
+    raise UserError(f"out of memory in the largest steps: {', or '.join(ways)}") from None
