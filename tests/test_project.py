@@ -29,7 +29,6 @@ ROOMS = [
     "methods",
     "evaluate",
     "visualize",
-    "svg",
     "training",
     "runs",
     "report",
