@@ -15,7 +15,7 @@ import numpy as np
 from jinja2 import Template
 
 import semidetr_lite
-from semidetr_lite import svg, visualize
+from semidetr_lite import visualize
 from semidetr_lite.data.images import ImageFolder
 from semidetr_lite.data.splits import Concat, Splits, Subset
 from semidetr_lite.errors import as_user_error
@@ -31,6 +31,7 @@ from semidetr_lite.runs import (
     read_runs,
     splits_of,
 )
+from semidetr_lite.visualize import svg
 
 FRAMES = 6  # steps of the pseudo-box timeline
 POOL = 200  # test images among which the largest differences are looked for
@@ -129,7 +130,7 @@ def _page(runs: list[Record], images: int, score: float) -> str:
         css=svg.css(),
         definitions=svg.definitions(pictures),
         swatch=svg.swatch,
-        style_names=visualize.NAMES,
+        style_names=visualize.STYLE_NAMES,
     )
 
 
@@ -377,7 +378,7 @@ def _pseudo_rows(line: dict, truth: dict | None, categories) -> tuple[list[tuple
     styles = visualize.pseudo_styles(line, truth)
     true_boxes = truth["boxes"] if truth is not None else []
     rows = [("truth", [float(side) for side in box], "") for box in true_boxes]
-    hidden = {len(rows) + place for place in visualize.drop_most(line["scores"], styles)}
+    hidden = {len(rows) + place for place in visualize.hidden_dropped(line["scores"], styles)}
     for place, style in enumerate(styles):
         [(_, box, text)] = _box_rows(line, [place], style, categories)
         rows.append((style, box, "" if style == "dropped" else text))

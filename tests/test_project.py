@@ -32,7 +32,6 @@ ROOMS = [
     "methods",
     "evaluate",
     "visualize",
-    "svg",
     "training",
     "runs",
     "report",

@@ -93,7 +93,7 @@ DOT = PNG(visualize.Picture(figsize=(0.1, 0.1)))
 @pytest.fixture(autouse=True)
 def fakes(monkeypatch):
     """Data and detectors of this file, and no time spent on pictures except where a test wants them."""
-    monkeypatch.setattr(visualize, "png", lambda figure, dpi=None: DOT)
+    monkeypatch.setattr(visualize.style, "png", lambda figure, dpi=None: DOT)
     splits = Splits(
         Scenes(2), WithoutLabels(Scenes(4), range(4)), Scenes(2), TEST, CATEGORIES, flip=False
     )
@@ -296,7 +296,7 @@ def test_columns_that_differ_are_shown_and_those_of_several_sizes(tmp_path):
 
 
 def test_the_page_needs_nothing_else(tmp_path, monkeypatch):
-    monkeypatch.setattr(visualize, "png", PNG)
+    monkeypatch.setattr(visualize.style, "png", PNG)
     page = Page(
         write_report(
             [make_run(tmp_path / "semi-detr", "semi-detr", 0.5)], tmp_path / "out", images=1
@@ -788,7 +788,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
 
 def test_a_page_of_the_demo_stays_small(tmp_path, monkeypatch):
     """Eight scenes of the digits in each gallery and eight watched ones over six steps with 30 boxes each."""
-    monkeypatch.setattr(visualize, "png", PNG)
+    monkeypatch.setattr(visualize.style, "png", PNG)
     scenes = digits.DigitScenes("train", 16)
     splits = Splits(
         scenes, WithoutLabels(scenes, range(8)), scenes, scenes, digits.CATEGORIES, flip=False

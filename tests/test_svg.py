@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from semidetr_lite import svg, visualize
+from semidetr_lite import visualize
+from semidetr_lite.visualize import svg
 
 SIZE = (64, 128)  # H, W
 

@@ -105,14 +105,14 @@ def test_nothing_to_draw(empty):
 
 def test_of_many_boxes_the_best_are_named():
     ax = axes()
-    count = visualize.MOST_LABELS + 5
+    count = visualize.MAX_LABELS + 5
     draw_boxes(
         ax,
         HIGH,
         target(*[(4 * i, 4 * i, 4 * i + 9, 4 * i + 9) for i in range(count)], scores=[i / 20 for i in range(count)]),
     )
     assert len(drawn(ax)) == count
-    assert sorted(words(ax.figure))[0] == "0 .25" and len(words(ax.figure)) == visualize.MOST_LABELS
+    assert sorted(words(ax.figure))[0] == "0 .25" and len(words(ax.figure)) == visualize.MAX_LABELS
 
 
 def test_labels_do_not_cover_each_other():

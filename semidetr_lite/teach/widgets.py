@@ -35,20 +35,20 @@ from semidetr_lite.training.checkpoint import read_config
 from semidetr_lite.training.measure import iter_readable
 from semidetr_lite.training.presets import PRESETS, load_splits
 from semidetr_lite.visualize import (
-    BESIDE,
+    FRACTIONS,
     GREY,
+    LEGEND_OUTSIDE,
     LINE_COLORS,
-    SHARES,
     Picture,
-    _headline,
-    _page,
-    _plot,
     draw_boxes,
+    image_grid,
     image_tag,
+    new_plot,
     plot_attention_mask,
     plot_cost_mixture,
     plot_costs,
     plot_matching,
+    set_title,
     show_hits,
     show_pseudo_boxes,
     show_targets,
@@ -196,12 +196,12 @@ def explore_threshold(detector, scenes: Sequence[tuple], categories, nms: float 
 
 def plot_lines(lines: dict[str, tuple], x: str, y: str, title: str = "") -> Picture:
     """Curves {name: (places, values)}, each with its own colour and dashes."""
-    figure, ax = _plot(6.5, 2.7)
+    figure, ax = new_plot(6.5, 2.7)
     for (name, (places, values)), color, dashes in zip(lines.items(), LINE_COLORS * 4, ("-", "--", "-.", ":") * 7):
         ax.plot(places, values, color=color, linestyle=dashes, linewidth=1.8, label=name if len(places) else None)
     ax.set(xlabel=x, ylabel=y, ylim=(0, None))
-    ax.legend(**BESIDE)
-    return _headline(figure, title)
+    ax.legend(**LEGEND_OUTSIDE)
+    return set_title(figure, title)
 
 
 def explore_momentum(steps: int = 120) -> Explorer:
@@ -216,7 +216,7 @@ def explore_momentum(steps: int = 120) -> Explorer:
             parts = keep[step] * parts
             parts[step] += 1 - keep[step]
             teacher.append(parts @ student)
-        figure, (left, right) = _plot(8.5, 2.6, 2)
+        figure, (left, right) = new_plot(8.5, 2.6, 2)
         left.bar(steps - time, parts, width=1.0, color=LINE_COLORS[0])
         left.set(xlabel="age of the student, steps", ylabel="its weight in the teacher")
         right.plot(time, student, ".", color=LINE_COLORS[1], markersize=4, label="student")
@@ -225,7 +225,7 @@ def explore_momentum(steps: int = 120) -> Explorer:
         right.legend(fontsize=8, frameon=False, loc="lower right")
         half = 1 + int(parts[::-1].cumsum().searchsorted(0.5 - 1e-9))
         said = f"half of the teacher is younger than {half} step{'s' * (half > 1)}, {100 * parts[0]:.0f} % is the start"
-        return _headline(figure, f"Momentum {momentum:g}: {said}")
+        return set_title(figure, f"Momentum {momentum:g}: {said}")
 
     values = [0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 1.0]
     slider = ipywidgets.SelectionSlider(options=values, value=0.9, description="momentum", **LOOK)
@@ -238,7 +238,7 @@ def show_dense(images, detector, truths=None, title="") -> Picture:
 
     A cell answers for the place `index * stride`, torchvision's point, not for the middle of a tile.
     """
-    figure, axes = _page(images, 4, title=title)
+    figure, axes = image_grid(images, 4, title=title)
     fine = detector.strides[0]
     for ax, image, truth in zip(axes, images, truths or [None] * len(images)):
         cells = detector.cells(detector.see([image]))
@@ -270,7 +270,7 @@ def cross_attention(detector, image) -> tuple[torch.Tensor, dict]:
 
 def show_heat(images, maps, targets=None, titles=None, title="", columns=4) -> Picture:
     """Maps (H, W) over images, the brighter the higher, each with its own scale, and boxes over them."""
-    figure, axes = _page(images, columns, titles, title)
+    figure, axes = image_grid(images, columns, titles, title)
     for ax, image, values, target in zip(axes, images, maps, targets or [None] * len(images)):
         draw_boxes(ax, image, target, categories=target and [{"name": ""}] * 99)
         values, edges = (values / values.max()).numpy(), (0, image.shape[-1], image.shape[-2], 0)
@@ -294,7 +294,7 @@ def explore_attention(detector, scenes: Sequence[tuple]) -> Explorer:
 def plot_places(boxes, title="") -> Picture:
     """Where each query puts its box: centres of `boxes` (N images, Q, 4 cxcywh in [0, 1]), a small map a query."""
     names = [f"query {query}" for query in range(boxes.shape[1])]
-    figure, axes = _page([torch.ones(3, 100, 100)] * len(names), 6, names, title, cell=1.4)
+    figure, axes = image_grid([torch.ones(3, 100, 100)] * len(names), 6, names, title, cell=1.4)
     for query, ax in enumerate(axes):
         draw_boxes(ax, torch.full((3, 100, 100), 0.93))
         ax.plot(*100 * boxes[:, query, :2].T, ".", color=LINE_COLORS[0], markersize=3, alpha=0.5)
@@ -303,7 +303,7 @@ def plot_places(boxes, title="") -> Picture:
 
 def plot_histograms(values: dict[str, torch.Tensor], x: str, y: str, title: str = "", bins: int = 25) -> Picture:
     """Histograms {name: (N,)} over each other, each with its own colour, hatch and mean (a line)."""
-    figure, ax = _plot(7.5, 2.8)
+    figure, ax = new_plot(7.5, 2.8)
     together = torch.cat([one.flatten() for one in values.values()])
     edges = np.linspace(float(together.min()), float(together.max()), bins + 1)
     for (name, one), color, hatch in zip(values.items(), LINE_COLORS, ("", "///", "...", "xxx")):
@@ -311,8 +311,8 @@ def plot_histograms(values: dict[str, torch.Tensor], x: str, y: str, title: str 
         ax.hist(one.flatten().numpy(), edges, histtype="stepfilled", linewidth=1.5, **look)
         ax.axvline(float(one.mean()), color=color, linewidth=2)
     ax.set(xlabel=x, ylabel=y)
-    ax.legend(title="mean (the line)", title_fontsize=8, **BESIDE)
-    return _headline(figure, title)
+    ax.legend(title="mean (the line)", title_fontsize=8, **LEGEND_OUTSIDE)
+    return set_title(figure, title)
 
 
 def explore_consistency(answers: Sequence[dict]) -> Explorer:
@@ -338,7 +338,7 @@ def explore_consistency(answers: Sequence[dict]) -> Explorer:
             views.append(f"{name}: most like {best}, {'right' if there else 'wrong'} place")
             drawn.append(({"boxes": found, "labels": labels, "scores": row}, styles))
         title = f"Who is most like object {chosen} at layer {layer}?"
-        figure, axes = _page([weak, *[strong] * len(drawn)], 3, views, title, cell=2.9)
+        figure, axes = image_grid([weak, *[strong] * len(drawn)], 3, views, title, cell=2.9)
         draw_boxes(axes[0], weak, {"boxes": boxes[[chosen]], "labels": labels[[chosen]]}, style="kept")
         for ax, (target, styles) in zip(axes[1:], drawn):
             truth = {"boxes": places[[chosen]], "labels": labels[[chosen]]}
@@ -364,7 +364,7 @@ def sampling_points(detector, image) -> tuple[list, dict]:
 
 def show_points(image, target, places, shares, title="") -> Picture:
     """Places (L, P, 2) in [0, 1] on an image, the larger the more they count, a colour and a mark for each level."""
-    figure, (ax,) = _page([image], 1, ["levels"], title, cell=3.4)
+    figure, (ax,) = image_grid([image], 1, ["levels"], title, cell=3.4)
     draw_boxes(ax, image, target, categories=[{"name": ""}] * 99)
     height, width = image.shape[-2:]
     for level, (xy, share) in enumerate(zip(places, shares)):
@@ -407,7 +407,7 @@ def explore_denoising(scenes: Sequence[tuple]) -> Explorer:
         (_, boxes, copies, _), count = made[0], len(target["labels"])
         labels = padded.labels[0].repeat(2)
         asked = {"boxes": to_pixels(boxes[0, : 2 * count], target["size"]), "labels": labels}
-        figure, (ax,) = _page([image], 1, title=f"{count} positives, {count} negatives", cell=3.4)
+        figure, (ax,) = image_grid([image], 1, title=f"{count} positives, {count} negatives", cell=3.4)
         draw_boxes(ax, image, asked, target, [{"name": ""}] * 99, ["prediction"] * count + ["dropped"] * count)
         return figure, plot_attention_mask(group_mask([2 * count] * copies, 8), 8)
 
@@ -468,7 +468,7 @@ def explore_recorded(lines: Sequence[dict]) -> Explorer:
             rows.setdefault(_row_name(line, lengths), {}).setdefault((line["percent"], time), []).append(line)
 
     def draw(percent, quantity, **ticked):
-        curves, factor = {}, 100 if quantity in SHARES else 1
+        curves, factor = {}, 100 if quantity in FRACTIONS else 1
         for row, looks in rows.items():
             known = {time: looks[share, time] for share, time in sorted(looks) if share == percent and ticked[row]}
             found = {time: [one[quantity] for one in seeds if quantity in one] for time, seeds in known.items()}
@@ -515,7 +515,7 @@ def explore_mixture(pools: dict[str, tuple]) -> Explorer:
         for bar in ax.patches:
             bar.set(facecolor=GREY)
         rows = [row for row in zip(*ax.get_legend_handles_labels()) if row[1] not in ("right", "wrong")]
-        ax.legend(*zip(*rows), **BESIDE)
+        ax.legend(*zip(*rows), **LEGEND_OUTSIDE)
         return figure
 
     return explore(draw, checkpoint=list(pools), samples=(2, most), em_steps=(1, 60), truth=True)
