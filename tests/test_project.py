@@ -40,6 +40,20 @@ ROOMS = [
     "cli",
     "__main__",
 ]  # a module imports from its own room and from those before it
+# the same inside training
+TRAINING = [
+    "settings",
+    "presets",
+    "checkpoint",
+    "signals",
+    "engine",
+    "memory",
+    "measure",
+    "run_folder",
+    "loop",
+    "ablate",
+    "demo",
+]
 CONDA_NAMES = {"torch": "pytorch"}  # the others have one name in both worlds
 
 
@@ -171,7 +185,7 @@ def test_every_module_is_in_a_room():
     [
         ("losses.py", "import torch\nfrom semidetr_lite.matching import one_to_one", ["matching"]),
         ("losses.py", "from semidetr_lite import boxes, matching", ["boxes", "matching"]),
-        ("methods/soft_teacher.py", "def f():\n    from ..training.train import fit", ["training"]),
+        ("methods/soft_teacher.py", "def f():\n    from ..training.loop import fit", ["training"]),
         ("methods/semi_detr.py", "from .mean_teacher import ema\nfrom .. import visualize", ["methods", "visualize"]),
         ("teach/widgets.py", "import semidetr_lite\nimport semidetr_lite.data.digits as d", ["", "data"]),
     ],
@@ -193,6 +207,25 @@ def test_backward_imports_finds_a_later_room_and_the_front_door():
 
 def test_imports_point_to_earlier_rooms():
     assert backward_imports(modules()) == []
+
+
+def test_imports_inside_training_point_to_earlier_modules():
+    faults = []
+    for path, tree in modules():
+        if path.parent.name != "training" or path.stem == "__init__":
+            continue
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom) or node.module is None:
+                continue
+            if node.module == "semidetr_lite.training":
+                names = [alias.name for alias in node.names]
+            elif node.module.startswith("semidetr_lite.training."):
+                names = [node.module.rpartition(".")[2]]
+            else:
+                continue
+            later = [name for name in names if TRAINING.index(name) >= TRAINING.index(path.stem)]
+            faults += [f"{path.name}:{node.lineno} imports {name}" for name in later]
+    assert faults == []
 
 
 # Sizes

@@ -5,6 +5,7 @@ Data, detector, method. The presets are those of settings.py.
 
 import inspect
 import json
+from pathlib import Path
 
 from semidetr_lite.data import coco, digits
 from semidetr_lite.data.splits import Splits
@@ -56,7 +57,7 @@ DETECTORS = {
 }
 
 
-def load_splits(config: Config | dict, file="config.json") -> Splits:
+def load_splits(config: Config | dict, file: str | Path = "config.json") -> Splits:
     """The data of a run, from its settings or from the JSON object in its config.json.
 
     Raises UserError, which names `file`, for settings of data that cannot be used.

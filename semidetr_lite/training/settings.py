@@ -11,7 +11,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import cache
@@ -437,7 +437,7 @@ def preset_settings(
     return dataclasses.replace(settings, method=method, detector=detector, detector_kwargs=kwargs)
 
 
-def _check_choice(kind: str, name: str, known) -> None:
+def _check_choice(kind: str, name: str, known: Iterable[str]) -> None:
     if name not in known:
         raise UserError(f"no {kind} called {name!r}: choose from {', '.join(known)}")
 
@@ -559,7 +559,7 @@ def checked_json(kind: type, text: str | bytes, origin: str) -> Any:
         raise UserError(f"{origin}: {'.'.join(path) or 'the settings'}: {said}") from None
 
 
-def read_settings(config: dict, file) -> Config:
+def read_settings(config: dict, file: str | Path) -> Config:
     """The settings in the JSON object of a config.json.
 
     Raises UserError, which names `file` and the field.
