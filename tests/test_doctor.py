@@ -178,3 +178,12 @@ def test_the_picture_of_a_summary(tmp_path):
     assert "cow" in figure.get_suptitle() and "0 boxes" in figure.get_suptitle()
     for few in ({}, {"unlabelled": summary["unlabelled"]}):
         assert png(show_data_summary(few))
+
+
+def test_two_plain_pictures_of_one_colour_are_duplicates_only_at_one_size(tmp_path):
+    coco(tmp_path, "train", 2, 0, [[2, 5, 1, 1, 4, 4]])
+    (tmp_path / "more").mkdir()
+    for name, size in (("wide.png", (30, 20)), ("tall.png", (20, 30)), ("again.png", (30, 20))):
+        Image.new("RGB", size, "green").save(tmp_path / "more" / name)
+    lines, _, defects = doctor_data(tmp_path, unlabelled=tmp_path / "more")
+    assert defects == 1 and found(lines, "wide.png", "same picture", "again.png")

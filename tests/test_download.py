@@ -201,7 +201,7 @@ class TestDownload:
 
     def test_nobody_there(self, tmp_path, monkeypatch):
         monkeypatch.setattr(download, "PAUSE", 0)
-        with pytest.raises(UserError, match="gave up after 8 tries .*refused"):
+        with pytest.raises(UserError, match="127.0.0.1:9/a.zip.* 8 .*refused"):
             download.download(published(NOISE, "http://127.0.0.1:9/a.zip"), tmp_path / "a.zip")
 
     def test_pauses_grow(self, server, tmp_path, monkeypatch):
@@ -216,7 +216,7 @@ class TestDownload:
         if not Path("/dev/full").exists():
             pytest.skip("this system has no /dev/full")
         (tmp_path / "a.zip.part").symlink_to("/dev/full")
-        with pytest.raises(UserError, match="cannot be written .*No space"):
+        with pytest.raises(UserError, match="a.zip.part.*No space"):
             fetch(server, tmp_path / "a.zip")
         assert len(server.asked) == 1
 

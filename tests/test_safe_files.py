@@ -229,7 +229,7 @@ def test_an_image_starts_no_other_program(tmp_path, monkeypatch):
 def test_a_bomb_of_pixels_is_refused(tmp_path):
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
     assert (tmp_path / "bomb.png").stat().st_size < 100_000
-    with pytest.raises(UserError, match="more than 89 million pixels"):
+    with pytest.raises(UserError, match="bomb.png.*89 million"):
         read_image(tmp_path / "bomb.png")
 
 
@@ -258,5 +258,5 @@ def test_a_detector_of_any_size_is_not_built(work):  # noqa: F811
     header["__metadata__"]["semidetr_lite"] = json.dumps(about)
     text = json.dumps(header).encode()
     file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
-    with pytest.raises(UserError, match="encoder_layers 1000000000 cannot be built"):
+    with pytest.raises(UserError, match="encoder_layers 1000000000"):
         load_detector(file)

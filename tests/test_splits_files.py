@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -209,14 +210,14 @@ class TestManifest:
         split(source, "--percent", 10, "--percent", 5)
         path = (out / damaged).resolve()
         path.write_bytes(path.read_bytes().replace(b"1000", b"1001", 1) + b" ")
-        with pytest.raises(UserError, match="is not the file"):
+        with pytest.raises(UserError, match=re.escape(path.name)):
             check_manifest(out)
         refused(capsys, "--check", out, words=(path.name,))
         if path != source:
             assert (
                 len(check_manifest(out, percent=5)["files"]) == 10
             )  # the other folds are as they were
-            with pytest.raises(UserError, match="is not the file"):
+            with pytest.raises(UserError, match=re.escape(path.name)):
                 check_manifest(out, percent=10, fold=1)
 
     def test_missing_files(self, source, out):
@@ -224,7 +225,7 @@ class TestManifest:
         source.unlink()
         check_manifest(out)  # the folds may travel without the json they were drawn from
         (out / f"{NAME}.3@10.json").unlink()
-        with pytest.raises(UserError, match="3@10.json: is missing"):
+        with pytest.raises(UserError, match=r"3@10\.json.*missing"):
             check_manifest(out)
         check_manifest(out, 10, 2)
 
@@ -241,7 +242,7 @@ class TestManifest:
 
     def test_a_fold_that_is_not_there(self, source, out):
         split(source, "--percent", 10, "--fold", 1)
-        with pytest.raises(UserError, match="no fold 2 of 10 %, only 10 % fold 1"):
+        with pytest.raises(UserError, match="fold 2 of 10 %.* 10 % fold 1"):
             check_manifest(out, 10, 2)
 
     @pytest.mark.parametrize(

@@ -570,3 +570,14 @@ def test_colour_operations_equal_pillow(operation, magnitude):
         assert np.abs(theirs - array).max() > 2.0
     bytes_ = color_augment(torch.from_numpy(array).permute(2, 0, 1), Scripted(magnitude, operation))
     assert np.abs(bytes_.permute(1, 2, 0).numpy() - theirs).max() <= 1.0
+
+
+def test_a_smaller_view_averages_the_pixels_it_drops():
+    """Without antialiasing a fine checkerboard would stay black and white."""
+    settings = ViewSettings(**{**STILL.__dict__, "short_sides": (16,)})
+    rows = torch.arange(48)
+    board = ((rows[:, None] + rows) % 2 * 255).to(torch.uint8).expand(3, 48, 48).contiguous()
+    for image in (board, board.float() / 255):
+        view, _ = weak_view(image, {"size": (48, 48)}, np.random.default_rng(0), settings)
+        grey = view.float() / (255 if view.dtype == torch.uint8 else 1)
+        assert view.shape == (3, 16, 16) and (grey - 0.5).abs().max() < 0.05
