@@ -53,7 +53,7 @@ SETUPS = ["float32:8", "tf32:8", "bfloat16:8", "bfloat16:4", "bfloat16:4:checkpo
 STAGES = {"one-to-many": 1.0, "one-to-one": 0.0}
 TOY = {
     "arguments": {
-        "num_queries": 12, "dim": 16, "heads": 2, "hidden": 16, "encoder_layers": 1, "decoder_layers": 1,
+        "num_queries": 12, "dim": 16, "heads": 2, "dim_feedforward": 16, "encoder_layers": 1, "decoder_layers": 1,
         "backbone": "resnet18", "backbone_weights": None, "test_size": (48, 80),
     },
     "labelled_images": 2, "unlabelled_images": 8,
@@ -119,7 +119,7 @@ class OneKernel(torch.autograd.Function):
 
 def operations(work, batch: dict) -> int:
     """What `work(batch)` counts; what it computes means nothing."""
-    with mock.patch.object(deformable, "_faster_way", lambda *_: OneKernel.apply), Operations() as counting:
+    with mock.patch.object(deformable, "select_kernel", lambda *_: OneKernel.apply), Operations() as counting:
         work(batch)
     return counting.count
 

@@ -46,7 +46,11 @@ MADE = {
         {"method": "supervised", "detector": "detr", "percent": 100, "steps": 6000}, "semi_detr", {"num_queries": 12}
     ),
     # a smaller box head: the file must stay under 2 MB
-    "faster_rcnn": Made({"method": "supervised", "detector": "faster-rcnn", "steps": 1000}, None, {"hidden": 48}),
+    "faster_rcnn": Made(
+        {"method": "supervised", "detector": "faster-rcnn", "steps": 1000},
+        None,
+        {"representation_size": 48},
+    ),
     "fcos": Made({"method": "supervised", "detector": "fcos", "steps": 1000}),
 }
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from semidetr_lite import distributed
 from semidetr_lite.data.coco import IMAGE_SUFFIXES
 from semidetr_lite.data.doctor import doctor_data
-from semidetr_lite.detectors.detector import as_tensor
+from semidetr_lite.detectors.detector import load_image
 from semidetr_lite.detectors.public_weights import describe
 from semidetr_lite.errors import Stopped, UserError, reading
 from semidetr_lite.evaluate import evaluate as evaluate_detections
@@ -212,7 +212,7 @@ def predict(run: Folder, images: Folders, out: Path, score: float = 0.3, weights
     found, unread = {}, []
     for number, file in enumerate(tqdm(files, desc="predict", disable=len(files) < 20)):
         try:
-            image = as_tensor(file)
+            image = load_image(file)
         except UserError as problem:
             unread.append(problem)
             continue

@@ -1,4 +1,4 @@
-"""The generated data set of COCO's measures: its sizes, boxes and ids, and the COCO recipe end to end on it."""
+"""The generated data set of COCO's size: images, boxes, ids, and the COCO recipe on it."""
 
 import functools
 import json
@@ -29,7 +29,9 @@ def tree(tmp_path_factory) -> Path:
 def test_sizes_boxes_and_classes_are_like_those_of_coco(tree):
     document = json.loads((tree / "annotations/instances_train2017.json").read_text())
     sizes = [(row["width"], row["height"]) for row in document["images"]]
-    assert 0.2 < sizes.count((640, 480)) / len(sizes) < 0.4 and max(max(size) for size in sizes) == 640
+    assert (
+        0.2 < sizes.count((640, 480)) / len(sizes) < 0.4 and max(max(size) for size in sizes) == 640
+    )
     assert 0.1 < np.mean([height > width for width, height in sizes]) < 0.45
     boxes = np.array([row["bbox"] for row in document["annotations"]])
     sides = np.sqrt(boxes[:, 2] * boxes[:, 3])
@@ -44,7 +46,10 @@ def test_boxes_are_where_the_colour_of_their_class_is(tree):
     dataset = CocoDataset(tree / "annotations/instances_val2017.json", tree / "val2017")
     close = []
     for image, target in (dataset[index] for index in range(4)):
-        (x1, y1, x2, y2), label = target["boxes"][-1].int().tolist(), int(target["labels"][-1])  # the last lies on top
+        (x1, y1, x2, y2), label = (
+            target["boxes"][-1].int().tolist(),
+            int(target["labels"][-1]),
+        )  # the last lies on top
         colour = np.array(make_coco_sized.COLOURS[label // 10])[:, None, None]
         inside = image[:, y1:y2, x1:x2].numpy().astype(int)
         close.append((np.abs(inside - colour).max(0) < 60).mean())
@@ -53,7 +58,10 @@ def test_boxes_are_where_the_colour_of_their_class_is(tree):
 
 def test_an_image_does_not_depend_on_how_many_there_are(tree):
     masks = load_digits()
-    sources = {digit: masks.images[masks.target == digit] / 16 for digit in range(10)}, load_sample_images().images
+    sources = (
+        {digit: masks.images[masks.target == digit] / 16 for digit in range(10)},
+        load_sample_images().images,
+    )
     rows = make_coco_sized.scene(7, sources)[1]
     document = json.loads((tree / "annotations/instances_train2017.json").read_text())
     there = [row for row in document["annotations"] if row["image_id"] == 7]
@@ -62,19 +70,36 @@ def test_an_image_does_not_depend_on_how_many_there_are(tree):
 
 def test_a_folder_in_use_and_impossible_counts_are_refused(tree, tmp_path, capsys):
     assert make_coco_sized.main([str(tree)]) == 2 and "is there already" in capsys.readouterr().err
-    assert make_coco_sized.main([str(tmp_path / "x"), "--val=0"]) == 2 and not list(tmp_path.iterdir())
+    assert make_coco_sized.main([str(tmp_path / "x"), "--val=0"]) == 2 and not list(
+        tmp_path.iterdir()
+    )
 
 
 def test_the_coco_recipe_runs_on_it_end_to_end(tree, tmp_path, monkeypatch):
-    """80 classes, the resize draw, parts with the mix of both kinds, both stages; all of it small."""
+    """80 classes, random resizing, micro-batches of both kinds of images, both stages; small."""
     for name in ("pseudo_quality", "watched_boxes"):  # of few images, which they take as they are
         monkeypatch.setattr(train, name, functools.partial(getattr(train, name), images=2))
-    small = {"num_queries": 20, "dim": 16, "heads": 2, "hidden": 16, "encoder_layers": 1, "decoder_layers": 1}
+    small = {
+        "num_queries": 20,
+        "dim": 16,
+        "heads": 2,
+        "dim_feedforward": 16,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+    }
     arguments = {**small, "backbone": "resnet18", "test_size": (48, 80)}
     config = new_config("coco-10pct", data=str(tree), steps=2)
     views = {**config["recipe"]["views"], "short_sides": [32, 40, 48], "long_side": 80}
-    few = {"labelled_images": 2, "unlabelled_images": 8, "accumulate": 2, "log_every": 1, "evaluate_every": 9}
-    config = new_config("coco-10pct", data=str(tree), steps=2, arguments=arguments, views=views, **few)
+    few = {
+        "labelled_images": 2,
+        "unlabelled_images": 8,
+        "accumulate": 2,
+        "log_every": 1,
+        "evaluate_every": 9,
+    }
+    config = new_config(
+        "coco-10pct", data=str(tree), steps=2, arguments=arguments, views=views, **few
+    )
     run = Run(config, tmp_path / "run", quiet=True, workers=0)
     assert (len(run.splits.labelled), len(run.splits.unlabelled), run.engine.parts) == (16, 144, 2)
     last = run.go()

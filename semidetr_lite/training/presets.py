@@ -82,11 +82,11 @@ class Recipe:
     evaluate_images: int = 5000  # of the tune split, at intervals
 
 
-TINY = {"num_queries": 30, "dim": 64, "heads": 4, "hidden": 256, "backbone": "tiny"}
+TINY = {"num_queries": 30, "dim": 64, "heads": 4, "dim_feedforward": 256, "backbone": "tiny"}
 TINY |= {"encoder_layers": 2, "decoder_layers": 3}
 TINY_DEFORMABLE = {"levels": 3, "points": 4, "anchor_size": 0.1}
 TINY_PYRAMID = {"dim": 64, "backbone": "tiny"}
-TINY_PROPOSALS = {"object_size": 64, "hidden": 128, "proposals": (100, 50), "sampled": (64, 32)}
+TINY_PROPOSALS = {"object_size": 64, "representation_size": 128, "proposals": (100, 50), "sampled": (64, 32)}
 RESNET = {"backbone": "resnet50", "backbone_weights": "IMAGENET1K_V1", "test_size": (800, 1333)}
 
 DIGITS = Recipe(

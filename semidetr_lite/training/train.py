@@ -306,7 +306,7 @@ class Run:
         size = max(sizes, key=lambda size: size[0] * size[1])
         if views.short_sides:
             size = (max(views.short_sides), views.long_side)
-        if getattr(self.method.student.backbone, "sees_padding", False):
+        if getattr(self.method.student.backbone, "pad_before_backbone", False):
             size = tuple(map(padded_side, size))  # as among images of other sizes
         most = min(self.recipe.max_pseudo_boxes, 100)  # more confident boxes in one image do not happen in practice
         self.engine.rehearse(size, self.recipe.labelled_images, self.unlabelled, most)
