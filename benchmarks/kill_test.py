@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 SMALL = {
-    "num_queries": 12, "dim": 32, "heads": 2, "levels": 3, "points": 2, "hidden": 32, "encoder_layers": 1,
+    "num_queries": 12, "dim": 32, "heads": 2, "levels": 3, "points": 2, "dim_feedforward": 32, "encoder_layers": 1,
     "decoder_layers": 2, "backbone": "tiny", "anchor_size": 0.1, "denoising_queries": 6,
 }  # fmt: skip
 CHANGES = {

@@ -50,7 +50,7 @@ MADE = {
     ),
     # a smaller box head: the file must stay under 2 MB
     "faster_rcnn": Made(
-        {"method": "supervised", "detector": "faster-rcnn", "steps": 1000, "hidden": 48}
+        {"method": "supervised", "detector": "faster-rcnn", "steps": 1000, "representation_size": 48}
     ),
     "fcos": Made({"method": "supervised", "detector": "fcos", "steps": 1000}),
 }

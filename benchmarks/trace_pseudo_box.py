@@ -36,7 +36,7 @@ def small_step(stage: str) -> tuple[Engine, dict, int]:
     """An engine, a batch of one labelled and one unlabelled image, and a step of the stage."""
     torch.manual_seed(0)
     backbone = Tiny((8, 8, 16, 16, 16))
-    sizes = {"dim": 16, "heads": 2, "levels": 3, "points": 2, "hidden": 32}
+    sizes = {"dim": 16, "heads": 2, "levels": 3, "points": 2, "dim_feedforward": 32}
     layers = {"encoder_layers": 1, "decoder_layers": 2, "denoising_queries": 6}
     student = DINO(num_classes=4, num_queries=8, backbone=backbone, **sizes, **layers)
     method = SemiDETR(student, one_to_many_steps=10, score_threshold=0.0).train()

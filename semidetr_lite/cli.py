@@ -243,7 +243,7 @@ def predict(
 
     from tqdm import tqdm
 
-    from semidetr_lite.detectors.detector import as_tensor
+    from semidetr_lite.detectors.detector import load_image
     from semidetr_lite.evaluate import to_coco_json
     from semidetr_lite.files import write_atomic
     from semidetr_lite.training.checkpoint import load_detector
@@ -253,7 +253,7 @@ def predict(
     found, unread = {}, []
     for number, file in enumerate(tqdm(files, desc="predict", disable=len(files) < 20)):
         try:
-            image = as_tensor(file)
+            image = load_image(file)
         except UserError as problem:
             unread.append(problem)
             continue

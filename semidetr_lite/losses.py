@@ -35,7 +35,7 @@ from semidetr_lite import distributed
 from semidetr_lite.boxes import overlaps
 from semidetr_lite.detectors.denoising import DenoisingTargets
 from semidetr_lite.detectors.detector import Detector
-from semidetr_lite.detectors.transformer import Layers, QueryGroup, batch_rows, stack_layers
+from semidetr_lite.detectors.transformer import Layers, QueryGroup, slice_batch, stack_layers
 from semidetr_lite.device import to_device, to_host
 from semidetr_lite.loss_weights import LossWeights
 from semidetr_lite.matching import (
@@ -392,7 +392,7 @@ def denoising_losses(
     for outputs, queries in zip(group_outputs, denoising, strict=True):
         target_set = by_name[queries.name]
         loss = denoising_loss(
-            batch_rows(outputs, target_set.images),
+            slice_batch(outputs, target_set.images),
             queries.targets,
             queries.boxes,
             target_set.loss_weights,

@@ -17,9 +17,11 @@ def test_maps_at_strides_8_16_and_32(backbone):
     assert tuple(level.shape[1] for level in maps) == tuple(backbone.channels)
 
 
-@pytest.mark.parametrize("backbone", [Tiny((8, 8, 16, 16, 16)), make_backbone("resnet18")], ids=["tiny", "resnet18"])
+@pytest.mark.parametrize(
+    "backbone", [Tiny((8, 8, 16, 16, 16)), make_backbone("resnet18")], ids=["tiny", "resnet18"]
+)
 def test_no_batch_statistics(backbone):
-    """In training mode too, an image gives the same maps alone and beside others, and nothing is counted."""
+    """In training mode too an image has the same maps alone and in a batch; buffers stay."""
     images, before = torch.rand(3, 3, 64, 64), [buffer.clone() for buffer in backbone.buffers()]
     together, alone = backbone.train()(images), backbone.train()(images[:1])
     assert all(torch.allclose(a[:1], b, atol=1e-4) for a, b in zip(together, alone))
@@ -28,11 +30,15 @@ def test_no_batch_statistics(backbone):
 
 @pytest.fixture(params=["resnet18", "resnet50"])
 def twins(request, tmp_path):
-    """A torchvision ResNet in eval mode, with norms that have seen something, and ours with its weights."""
+    """A torchvision ResNet in eval mode with random norms, and ours with its weights."""
     net = getattr(torchvision.models, request.param)().eval()
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            for name, low, high in (("running_mean", -0.5, 0.5), ("running_var", 0.5, 2), ("weight", 0.5, 1)):
+            for name, low, high in (
+                ("running_mean", -0.5, 0.5),
+                ("running_var", 0.5, 2),
+                ("weight", 0.5, 1),
+            ):
                 torch.nn.init.uniform_(getattr(module, name), low, high)
             torch.nn.init.uniform_(module.bias, -0.5, 0.5)
     torch.save(net.state_dict(), tmp_path / "weights.pth")
@@ -54,10 +60,15 @@ def test_resnet_equals_torchvisions_with_the_same_weights(twins):
     towards = [torch.randn_like(level) for level in expected]
     for each in (expected, maps):
         sum((level * way).sum() for level, way in zip(each, towards, strict=True)).backward()
-    pairs = [(backbone.layers[1], net.layer2), (backbone.layers[2], net.layer3), (backbone.layers[3], net.layer4)]
+    pairs = [
+        (backbone.layers[1], net.layer2),
+        (backbone.layers[2], net.layer3),
+        (backbone.layers[3], net.layer4),
+    ]
     for ours, theirs in pairs:
         convolutions = [
-            [part.weight for part in each.modules() if isinstance(part, torch.nn.Conv2d)] for each in (ours, theirs)
+            [part.weight for part in each.modules() if isinstance(part, torch.nn.Conv2d)]
+            for each in (ours, theirs)
         ]
         for a, b in zip(*convolutions, strict=True):
             assert (a.grad - b.grad).norm() < 1e-3 * b.grad.norm()
@@ -68,7 +79,9 @@ def test_no_map_of_a_resnet_becomes_float32_under_bfloat16(twins):
     with torch.autocast("cpu", torch.bfloat16), Dtypes(seen):
         maps = twins[1](torch.rand(2, 3, 64, 96))
     assert {level.dtype for level in maps} == {torch.bfloat16}
-    assert {dtype for shape, dtype in seen if len(shape) == 4 and shape[0] == 2 and shape[1] > 3} == {torch.bfloat16}
+    assert {
+        dtype for shape, dtype in seen if len(shape) == 4 and shape[0] == 2 and shape[1] > 3
+    } == {torch.bfloat16}
 
 
 class Dtypes(TorchDispatchMode):
@@ -90,7 +103,11 @@ class Dtypes(TorchDispatchMode):
 
 def test_stem_and_first_stage_are_not_trained():
     backbone = ResNet("resnet18")
-    frozen = {name.split(".")[0] + name.split(".")[1] for name, p in backbone.named_parameters() if not p.requires_grad}
+    frozen = {
+        name.split(".")[0] + name.split(".")[1]
+        for name, p in backbone.named_parameters()
+        if not p.requires_grad
+    }
     assert frozen == {"stem0", "layers0"}
 
 

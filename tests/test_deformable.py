@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from semidetr_lite.detectors import deformable
+from semidetr_lite.detectors import kernels
 from semidetr_lite.detectors.deformable import (
     DecoderLayer,
     DeformableAttention,
@@ -23,7 +23,10 @@ SHAPES = [(6, 9), (4, 3), (1, 2)]
 
 
 def bilinear(cells, x: float, y: float):
-    """Cells (H, W, D) at (x, y) in [0, 1]; cell (i, j) has its centre at ((j + 0.5) / W, (i + 0.5) / H); else zero."""
+    """Cells (H, W, D) at (x, y) in [0, 1], zero outside.
+
+    Cell (i, j) has its centre at ((j + 0.5) / W, (i + 0.5) / H).
+    """
     height, width = cells.shape[:2]
     column, row = x * width - 0.5, y * height - 0.5
     left, top = math.floor(column), math.floor(row)
@@ -56,7 +59,9 @@ def attention_by_loops(value, shapes, locations, weights):
 def some_inputs(dtype=torch.float32, batch=2, queries=4, heads=3, points=2, depth=5, shapes=SHAPES):
     tokens = sum(height * width for height, width in shapes)
     value = torch.randn(batch, tokens, heads, depth, dtype=dtype)
-    locations = torch.rand(batch, queries, heads, len(shapes), points, 2, dtype=dtype) * 1.4 - 0.2  # some outside
+    locations = (
+        torch.rand(batch, queries, heads, len(shapes), points, 2, dtype=dtype) * 1.4 - 0.2
+    )  # some outside
     weights = torch.rand(batch, queries, heads, len(shapes), points, dtype=dtype)
     return value, shapes, locations, weights
 
@@ -66,12 +71,14 @@ def test_deformable_attention_equals_nested_loops(dtype):
     inputs = some_inputs(dtype)
     ours = deformable_attention(*inputs)
     assert ours.shape == (2, 4, 15) and ours.dtype == dtype
-    assert torch.allclose(ours, attention_by_loops(*inputs), atol=1e-5 if dtype == torch.float32 else 1e-12)
+    assert torch.allclose(
+        ours, attention_by_loops(*inputs), atol=1e-5 if dtype == torch.float32 else 1e-12
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_reading_as_bags_equals_the_readable_way(dtype):
-    """Without gradients the CPU takes another way to the same numbers; also where points lie outside."""
+def test_the_embedding_bag_kernel_equals_the_formula(dtype):
+    """Without gradients the CPU takes another kernel; also for points outside the maps."""
     value, shapes, locations, weights = some_inputs(dtype, 2, 7, 3, 5, 4, [(4, 6), (3, 2), (1, 1)])
     locations = locations * 1.6 - 0.3
     with torch.no_grad():
@@ -80,59 +87,83 @@ def test_reading_as_bags_equals_the_readable_way(dtype):
     assert readable.abs().max() > 0.1
     assert torch.allclose(fast, readable, atol=1e-5 if dtype == torch.float32 else 1e-12)
     with torch.no_grad():
-        assert torch.allclose(fast, attention_by_loops(value, shapes, locations, weights), atol=1e-5)
+        assert torch.allclose(
+            fast, attention_by_loops(value, shapes, locations, weights), atol=1e-5
+        )
 
 
 INTERPRETED = "TRITON_INTERPRET" in os.environ  # Triton then runs its kernels in NumPy
 
 
-@pytest.mark.skipif(not (torch.cuda.is_available() or INTERPRETED), reason="Triton's kernels need a GPU")
+@pytest.mark.skipif(
+    not (torch.cuda.is_available() or INTERPRETED), reason="Triton's kernels need a GPU"
+)
 @pytest.mark.parametrize("points", [1, 3])
-def test_the_gpu_kernel_equals_the_readable_way(points, monkeypatch):
-    from semidetr_lite.detectors.fused_attention import FusedAttention
+def test_the_gpu_kernel_equals_the_formula(points, monkeypatch):
+    from semidetr_lite.detectors.kernels.triton_attention import TritonAttention
 
     device = "cpu" if INTERPRETED else "cuda"
-    monkeypatch.setattr(deformable, "_fused_attention", lambda: None)
+    monkeypatch.setattr(kernels, "triton_kernel", lambda: None)
     sizes = [(4, 6), (3, 2), (1, 1)]  # not square, and 37 queries are no multiple of a program's
     value, shapes, locations, weights = some_inputs(torch.float32, 2, 37, 3, points, 8, sizes)
     inputs = [each.to(device).requires_grad_() for each in (value, locations * 1.4 - 0.2, weights)]
     upstream = torch.randn(2, 37, 24, device=device)
     found = []
-    for read in (deformable_attention, FusedAttention.apply):
+    for read in (deformable_attention, TritonAttention.apply):
         sums = read(inputs[0], shapes, *inputs[1:])
         found.append([sums, *torch.autograd.grad(sums, inputs, upstream)])
     for readable, fused in zip(*found, strict=True):
         assert readable.abs().max() > 0.1
         assert torch.allclose(fused, readable, atol=1e-4), (fused - readable).abs().max()
-    rough = FusedAttention.apply(inputs[0].bfloat16(), shapes, *inputs[1:])
+    rough = TritonAttention.apply(inputs[0].bfloat16(), shapes, *inputs[1:])
     assert rough.dtype == torch.bfloat16 and torch.allclose(rough.float(), found[0][0], atol=0.1)
-    nothing = FusedAttention.apply(inputs[0], shapes, inputs[1][:, :0], inputs[2][:, :0])  # no queries
-    assert nothing.shape == (2, 0, 24) and (torch.autograd.grad(nothing.sum(), inputs[0])[0] == 0).all()
+    nothing = TritonAttention.apply(
+        inputs[0], shapes, inputs[1][:, :0], inputs[2][:, :0]
+    )  # no queries
+    assert (
+        nothing.shape == (2, 0, 24)
+        and (torch.autograd.grad(nothing.sum(), inputs[0])[0] == 0).all()
+    )
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is what starts the interpreter")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="torch came without Triton")
 @pytest.mark.skipif(
-    torch.__version__ < "2.6" and np.__version__ >= "2", reason="the interpreter of torch 2.5's Triton needs NumPy 1"
+    torch.__version__ < "2.6" and np.__version__ >= "2",
+    reason="the interpreter of torch 2.5's Triton needs NumPy 1",
 )
 def test_the_gpu_kernel_without_a_gpu():
-    """The test above in Triton's interpreter, which has to be asked for before the kernels are read."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "gpu_kernel_equals"]
-    ended = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    """The test above in Triton's interpreter, which is chosen when the kernels are imported."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        "gpu_kernel_equals",
+    ]
+    ended = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
     assert ended.returncode == 0 and "2 passed" in ended.stdout, ended.stdout + ended.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a kernel can be built here")
-def test_where_no_kernel_can_be_built_the_readable_way_is_taken_with_a_warning():
+def test_where_triton_cannot_build_its_kernel_there_is_a_warning_and_no_kernel():
     with pytest.warns(UserWarning, match="Triton cannot build its kernel"):
-        assert deformable._fused_attention.__wrapped__() is None
+        assert kernels.triton_kernel.__wrapped__() is None
 
 
 def test_gradients_in_double_precision():
     value, shapes, locations, weights = some_inputs(torch.float64, 1, 2, 2, 2, 3, [(3, 4), (2, 1)])
     for entry in (value, locations, weights):
         entry.requires_grad_()
-    assert torch.autograd.gradcheck(lambda v, x, w: deformable_attention(v, shapes, x, w), (value, locations, weights))
+    assert torch.autograd.gradcheck(
+        lambda v, x, w: deformable_attention(v, shapes, x, w), (value, locations, weights)
+    )
 
 
 def test_bfloat16_values_with_float32_locations():
@@ -141,9 +172,13 @@ def test_bfloat16_values_with_float32_locations():
     rough = deformable_attention(value.bfloat16(), shapes, locations, weights)
     assert rough.dtype == torch.bfloat16
     assert torch.allclose(rough.float(), exact, atol=0.2) and not torch.equal(rough.float(), exact)
-    value, shapes, locations, weights = some_inputs(shapes=[(100, 160)])  # where a cell is no wider than a rounding
+    value, shapes, locations, weights = some_inputs(
+        shapes=[(100, 160)]
+    )  # where a cell is no wider than a rounding
     read = deformable_attention(value.bfloat16(), shapes, locations, weights).float()
-    assert torch.allclose(read, deformable_attention(value.bfloat16().float(), shapes, locations, weights), atol=0.03)
+    assert torch.allclose(
+        read, deformable_attention(value.bfloat16().float(), shapes, locations, weights), atol=0.03
+    )
 
 
 def test_at_the_centre_of_a_cell_it_reads_that_cell():
@@ -189,7 +224,9 @@ def test_without_offsets_a_query_reads_its_reference():
     read = plain_attention()(queries, places, memory_of(tokens, [(6, 9)]))
     assert torch.allclose(read, tokens[:, [0, 2 * 9 + 4, 5 * 9 + 8]], atol=1e-5)
     boxes = torch.cat([places, torch.full_like(places, 0.3)], -1)
-    assert torch.allclose(plain_attention()(queries, boxes, memory_of(tokens, [(6, 9)])), read, atol=1e-5)
+    assert torch.allclose(
+        plain_attention()(queries, boxes, memory_of(tokens, [(6, 9)])), read, atol=1e-5
+    )
 
 
 def test_offsets_of_points_are_in_cells_and_of_boxes_in_half_sides():
@@ -199,7 +236,9 @@ def test_offsets_of_points_are_in_cells_and_of_boxes_in_half_sides():
     attention.offsets.bias.data = torch.tensor([3.0, 1.0] * 4)  # x, y of both heads and both points
     point = torch.tensor([1.5 / 9, 2.5 / 6]).view(1, 1, 1, 2)
     assert torch.allclose(attention(query, point, memory)[0, 0], tokens[0, 3 * 9 + 4], atol=1e-5)
-    attention.offsets.bias.data = torch.tensor([2.0, -2.0] * 4)  # over the number of points: one half side
+    attention.offsets.bias.data = torch.tensor(
+        [2.0, -2.0] * 4
+    )  # over the number of points: one half side
     box = torch.tensor([4.5 / 9, 2.5 / 6, 4 / 9, 2 / 6]).view(1, 1, 1, 4)  # 4 cells wide, 2 high
     assert torch.allclose(attention(query, box, memory)[0, 0], tokens[0, 1 * 9 + 6], atol=1e-5)
 
@@ -221,7 +260,9 @@ def test_each_head_starts_in_its_own_direction_one_cell_further_with_each_point(
     assert (attention.offsets.weight == 0).all() and (attention.weights.weight == 0).all()
     assert torch.allclose(star.abs().amax(-1), torch.tensor([1.0, 2, 3]).expand(4, 2, 3))
     right = torch.tensor([[1.0, 0], [2, 0], [3, 0]])
-    assert torch.allclose(star[0, 1], right, atol=1e-5) and torch.allclose(star[2, 0], -right, atol=1e-5)
+    assert torch.allclose(star[0, 1], right, atol=1e-5) and torch.allclose(
+        star[2, 0], -right, atol=1e-5
+    )
     assert torch.allclose(star[1, 0], right.flip(-1), atol=1e-5)
 
 
@@ -234,7 +275,9 @@ def test_padding_is_never_read():
     changed = torch.where(mask[..., None], torch.tensor(1e3), tokens)
     again = attention(torch.zeros(1, 7, 8), places, memory_of(changed, [(6, 9)], mask))
     assert torch.equal(first, again)
-    assert not torch.equal(first, attention(torch.zeros(1, 7, 8), places, memory_of(tokens, [(6, 9)])))
+    assert not torch.equal(
+        first, attention(torch.zeros(1, 7, 8), places, memory_of(tokens, [(6, 9)]))
+    )
 
 
 def test_layers_run_under_autocast_with_float32_locations():
@@ -243,8 +286,14 @@ def test_layers_run_under_autocast_with_float32_locations():
     encoder, decoder = EncoderLayer(16, 2, 3, 2, 32), DecoderLayer(16, 2, 3, 2, 32)
     references = torch.rand(2, tokens.shape[1], 3, 2)
     content, boxes = torch.randn(2, 5, 16), torch.rand(2, 5, 3, 4)
-    exact = encoder(memory, torch.zeros_like(tokens), references).tokens, decoder(content, content, boxes, memory)
+    exact = (
+        encoder(memory, torch.zeros_like(tokens), references).tokens,
+        decoder(content, content, boxes, memory),
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rough = encoder(memory, torch.zeros_like(tokens), references).tokens, decoder(content, content, boxes, memory)
+        rough = (
+            encoder(memory, torch.zeros_like(tokens), references).tokens,
+            decoder(content, content, boxes, memory),
+        )
     for ours, theirs in zip(rough, exact):
         assert ours.isfinite().all() and torch.allclose(ours.float(), theirs, atol=0.15)

@@ -1,4 +1,4 @@
-"""DINO: groups cannot leak, neighbours do not matter, boxes look forward twice, one batch is learnt by heart."""
+"""DINO: query groups cannot leak, an image does not depend on its batch, look forward twice."""
 
 import pytest
 import torch
@@ -7,10 +7,18 @@ from semidetr_lite.boxes import to_model
 from semidetr_lite.data import digits
 from semidetr_lite.detectors.backbone import Tiny
 from semidetr_lite.detectors.dino import DINO
-from semidetr_lite.detectors.transformer import QueryGroup, output_rows
+from semidetr_lite.detectors.transformer import QueryGroup, slice_outputs
 from semidetr_lite.methods.supervised import Supervised
 
-SMALL = {"num_classes": 5, "num_queries": 8, "dim": 16, "heads": 2, "levels": 3, "points": 2, "hidden": 32}
+SMALL = {
+    "num_classes": 5,
+    "num_queries": 8,
+    "dim": 16,
+    "heads": 2,
+    "levels": 3,
+    "points": 2,
+    "dim_feedforward": 32,
+}
 
 
 def small(**changes) -> DINO:
@@ -24,7 +32,9 @@ def small(**changes) -> DINO:
 
 
 def some_group(batch: int, count: int, copies: int = 1, valid=None) -> QueryGroup:
-    boxes = torch.cat([torch.rand(batch, count, 2) * 0.6 + 0.2, torch.rand(batch, count, 2) * 0.3 + 0.1], -1)
+    boxes = torch.cat(
+        [torch.rand(batch, count, 2) * 0.6 + 0.2, torch.rand(batch, count, 2) * 0.3 + 0.1], -1
+    )
     valid = torch.ones(batch, count, dtype=torch.bool) if valid is None else valid
     return QueryGroup(torch.randn(batch, count, 16), boxes, copies, valid)
 
@@ -53,7 +63,10 @@ def test_outputs(size):
     assert len(outputs["aux_outputs"]) == 2 and outputs["groups"] == []
     for layer in [*layers_of(outputs), outputs["encoder"]]:
         assert layer["pred_logits"].shape == (2, 8, 5) and layer["queries"].shape == (2, 8, 16)
-        assert layer["pred_boxes"].shape == (2, 8, 4) and 0 < layer["pred_boxes"].min() < layer["pred_boxes"].max() < 1
+        assert (
+            layer["pred_boxes"].shape == (2, 8, 4)
+            and 0 < layer["pred_boxes"].min() < layer["pred_boxes"].max() < 1
+        )
         assert layer["pred_logits"].isfinite().all()
 
 
@@ -74,14 +87,22 @@ def test_fewer_tokens_than_queries():
 
 
 def test_start_scores_are_low_and_boxes_are_their_anchors():
-    detector = DINO(**SMALL, encoder_layers=1, decoder_layers=2, backbone=Tiny((8, 8, 16, 16, 16)), anchor_size=0.1)
+    detector = DINO(
+        **SMALL,
+        encoder_layers=1,
+        decoder_layers=2,
+        backbone=Tiny((8, 8, 16, 16, 16)),
+        anchor_size=0.1,
+    )
     outputs = detector(torch.rand(1, 3, 64, 96))
     assert outputs["pred_logits"].sigmoid().mean() < 0.1
     centres = {round((j + 0.5) / (96 / s), 4): None for s in (8, 16, 32) for j in range(96 // s)}
     rows = {round((i + 0.5) / (64 / s), 4): None for s in (8, 16, 32) for i in range(64 // s)}
     for layer in [outputs["encoder"], *layers_of(outputs)]:
         for x, y, width, height in layer["pred_boxes"][0].tolist():
-            assert any(abs(x - centre) < 1e-3 for centre in centres) and any(abs(y - row) < 1e-3 for row in rows)
+            assert any(abs(x - centre) < 1e-3 for centre in centres) and any(
+                abs(y - row) < 1e-3 for row in rows
+            )
             assert width == pytest.approx(height, abs=1e-4) and round(width, 3) in (0.1, 0.2, 0.4)
 
 
@@ -102,8 +123,12 @@ def test_the_best_scored_tokens_become_proposals():
                 level += 1
             row, column = divmod(token - start, memory.shapes[level][1])
             height, width = memory.shapes[level]
-            anchors.append([(column + 0.5) / width, (row + 0.5) / height, 0.1 * 2**level, 0.1 * 2**level])
-        boxes = (detector.proposal_box(embedded[image, order]) + torch.logit(torch.tensor(anchors))).sigmoid()
+            anchors.append(
+                [(column + 0.5) / width, (row + 0.5) / height, 0.1 * 2**level, 0.1 * 2**level]
+            )
+        boxes = (
+            detector.proposal_box(embedded[image, order]) + torch.logit(torch.tensor(anchors))
+        ).sigmoid()
         assert torch.allclose(memory.proposals["pred_boxes"][image], boxes, atol=1e-5)
 
 
@@ -121,26 +146,34 @@ def test_perturb_one_group_and_nothing_else_moves():
     moved = detector.decode(memory, [first._replace(content=content, boxes=boxes), second])
     for ours, theirs in zip(entries(outputs), entries(moved), strict=True):
         assert torch.equal(ours, theirs)
-    for ours, theirs in zip(entries(outputs["groups"][1]), entries(moved["groups"][1]), strict=True):
+    for ours, theirs in zip(
+        entries(outputs["groups"][1]), entries(moved["groups"][1]), strict=True
+    ):
         assert torch.equal(ours, theirs)
-    for ours, theirs in zip(entries(outputs["groups"][0]), entries(moved["groups"][0]), strict=True):
+    for ours, theirs in zip(
+        entries(outputs["groups"][0]), entries(moved["groups"][0]), strict=True
+    ):
         assert torch.equal(ours[:, :3], theirs[:, :3])
         assert not torch.isclose(ours[:, 3:], theirs[:, 3:]).all(-1).any()
 
 
-def test_a_group_sees_the_matching_queries_and_itself():
+def test_a_group_attends_to_the_matching_queries_and_to_itself():
     detector = small()
     memory = detector.encode(torch.rand(1, 3, 64, 64))
     group = some_group(1, 3)
     before = detector.decode(memory, [group])["groups"][0]
-    alone = detector.decode(memory, [QueryGroup(*(entry[:, :1] for entry in group[:2]), 1, group.valid[:, :1])])
+    alone = detector.decode(
+        memory, [QueryGroup(*(entry[:, :1] for entry in group[:2]), 1, group.valid[:, :1])]
+    )
     assert not torch.allclose(before["queries"][:, :1], alone["groups"][0]["queries"], atol=1e-4)
     with torch.no_grad():
         detector.content.weight += torch.randn_like(detector.content.weight)
-    assert not torch.allclose(before["queries"], detector.decode(memory, [group])["groups"][0]["queries"], atol=1e-4)
+    assert not torch.allclose(
+        before["queries"], detector.decode(memory, [group])["groups"][0]["queries"], atol=1e-4
+    )
 
 
-def test_slots_that_only_fill_up_are_not_seen():
+def test_padding_of_a_group_is_not_attended_to():
     detector = small()
     memory = detector.encode(torch.rand(2, 3, 64, 64))
     valid = torch.tensor([[True, True, True, True], [True, True, False, False]])
@@ -176,21 +209,29 @@ def test_groups_decoded_afterwards_for_some_images_of_the_batch():
     outputs = detector.decode(memory)
     whole = detector.decode_groups(memory, outputs, [group])[0]
     part = QueryGroup(group.content[rows], group.boxes[rows], 2, group.valid[rows])
-    some = detector.decode_groups(memory.rows(rows), output_rows(outputs, rows), [part])[0]
+    some = detector.decode_groups(memory.slice(rows), slice_outputs(outputs, rows), [part])[0]
     assert same(whole, some, rows=rows)
 
 
-def test_a_group_among_more_images_is_answered_as_alone():
+def test_a_group_padded_to_the_batch_gives_the_outputs_it_gives_alone():
     detector, rows = small(), slice(1, 3)
-    memory = detector.encode([torch.rand(3, *size) for size in [(64, 96), (64, 64), (48, 96), (64, 64)]])
-    groups = [some_group(2, 4, copies=2), some_group(2, 6, valid=torch.tensor([[True] * 6, [True] * 2 + [False] * 4]))]
+    memory = detector.encode(
+        [torch.rand(3, *size) for size in [(64, 96), (64, 64), (48, 96), (64, 64)]]
+    )
+    groups = [
+        some_group(2, 4, copies=2),
+        some_group(2, 6, valid=torch.tensor([[True] * 6, [True] * 2 + [False] * 4])),
+    ]
     places = [rows, slice(0, 2)]
-    spread = [group.among(place, 4) for group, place in zip(groups, places)]
-    assert [group.valid.any(1).tolist() for group in spread] == [[False, True, True, False], [True, True, False, False]]
+    spread = [group.pad_to_batch(place, 4) for group, place in zip(groups, places)]
+    assert [group.valid.any(1).tolist() for group in spread] == [
+        [False, True, True, False],
+        [True, True, False, False],
+    ]
     alone, together = detector.decode(memory), detector.decode(memory, spread)
     assert same(together, alone)  # the matching queries do not notice
     for group, place, found in zip(groups, places, together["groups"]):
-        own = detector.decode_groups(memory.rows(place), output_rows(alone, place), [group])[0]
+        own = detector.decode_groups(memory.slice(place), slice_outputs(alone, place), [group])[0]
         assert same(found, own, rows=place)
 
 
@@ -202,7 +243,9 @@ def test_a_result_does_not_depend_on_the_neighbours_in_the_batch():
     images = [torch.rand(3, *size) for size in [(64, 96), (96, 64), (70, 45), (64, 96), (96, 64)]]
     together = detector(images)
     for row, image in enumerate(images):
-        assert same(together, detector([image]), "encoder", rows=slice(row, row + 1)), f"image {row}"
+        assert same(together, detector([image]), "encoder", rows=slice(row, row + 1)), (
+            f"image {row}"
+        )
 
 
 def test_a_mask_of_nothing_changes_nothing():
@@ -215,7 +258,9 @@ def test_a_mask_of_nothing_changes_nothing():
 
 @pytest.mark.parametrize("backbone", ["tiny", "resnet18"])
 def test_padding_is_marked_on_every_level(backbone):
-    detector = small(backbone=Tiny((8, 8, 16, 16, 16)) if backbone == "tiny" else backbone, levels=4)
+    detector = small(
+        backbone=Tiny((8, 8, 16, 16, 16)) if backbone == "tiny" else backbone, levels=4
+    )
     memory = detector.encode([torch.rand(3, 128, 128), torch.rand(3, 64, 128)])
     assert memory.shapes == [(16, 16), (8, 8), (4, 4), (2, 2)]
     assert torch.allclose(memory.valid_ratios[1], torch.tensor([[1.0, 0.5]]).expand(4, 2))
@@ -242,7 +287,8 @@ def test_a_padded_image_does_not_feel_what_its_neighbour_shows():
 def test_boxes_look_forward_twice():
     """The box of a layer teaches that layer's shift and the one before, and none further back.
 
-    The box head is read twice a layer: in the normed content for the box, in the content itself for the next layer.
+    The box head runs twice per layer: on the normed content for the box, and on the content itself
+    for the next layer.
     """
     detector, shifts = small(decoder_layers=4), []
     detector.box_head.register_forward_hook(lambda module, inputs, output: shifts.append(output))
@@ -250,11 +296,17 @@ def test_boxes_look_forward_twice():
     predicted, handed_on = shifts[0::2], shifts[1::2]
     for number, layer in enumerate(layers_of(outputs)):
         gradients = [
-            torch.autograd.grad(layer["pred_boxes"].sum(), part, retain_graph=True, allow_unused=True)
+            torch.autograd.grad(
+                layer["pred_boxes"].sum(), part, retain_graph=True, allow_unused=True
+            )
             for part in (predicted, handed_on)
         ]
         reached = [
-            [place for place, gradient in enumerate(part) if gradient is not None and gradient.abs().sum() > 0]
+            [
+                place
+                for place, gradient in enumerate(part)
+                if gradient is not None and gradient.abs().sum() > 0
+            ]
             for part in gradients
         ]
         assert reached == [[number], [number - 1] if number else []]
@@ -264,11 +316,15 @@ def test_the_next_layer_starts_from_the_content_before_the_norm():
     """Released code: references are handed on from what the box head reads before the norm."""
     detector, calls = small(decoder_layers=2), []
     for layer in detector.decoder:
-        layer.register_forward_hook(lambda module, inputs, output: calls.append((inputs[2], output)))
+        layer.register_forward_hook(
+            lambda module, inputs, output: calls.append((inputs[2], output))
+        )
     memory = detector.encode(torch.rand(1, 3, 64, 64))
     outputs = detector.decode(memory)
     (_, content), (references, _) = calls
-    boxes = (detector.box_head(content) + torch.logit(memory.proposals["pred_boxes"], eps=1e-5)).sigmoid()
+    boxes = (
+        detector.box_head(content) + torch.logit(memory.proposals["pred_boxes"], eps=1e-5)
+    ).sigmoid()
     assert torch.allclose(references[:, :, 0], boxes, atol=1e-5)
     last = detector.box_head(detector.decoder_norm(calls[1][1])) + torch.logit(boxes, eps=1e-5)
     assert torch.allclose(outputs["pred_boxes"], last.sigmoid(), atol=1e-5)
@@ -279,8 +335,15 @@ def test_decoder_boxes_do_not_teach_the_proposals():
     memory = detector.encode(torch.rand(1, 3, 64, 64))
     outputs = detector.decode(memory)
     loss = sum(layer["pred_boxes"].sum() for layer in layers_of(outputs))
-    assert torch.autograd.grad(loss, detector.proposal_box[-1].weight, allow_unused=True, retain_graph=True)[0] is None
-    assert torch.autograd.grad(memory.proposals["pred_boxes"].sum(), detector.proposal_box[-1].weight)[0].any()
+    assert (
+        torch.autograd.grad(
+            loss, detector.proposal_box[-1].weight, allow_unused=True, retain_graph=True
+        )[0]
+        is None
+    )
+    assert torch.autograd.grad(
+        memory.proposals["pred_boxes"].sum(), detector.proposal_box[-1].weight
+    )[0].any()
 
 
 def test_every_parameter_that_is_trained_gets_a_gradient():
@@ -292,7 +355,9 @@ def test_every_parameter_that_is_trained_gets_a_gradient():
     dicts = [*layers_of(outputs), outputs["encoder"], *layers_of(outputs["groups"][0])]
     sum((layer["pred_logits"] ** 2).sum() + layer["pred_boxes"].sum() for layer in dicts).backward()
     silent = [
-        name for name, p in detector.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
+        name
+        for name, p in detector.named_parameters()
+        if p.requires_grad and (p.grad is None or not p.grad.any())
     ]
     assert silent == []
 
@@ -317,9 +382,13 @@ def test_the_paper_size_builds_by_plain_arguments():
     print(f"{count / 1e6:.2f} M parameters")
     assert count == sum(parameter.numel() for parameter in same_by_default.parameters())
     assert 46.0e6 < count < 48.5e6  # DINO-4scale with ResNet-50 has 47 M
-    trained = sum(parameter.numel() for parameter in detector.parameters() if parameter.requires_grad)
+    trained = sum(
+        parameter.numel() for parameter in detector.parameters() if parameter.requires_grad
+    )
     assert 0.2e6 < count - trained < 0.3e6  # stem and first stage
-    assert len(detector.encoder) == len(detector.decoder) == 6 and detector.content.weight.shape == (900, 256)
+    assert len(detector.encoder) == len(
+        detector.decoder
+    ) == 6 and detector.content.weight.shape == (900, 256)
 
 
 def test_a_resnet_with_four_levels_runs():
@@ -327,11 +396,14 @@ def test_a_resnet_with_four_levels_runs():
     outputs = detector(torch.rand(1, 3, 96, 128))
     memory = detector.encode(torch.rand(1, 3, 96, 128))
     assert memory.shapes == [(12, 16), (6, 8), (3, 4), (2, 2)]
-    assert [tuple(level.shape) for level in memory.features] == [(1, 16, *shape) for shape in memory.shapes]
+    assert [tuple(level.shape) for level in memory.features] == [
+        (1, 16, *shape) for shape in memory.shapes
+    ]
     outputs["pred_boxes"].sum().backward()
     assert detector.backbone.layers[1][0].conv1.weight.grad is not None
     assert (
-        detector.backbone.stem[0].weight.grad is None and not detector.backbone.layers[0][0].conv1.weight.requires_grad
+        detector.backbone.stem[0].weight.grad is None
+        and not detector.backbone.layers[0][0].conv1.weight.requires_grad
     )
 
 
@@ -341,11 +413,27 @@ def test_a_resnet_with_four_levels_runs():
 def test_overfit_one_batch():
     """Two scenes, learnt by heart."""
     scenes = [digits.scene(index) for index in range(20)]
-    scenes = [(image, target) for image, target in scenes if target["size"] == (96, 96) and len(target["boxes"])][:2]
+    scenes = [
+        (image, target)
+        for image, target in scenes
+        if target["size"] == (96, 96) and len(target["boxes"])
+    ][:2]
     batch = {"labelled": ([image for image, _ in scenes], [target for _, target in scenes])}
-    sizes = {"dim": 32, "heads": 4, "hidden": 64, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 12}
+    sizes = {
+        "dim": 32,
+        "heads": 4,
+        "dim_feedforward": 64,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "num_queries": 12,
+    }
     backbone = Tiny((8, 16, 32, 32, 32))
-    detector = DINO(**{**SMALL, **sizes, "num_classes": 10}, backbone=backbone, anchor_size=0.15, denoising_queries=10)
+    detector = DINO(
+        **{**SMALL, **sizes, "num_classes": 10},
+        backbone=backbone,
+        anchor_size=0.15,
+        denoising_queries=10,
+    )
     method = Supervised(detector)
     optimizer = torch.optim.AdamW(detector.parameters(), lr=2e-3)
     history = []
@@ -357,9 +445,14 @@ def test_overfit_one_batch():
         torch.nn.utils.clip_grad_norm_(detector.parameters(), 1.0)
         optimizer.step()
         history.append(total.item())
-    print([round(value, 1) for value in history[::5]], {key: round(value.item(), 2) for key, value in losses.items()})
+    print(
+        [round(value, 1) for value in history[::5]],
+        {key: round(value.item(), 2) for key, value in losses.items()},
+    )
     assert sum(history[-3:]) < 0.5 * sum(history[:3])
     image, target = scenes[0]
     outputs = detector(image[None])
-    near = torch.cdist(to_model(target["boxes"], target["size"]), outputs["pred_boxes"][0], p=1).amin(1)
+    near = torch.cdist(
+        to_model(target["boxes"], target["size"]), outputs["pred_boxes"][0], p=1
+    ).amin(1)
     assert near.mean() < 0.1  # every object has a query close by

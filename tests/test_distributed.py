@@ -54,7 +54,7 @@ def method_and_batch(kind: str, case: str):
         sizes = {
             "dim": 16,
             "heads": 2,
-            "hidden": 16,
+            "dim_feedforward": 16,
             "encoder_layers": 1,
             "decoder_layers": 2,
             "level": 0,

@@ -50,7 +50,7 @@ def shaken(module, amount: float = 0.15):
 
 
 def student(queries: int = 8) -> DINO:
-    sizes = {"num_queries": queries, "dim": 16, "heads": 2, "levels": 3, "points": 2, "hidden": 32}
+    sizes = {"num_queries": queries, "dim": 16, "heads": 2, "levels": 3, "points": 2, "dim_feedforward": 32}
     layers = {"encoder_layers": 1, "decoder_layers": 2, "denoising_queries": 6, "anchor_size": 0.15}
     detector = shaken(DINO(num_classes=4, **sizes, **layers, backbone=Tiny((8, 8, 16, 16, 16))))
     for head in (detector.class_head, detector.proposal_class):
@@ -748,7 +748,7 @@ def test_watched_boxes_cost_what_their_detector_matches_by(no_object):
         "num_queries": 6,
         "dim": 16,
         "heads": 2,
-        "hidden": 32,
+        "dim_feedforward": 32,
         "encoder_layers": 1,
         "decoder_layers": 2,
     }

@@ -1,4 +1,7 @@
-"""Batches of mixed sizes: exact from the projected maps on, a known difference before them, none with the tiny one."""
+"""Batches of mixed sizes: padding changes nothing from the projected maps on.
+
+Before them it does in a ResNet, which sees the padding, and does not in the tiny backbone.
+"""
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ SMALL = {
     "num_queries": 9,
     "dim": 32,
     "heads": 4,
-    "hidden": 48,
+    "dim_feedforward": 48,
     "encoder_layers": 2,
     "decoder_layers": 2,
 }
@@ -34,7 +37,12 @@ def build(kind: str, backbone="tiny", **changes):
     torch.manual_seed(0)
     made, form = KINDS[kind]
     detector = made(
-        **{**SMALL, **form, "backbone": Tiny((16, 16, 16, 16, 16)) if backbone == "tiny" else backbone, **changes}
+        **{
+            **SMALL,
+            **form,
+            "backbone": Tiny((16, 16, 16, 16, 16)) if backbone == "tiny" else backbone,
+            **changes,
+        }
     )
     with torch.no_grad():
         for parameter in detector.parameters():
@@ -45,7 +53,9 @@ def build(kind: str, backbone="tiny", **changes):
 def outputs_equal(one: dict, other: dict, row: int = 0, atol: float = 1e-5) -> bool:
     dicts = zip([one, *one["aux_outputs"]], [other, *other["aux_outputs"]], strict=True)
     return all(
-        torch.allclose(a[key][row], b[key][row], atol=atol) for a, b in dicts for key in ("pred_logits", "pred_boxes")
+        torch.allclose(a[key][row], b[key][row], atol=atol)
+        for a, b in dicts
+        for key in ("pred_logits", "pred_boxes")
     )
 
 
@@ -54,12 +64,12 @@ def outputs_equal(one: dict, other: dict, row: int = 0, atol: float = 1e-5) -> b
 def test_from_the_projected_maps_on_extra_padding_changes_nothing(kind, size, monkeypatch):
     detector = build(kind)
     images = [torch.rand(3, *size)]
-    plain = detector.pyramid(detector.normalised(images))
+    plain = detector.extract_features(detector.normalize(images))
     maps = [F.pad(level, (0, 3, 0, 2), value=7.0) for level in plain[0]]
     masks = [F.pad(mask, (0, 3, 0, 2), value=True) for mask in plain[1]]
     with torch.no_grad():
         alone = detector(images)
-        monkeypatch.setattr(detector, "pyramid", lambda images: (maps, masks, True))
+        monkeypatch.setattr(detector, "extract_features", lambda images: (maps, masks, True))
         padded = detector(images)
     assert outputs_equal(alone, padded)
 
@@ -92,7 +102,9 @@ def test_odd_images_have_defined_results(kind):
             [torch.zeros(3, 9, 200, dtype=torch.uint8)],
         ):
             outputs = detector(images)
-            assert outputs["pred_logits"].isfinite().all() and outputs["pred_boxes"].isfinite().all()
+            assert (
+                outputs["pred_logits"].isfinite().all() and outputs["pred_boxes"].isfinite().all()
+            )
     for wrong in (torch.rand(1, 8, 8), torch.rand(3, 0, 8), torch.rand(8, 8)):
         with pytest.raises(UserError, match="an image must be a tensor"):
             detector([wrong])
@@ -113,8 +125,14 @@ def test_two_stage_needs_box_refinement():
 
 @pytest.mark.parametrize("stage", ["one_to_many", "one_to_one"])
 def test_a_target_without_area_gives_finite_losses_and_gradients(stage):
-    target = {"boxes": torch.tensor([[5.0, 5, 5, 5], [3, 3, 20, 3], [2, 2, 30, 40]]), "labels": torch.tensor([0, 1, 2])}
-    logits, boxes = torch.randn(1, 9, 5, requires_grad=True), torch.rand(1, 9, 4, requires_grad=True)
+    target = {
+        "boxes": torch.tensor([[5.0, 5, 5, 5], [3, 3, 20, 3], [2, 2, 30, 40]]),
+        "labels": torch.tensor([0, 1, 2]),
+    }
+    logits, boxes = (
+        torch.randn(1, 9, 5, requires_grad=True),
+        torch.rand(1, 9, 4, requires_grad=True),
+    )
     losses = layer_loss(logits, boxes, [{**target, "size": (64, 48)}], stage)
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values())
@@ -122,20 +140,27 @@ def test_a_target_without_area_gives_finite_losses_and_gradients(stage):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "shape"), [([(40, 70), (64, 33)], (64, 96)), ([(40, 70)], (40, 70)), ([(96, 64)] * 2, (96, 64))]
+    ("sizes", "shape"),
+    [([(40, 70), (64, 33)], (64, 96)), ([(40, 70)], (40, 70)), ([(96, 64)] * 2, (96, 64))],
 )
-def test_a_batch_of_mixed_sizes_that_a_resnet_sees_is_filled_up_to_multiples_of_32(sizes, shape, monkeypatch):
+def test_a_batch_of_mixed_sizes_that_a_resnet_sees_is_padded_to_multiples_of_32(
+    sizes, shape, monkeypatch
+):
     detector = build("dino", backbone="resnet18", levels=3)
     seen, project = [], detector._project
     monkeypatch.setattr(
-        detector, "_project", lambda stacked: seen.append(tuple(stacked.shape[-2:])) or project(stacked)
+        detector,
+        "_project",
+        lambda stacked: seen.append(tuple(stacked.shape[-2:])) or project(stacked),
     )
     with torch.no_grad():
-        maps, masks, padded = detector.pyramid([torch.rand(3, *size) for size in sizes])
+        maps, masks, padded = detector.extract_features([torch.rand(3, *size) for size in sizes])
     assert seen == [shape] and padded == (len(sizes) > 1 and sizes[0] != sizes[1])
     for level, mask in zip(maps, masks, strict=True):
         assert level.shape[-2:] == mask.shape[1:]
         for row, size in enumerate(sizes):  # a cell is image where its pixels begin inside
             inside = ~mask[row]
-            expected = [-(-side * cells // whole) for side, cells, whole in zip(size, mask.shape[1:], shape)]
+            expected = [
+                -(-side * cells // whole) for side, cells, whole in zip(size, mask.shape[1:], shape)
+            ]
             assert [int(inside.any(1).sum()), int(inside.any(0).sum())] == expected

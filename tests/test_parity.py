@@ -1,6 +1,7 @@
-"""DETR and Deformable DETR against the independent implementation in `transformers`: same weights, same answers.
+"""DETR and Deformable DETR against `transformers`: same weights, same outputs, same gradients.
 
-The weights are random, all of them moved from their start, and go through a saved file and `load_public_weights`.
+The weights are random, none is left at its initial value, and they go through a saved file and
+`load_public_weights`.
 """
 
 import pytest
@@ -10,10 +11,26 @@ from semidetr_lite.detectors.deformable_detr import DeformableDETR
 from semidetr_lite.detectors.detr import DETR
 from semidetr_lite.detectors.public_weights import load_public_weights
 
-transformers = pytest.importorskip("transformers", reason="parity needs the dev dependency transformers")
+transformers = pytest.importorskip(
+    "transformers", reason="parity needs the dev dependency transformers"
+)
 
-SMALL = {"dim": 64, "heads": 4, "hidden": 48, "queries": 11, "backbone": "resnet18", "layers": (2, 3)}
-FULL = {"dim": 256, "heads": 8, "hidden": 1024, "queries": 10, "backbone": "resnet50", "layers": (1, 2)}
+SMALL = {
+    "dim": 64,
+    "heads": 4,
+    "dim_feedforward": 48,
+    "queries": 11,
+    "backbone": "resnet18",
+    "layers": (2, 3),
+}
+FULL = {
+    "dim": 256,
+    "heads": 8,
+    "dim_feedforward": 1024,
+    "queries": 10,
+    "backbone": "resnet50",
+    "layers": (1, 2),
+}
 FORMS = {
     "plain": {},
     "box refinement": {"with_box_refine": True},
@@ -29,8 +46,16 @@ SIZES = {
 
 def backbone_config(name: str):
     sizes = {
-        "resnet18": {"depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512], "layer_type": "basic"},
-        "resnet50": {"depths": [3, 4, 6, 3], "hidden_sizes": [256, 512, 1024, 2048], "layer_type": "bottleneck"},
+        "resnet18": {
+            "depths": [2, 2, 2, 2],
+            "hidden_sizes": [64, 128, 256, 512],
+            "layer_type": "basic",
+        },
+        "resnet50": {
+            "depths": [3, 4, 6, 3],
+            "hidden_sizes": [256, 512, 1024, 2048],
+            "layer_type": "bottleneck",
+        },
     }
     return transformers.ResNetConfig(**sizes[name], out_features=["stage2", "stage3", "stage4"])
 
@@ -46,8 +71,8 @@ def theirs(kind: str, classes: int, size: dict, **form):
         "decoder_layers": size["layers"][1],
         "encoder_attention_heads": size["heads"],
         "decoder_attention_heads": size["heads"],
-        "encoder_ffn_dim": size["hidden"],
-        "decoder_ffn_dim": size["hidden"],
+        "encoder_ffn_dim": size["dim_feedforward"],
+        "decoder_ffn_dim": size["dim_feedforward"],
         "num_queries": size["queries"],
         "num_labels": classes,
         "dropout": 0.0,
@@ -58,21 +83,31 @@ def theirs(kind: str, classes: int, size: dict, **form):
         model = transformers.DetrForObjectDetection(transformers.DetrConfig(**common))
     else:
         further = {"two_stage_num_proposals": size["queries"], **form}
-        model = transformers.DeformableDetrForObjectDetection(transformers.DeformableDetrConfig(**common, **further))
+        model = transformers.DeformableDetrForObjectDetection(
+            transformers.DeformableDetrConfig(**common, **further)
+        )
     with torch.no_grad():
         for name, entry in model.state_dict().items():
             if entry.is_floating_point() and "running_var" not in name:
-                strength = 1.0 if "query_position" in name else 0.2 if "bbox_predictor" in name else 0.03
+                strength = (
+                    1.0 if "query_position" in name else 0.2 if "bbox_predictor" in name else 0.03
+                )
                 entry += strength * torch.randn_like(entry)
-        if form.get("two_stage"):  # places that are no proposals then score below the average: there they may be chosen
+        if form.get(
+            "two_stage"
+        ):  # places that are no proposals then score below the average: there they may be chosen
             model.model.enc_output.bias.zero_()
             model.model.enc_output_norm.bias.zero_()
     return model.eval()
 
 
 def ours(kind: str, classes: int, size: dict, **form):
-    sizes = {"encoder_layers": size["layers"][0], "decoder_layers": size["layers"][1], "num_queries": size["queries"]}
-    sizes |= {key: size[key] for key in ("dim", "heads", "hidden", "backbone")}
+    sizes = {
+        "encoder_layers": size["layers"][0],
+        "decoder_layers": size["layers"][1],
+        "num_queries": size["queries"],
+    }
+    sizes |= {key: size[key] for key in ("dim", "heads", "dim_feedforward", "backbone")}
     return DETR(classes, **sizes) if kind == "detr" else DeformableDETR(classes, **sizes, **form)
 
 
@@ -81,15 +116,20 @@ def pair(kind: str, size: dict, tmp_path, classes: int = 5, **form):
     model, detector = theirs(kind, classes, size, **form), ours(kind, classes, size, **form)
     torch.save(model.state_dict(), tmp_path / "model.bin")
     report = load_public_weights(detector, tmp_path / "model.bin")
-    assert not report.unmapped and len(report.mapped) + len(report.ignored) == len(model.state_dict())
+    assert not report.unmapped and len(report.mapped) + len(report.ignored) == len(
+        model.state_dict()
+    )
     return model, detector.eval()
 
 
 def run_theirs(model, detector, images: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """(logits, boxes) of the last layer, for images padded to the largest of them."""
     height, width = (max(image.shape[side] for image in images) for side in (1, 2))
-    pixels, mask = torch.zeros(len(images), 3, height, width), torch.zeros(len(images), height, width).long()
-    for row, image in enumerate(detector.normalised(images)):
+    pixels, mask = (
+        torch.zeros(len(images), 3, height, width),
+        torch.zeros(len(images), height, width).long(),
+    )
+    for row, image in enumerate(detector.normalize(images)):
         pixels[row, :, : image.shape[1], : image.shape[2]] = image
         mask[row, : image.shape[1], : image.shape[2]] = 1
     found = model(pixels, pixel_mask=mask)
@@ -112,7 +152,10 @@ def agree(model, detector, sizes) -> None:
     torch.testing.assert_close(outputs["pred_boxes"], boxes, atol=1e-4, rtol=1e-4)
 
 
-KINDS = {"detr": ("detr", {}), **{f"deformable {name}": ("deformable", form) for name, form in FORMS.items()}}
+KINDS = {
+    "detr": ("detr", {}),
+    **{f"deformable {name}": ("deformable", form) for name, form in FORMS.items()},
+}
 
 
 @pytest.mark.parametrize(("kind", "form"), KINDS.values(), ids=KINDS)
@@ -131,19 +174,24 @@ def test_the_same_answers_at_full_width(kind, form, tmp_path):
 
 @pytest.mark.parametrize(("kind", "form"), KINDS.values(), ids=KINDS)
 def test_the_same_gradients(kind, form, tmp_path):
-    """Of a random sum of the last layer's logits and boxes, in a padded batch, for every trained parameter."""
+    """Gradients of a random sum of the last layer's logits and boxes, in a padded batch."""
     model, detector = pair(kind, SMALL, tmp_path, **form)
-    model.requires_grad_(True)  # it freezes its own ResNet; ours trains all but the stem and the first stage
+    model.requires_grad_(
+        True
+    )  # it freezes its own ResNet; ours trains all but the stem and the first stage
     images = some_images(SIZES["padded batch"])
     logits, boxes = run_theirs(model, detector, images)
     outputs = detector(images)
     torch.manual_seed(2)
     factors = torch.randn_like(logits), torch.randn_like(boxes)
     for answer in ((logits, boxes), (outputs["pred_logits"], outputs["pred_boxes"])):
-        sum((entry * factor).sum() for entry, factor in zip(answer, factors, strict=True)).backward()
+        sum(
+            (entry * factor).sum() for entry, factor in zip(answer, factors, strict=True)
+        ).backward()
     theirs_by_name = model.state_dict(keep_vars=True)  # tied parameters under every name
     gradients = {
-        name: torch.zeros_like(entry) if entry.grad is None else entry.grad for name, entry in theirs_by_name.items()
+        name: torch.zeros_like(entry) if entry.grad is None else entry.grad
+        for name, entry in theirs_by_name.items()
     }
     torch.save(gradients, tmp_path / "g.bin")
     under_our_names = ours(kind, 5, SMALL, **form)
@@ -152,6 +200,8 @@ def test_the_same_gradients(kind, form, tmp_path):
     for name, parameter in detector.named_parameters():
         if parameter.grad is not None:
             scale = expected[name].abs().max().clamp(min=1.0)
-            torch.testing.assert_close(parameter.grad / scale, expected[name] / scale, atol=2e-4, rtol=1e-3, msg=name)
+            torch.testing.assert_close(
+                parameter.grad / scale, expected[name] / scale, atol=2e-4, rtol=1e-3, msg=name
+            )
             compared += int(parameter.grad.any())
     assert compared > 60

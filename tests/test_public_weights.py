@@ -1,4 +1,4 @@
-"""Every published layout, made of random tensors from the lists of names and shapes, loads whole."""
+"""Every published layout loads whole: random tensors of the published names and shapes."""
 
 import argparse
 import gzip
@@ -45,11 +45,13 @@ def test_every_layout_is_tried():
 
 
 def random_file(name: str) -> dict:
-    """A state dict of this layout; every entry is filled with numbers of its own, a float each, stored once."""
+    """A state dict of this layout; each entry is one random number, stored once."""
     tensors = {}
     for key, shape, dtype in LAYOUTS[name]:
         size = [] if shape == "scalar" else [int(side) for side in shape.split("x")]
-        tensors[key] = torch.zeros(size, dtype=torch.int64) if dtype == "int64" else torch.rand(1).expand(size)
+        tensors[key] = (
+            torch.zeros(size, dtype=torch.int64) if dtype == "int64" else torch.rand(1).expand(size)
+        )
     return tensors
 
 
@@ -60,7 +62,12 @@ def aliases(name: str, tensors: dict) -> dict:
         if "bbox_embed." in key or "class_embed." in key:
             if (
                 name.startswith("dino")
-                or name in ("deformable_detr_r50", "hf_deformable_detr_v4_published", "hf_deformable_detr_v5")
+                or name
+                in (
+                    "deformable_detr_r50",
+                    "hf_deformable_detr_v4_published",
+                    "hf_deformable_detr_v5",
+                )
             ) and "enc_out" not in key:
                 head, number, rest = short.split(".", 2)
                 short = f"{head}.0.{rest}"
@@ -89,16 +96,25 @@ def build(name: str, **changes):
 def test_a_layout_loads_whole(name, tmp_path):
     tensors = aliases(name, random_file(name))
     wrapping = {"semidetr": "state_dict"}.get(name.split("_")[0], "model")
-    content = tensors if name.startswith("hf") else {wrapping: tensors, "args": argparse.Namespace(lr=1e-4), "epoch": 3}
+    content = (
+        tensors
+        if name.startswith("hf")
+        else {wrapping: tensors, "args": argparse.Namespace(lr=1e-4), "epoch": 3}
+    )
     torch.save(content, tmp_path / "weights.pth")
     detector = build(name)
     report = load_public_weights(detector, tmp_path / "weights.pth")
     assert report.unmapped == []
     assert len(report.mapped) + len(report.ignored) == len(tensors)
-    assert all("num_batches_tracked" in key or key.startswith(("student.", "projector.")) for key in report.ignored)
+    assert all(
+        "num_batches_tracked" in key or key.startswith(("student.", "projector."))
+        for key in report.ignored
+    )
     assert all(entry.isfinite().all() for entry in detector.state_dict().values())
     given = {float(entry.flatten()[0]) for entry in tensors.values()}
-    assert {float(entry.flatten()[0]) for entry in detector.state_dict().values()} <= given  # nothing is made up
+    assert {
+        float(entry.flatten()[0]) for entry in detector.state_dict().values()
+    } <= given  # nothing is made up
 
 
 SPOTS = {  # their name -> our name, by hand
@@ -171,13 +187,17 @@ def test_positions_and_contents_are_the_halves_of_one_matrix(tmp_path):
 
 def test_student_or_teacher_and_the_constants_of_each_program(tmp_path):
     tensors = aliases("semidetr_ssod_r50_coco", random_file("semidetr_ssod_r50_coco"))
-    torch.save({"state_dict": tensors, "meta": {"CLASSES": ("a", "b"), "iter": 3}}, tmp_path / "iter_3.pth")
+    torch.save(
+        {"state_dict": tensors, "meta": {"CLASSES": ("a", "b"), "iter": 3}}, tmp_path / "iter_3.pth"
+    )
     for part in ("student", "teacher"):
         detector = build("semidetr_ssod_r50_coco")
         load_public_weights(detector, tmp_path / "iter_3.pth", part)
         expected = tensors[f"{part}.bbox_head.transformer.tgt_embed.weight"]
         assert torch.equal(detector.content.weight, expected) and detector.eps == 1e-5
-    torch.save({"model": aliases("dino_r50_4scale", random_file("dino_r50_4scale"))}, tmp_path / "dino.pth")
+    torch.save(
+        {"model": aliases("dino_r50_4scale", random_file("dino_r50_4scale"))}, tmp_path / "dino.pth"
+    )
     detector = build("dino_r50_4scale")
     load_public_weights(detector, tmp_path / "dino.pth")
     assert detector.eps == 1e-3
@@ -190,7 +210,12 @@ def test_eighty_classes_take_cocos_rows(name, tmp_path):
     tensors = aliases(name, random_file(name))
     for key, entry in tensors.items():
         if entry.shape[:1] in ((91,), (92,)):
-            tensors[key] = torch.arange(len(entry)).float().view(-1, *[1] * (entry.dim() - 1)).expand(entry.shape)
+            tensors[key] = (
+                torch.arange(len(entry))
+                .float()
+                .view(-1, *[1] * (entry.dim() - 1))
+                .expand(entry.shape)
+            )
     torch.save({"model": tensors}, tmp_path / "weights.pth")
     detector = build(name, num_classes=80)
     load_public_weights(detector, tmp_path / "weights.pth")
@@ -198,7 +223,9 @@ def test_eighty_classes_take_cocos_rows(name, tmp_path):
     heads = [detector.class_heads[2]] if name.startswith("deformable") else [detector.class_head]
     heads += [] if name.startswith("detr") else [detector.proposal_class]
     for head in heads:
-        assert head.bias[:80].tolist() == COCO_IDS and head.bias[80:].tolist() == [91.0] * (len(head.bias) - 80)
+        assert head.bias[:80].tolist() == COCO_IDS and head.bias[80:].tolist() == [91.0] * (
+            len(head.bias) - 80
+        )
     if name.startswith("dino"):
         assert detector.denoising.labels.weight[:, 0].tolist() == [*COCO_IDS, 91]
 
@@ -214,9 +241,15 @@ def test_eighty_classes_take_cocos_rows(name, tmp_path):
 )
 def test_safetensors_hold_shared_tensors_once(name, left_out, count, tmp_path):
     tensors = aliases(name, random_file(name))
-    tensors = {key: entry for key, entry in tensors.items() if not any(re.search(part, key) for part in left_out)}
+    tensors = {
+        key: entry
+        for key, entry in tensors.items()
+        if not any(re.search(part, key) for part in left_out)
+    }
     assert len(tensors) == count
-    save_file({key: entry.clone() for key, entry in tensors.items()}, tmp_path / "model.safetensors")
+    save_file(
+        {key: entry.clone() for key, entry in tensors.items()}, tmp_path / "model.safetensors"
+    )
     detector = build(name)
     load_public_weights(detector, tmp_path / "model.safetensors")
     assert all(entry.isfinite().all() for entry in detector.state_dict().values())
@@ -233,7 +266,16 @@ class Evil:
 @pytest.fixture
 def untouched():
     """A small detector; after the test it has the weights it had."""
-    detector = DINO(5, num_queries=7, dim=16, heads=2, hidden=32, encoder_layers=1, decoder_layers=1, backbone="tiny")
+    detector = DINO(
+        5,
+        num_queries=7,
+        dim=16,
+        heads=2,
+        dim_feedforward=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        backbone="tiny",
+    )
     before = {key: entry.clone() for key, entry in detector.state_dict().items()}
     yield detector
     assert all(torch.equal(entry, before[key]) for key, entry in detector.state_dict().items())
@@ -267,36 +309,53 @@ def test_other_files_get_one_line(untouched, content, words, tmp_path, capsys):
 def test_another_detector_and_another_size_are_named(untouched, tmp_path):
     for name, words in (
         ("detr_r50", "build DETR for them"),
-        ("deformable_detr_r50_two_stage", r"build DeformableDETR\(with_box_refine=True, two_stage=True\)"),
+        (
+            "deformable_detr_r50_two_stage",
+            r"build DeformableDETR\(with_box_refine=True, two_stage=True\)",
+        ),
         ("dino_r50_4scale", "another size"),
     ):
         torch.save(random_file(name), tmp_path / "weights.pth")
         with pytest.raises(UserError, match=words):
             load_public_weights(untouched, tmp_path / "weights.pth")
     torch.save(random_file("deformable_detr_r50"), tmp_path / "weights.pth")
-    with pytest.raises(UserError, match="Deformable DETR .fundamentalvision.*build DeformableDETR for them"):
+    with pytest.raises(
+        UserError, match="Deformable DETR .fundamentalvision.*build DeformableDETR for them"
+    ):
         load_public_weights(build("deformable_detr_r50_two_stage"), tmp_path / "weights.pth")
 
 
 def test_unknown_and_missing_entries(tmp_path):
     tensors = random_file("detr_r50")
     torch.save({"model": tensors | {"mask_head.weight": torch.zeros(3)}}, tmp_path / "weights.pth")
-    assert load_public_weights(build("detr_r50"), tmp_path / "weights.pth").unmapped == ["mask_head.weight"]
+    assert load_public_weights(build("detr_r50"), tmp_path / "weights.pth").unmapped == [
+        "mask_head.weight"
+    ]
     del tensors["transformer.encoder.layers.0.norm1.bias"]
     torch.save({"model": tensors}, tmp_path / "weights.pth")
-    with pytest.raises(UserError, match=r"encoder.0.self_attention.norm.bias is nothing there and \(256,\) here"):
+    with pytest.raises(
+        UserError, match=r"encoder.0.self_attention.norm.bias is nothing there and \(256,\) here"
+    ):
         load_public_weights(build("detr_r50"), tmp_path / "weights.pth")
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("detr_r50", "DETR(num_classes=91, num_queries=100, hidden=2048"),
-        ("hf_deformable_detr_v5", "DeformableDETR(num_classes=91, num_queries=300, levels=4, hidden=1024"),
-        ("semidetr_ssod_r50_coco", "DINO(num_classes=80, num_queries=900, levels=4, hidden=2048"),
+        ("detr_r50", "DETR(num_classes=91, num_queries=100, dim_feedforward=2048"),
+        (
+            "hf_deformable_detr_v5",
+            "DeformableDETR(num_classes=91, num_queries=300, levels=4, dim_feedforward=1024",
+        ),
+        (
+            "semidetr_ssod_r50_coco",
+            "DINO(num_classes=80, num_queries=900, levels=4, dim_feedforward=2048",
+        ),
     ],
 )
 def test_describe_says_what_to_build(name, words, tmp_path):
     torch.save(aliases(name, random_file(name)), tmp_path / "weights.pth")
     text = "\n".join(describe(tmp_path / "weights.pth"))
-    assert words in text and "dim=256, encoder_layers=6, decoder_layers=6, backbone='resnet50'" in text
+    assert (
+        words in text and "dim=256, encoder_layers=6, decoder_layers=6, backbone='resnet50'" in text
+    )

@@ -1,4 +1,4 @@
-"""Faster R-CNN and FCOS against torchvision's own forward, brute force, and the contract of all detectors."""
+"""Faster R-CNN and FCOS against torchvision's own forward and brute force."""
 
 import copy
 import dataclasses
@@ -10,7 +10,7 @@ from torchvision.ops import box_iou
 
 from semidetr_lite import load_detector
 from semidetr_lite.detectors.backbone import Tiny, make_backbone
-from semidetr_lite.detectors.pyramid import FCOS, FasterRCNN, Seen, drawn
+from semidetr_lite.detectors.pyramid import FCOS, FasterRCNN, FeatureMaps, seeded
 from semidetr_lite.errors import UserError
 from semidetr_lite.methods.supervised import Supervised
 from semidetr_lite.training.checkpoint import save_weights
@@ -20,8 +20,9 @@ from semidetr_lite.training.settings import new_config
 SMALL = {
     "fcos": {"dim": 32, "anchor_sizes": (4, 8, 16), "convs": 1, "backbone": "tiny"},
     "faster-rcnn": {
-        "dim": 16, "anchor_sizes": (16, 32, 64), "hidden": 16, "object_size": 32, "proposals": (40, 20),
-        "sampled": (16, 16), "fine": False, "backbone": "tiny",
+        "dim": 16, "anchor_sizes": (16, 32, 64), "representation_size": 16, "object_size": 32,
+        "proposals": (40, 20),
+        "sampled": (16, 16), "with_stride_4": False, "backbone": "tiny",
     },
 }  # fmt: skip
 NAMES = list(SMALL)
@@ -46,7 +47,11 @@ def some_images(*sizes) -> list[torch.Tensor]:
 
 
 def some_target(boxes, labels, **further) -> dict:
-    return {"boxes": torch.tensor(boxes).view(-1, 4), "labels": torch.tensor(labels, dtype=torch.int64), **further}
+    return {
+        "boxes": torch.tensor(boxes).view(-1, 4),
+        "labels": torch.tensor(labels, dtype=torch.int64),
+        **further,
+    }
 
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-3}
@@ -55,9 +60,11 @@ EMPTY = some_target([], [])
 
 
 def torchvisions(detector) -> torch.nn.Module:
-    """The torchvision model inside, whole: its own transform and forward, with our pyramid as its backbone."""
+    """torchvision's whole model, its transform and forward, on our pyramid as its backbone."""
     net = copy.deepcopy(detector.net).train(detector.training)
-    net.backbone.forward = lambda stacked: detector.see(list(stacked * detector.std + detector.mean)).maps
+    net.backbone.forward = lambda stacked: (
+        detector.extract(list(stacked * detector.std + detector.mean)).maps
+    )
     net.transform.resize = lambda image, target=None: (image, target)
     return net
 
@@ -74,24 +81,36 @@ def test_detections_are_those_of_torchvisions_forward(name, size):
         expected = net(images)
     assert any(len(one["boxes"]) for one in found)
     for ours, theirs in zip(found, expected):
-        seen = (theirs["boxes"][:, 2:] > theirs["boxes"][:, :2]).all(1)  # of torchvision's FCOS some have no area
+        seen = (theirs["boxes"][:, 2:] > theirs["boxes"][:, :2]).all(
+            1
+        )  # of torchvision's FCOS some have no area
         theirs = {key: entry[seen] for key, entry in theirs.items()}
         ours |= {key: ours[key][: len(theirs["labels"])] for key in theirs}
         torch.testing.assert_close(ours["boxes"], theirs["boxes"], **CLOSE)
         torch.testing.assert_close(ours["scores"], theirs["scores"], **CLOSE)
-        assert torch.equal(ours["labels"], theirs["labels"] - detector.first_label)
+        assert torch.equal(ours["labels"], theirs["labels"] - detector.label_offset)
         assert ours["labels"].dtype == torch.int64 and ours["size"] == size
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_losses_are_those_of_torchvisions_forward(name):
-    detector, images, targets = small(name).train(), some_images((64, 64), (64, 64)), [TARGET, EMPTY]
+    detector, images, targets = (
+        small(name).train(),
+        some_images((64, 64), (64, 64)),
+        [TARGET, EMPTY],
+    )
     ours = detector.losses(images, targets, seed=5)
     net = torchvisions(detector)
-    theirs = [{"boxes": one["boxes"], "labels": one["labels"] + detector.first_label} for one in targets]
-    with drawn(5, torch.device("cpu")):
+    theirs = [
+        {"boxes": one["boxes"], "labels": one["labels"] + detector.label_offset} for one in targets
+    ]
+    with seeded(5, torch.device("cpu")):
         expected = net(images, theirs)
-    same = {"objectness": "loss_objectness", "proposals": "loss_rpn_box_reg", "boxes": "loss_box_reg"}
+    same = {
+        "objectness": "loss_objectness",
+        "proposals": "loss_rpn_box_reg",
+        "boxes": "loss_box_reg",
+    }
     same |= {"giou": "bbox_regression", "centerness": "bbox_ctrness"}
     same["class"] = "loss_classifier" if name == "faster-rcnn" else "classification"
     assert len(ours) == len(expected)
@@ -102,9 +121,11 @@ def test_losses_are_those_of_torchvisions_forward(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_anchors_stand_on_the_cells_of_images_of_any_size(name):
     detector = small(name)
-    seen = detector.see(some_images((70, 93)))
+    seen = detector.extract(some_images((70, 93)))
     maps = list(seen.maps.values())
-    generator = detector.net.anchor_generator if name == "fcos" else detector.net.rpn.anchor_generator
+    generator = (
+        detector.net.anchor_generator if name == "fcos" else detector.net.rpn.anchor_generator
+    )
     anchors = generator(seen, maps)[0]
     centres = ((anchors[:, :2] + anchors[:, 2:]) / 2).tolist()
     shapes = 1 if name == "fcos" else 3
@@ -120,8 +141,11 @@ def test_anchors_stand_on_the_cells_of_images_of_any_size(name):
 
 
 def test_a_proposal_is_read_from_the_level_of_its_size():
-    detector = small("faster-rcnn", fine=True, anchor_sizes=(8, 16, 32, 64))
-    maps = {str(level): torch.full((1, 16, 64 // 2**level, 64 // 2**level), float(level)) for level in range(4)}
+    detector = small("faster-rcnn", with_stride_4=True, anchor_sizes=(8, 16, 32, 64))
+    maps = {
+        str(level): torch.full((1, 16, 64 // 2**level, 64 // 2**level), float(level))
+        for level in range(4)
+    }
     boxes = torch.tensor([[0.0, 0, 7, 7], [0, 0, 17, 17], [0, 0, 33, 33], [4, 4, 200, 200]])
     read = detector.net.roi_heads.box_roi_pool(maps, [boxes], [(70, 93)])
     assert read[:, 0, 3, 3].tolist() == [0, 1, 2, 3]
@@ -140,7 +164,9 @@ def test_detections_of_an_image_do_not_depend_on_its_neighbours_or_on_the_mode(n
         torch.testing.assert_close(alone["boxes"], found["boxes"], **CLOSE)
         assert (found["scores"] >= 0.1).all() and (found["scores"].diff() <= 0).all()
         assert ((found["labels"] >= 0) & (found["labels"] < CLASSES)).all()
-        assert (found["boxes"] >= 0).all() and (found["boxes"] <= torch.tensor([width, height] * 2)).all()
+        assert (found["boxes"] >= 0).all() and (
+            found["boxes"] <= torch.tensor([width, height] * 2)
+        ).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -150,10 +176,14 @@ def test_detect_keeps_the_contract(name):
     few = detector.detect(images, top=3)[0]
     assert len(few["scores"]) == 3
     bytes_given = detector.detect([(images[0] * 255).round().byte()])[0]
-    torch.testing.assert_close(detector.detect([(images[0] * 255).round() / 255])[0]["boxes"], bytes_given["boxes"])
+    torch.testing.assert_close(
+        detector.detect([(images[0] * 255).round() / 255])[0]["boxes"], bytes_given["boxes"]
+    )
     strict, loose = (detector.detect(images, nms=nms, top=1000)[0] for nms in (0.1, 0.9))
     for nms, found in ((0.1, strict), (0.9, loose)):
-        overlap = box_iou(found["boxes"], found["boxes"]) * (found["labels"][:, None] == found["labels"])
+        overlap = box_iou(found["boxes"], found["boxes"]) * (
+            found["labels"][:, None] == found["labels"]
+        )
         assert overlap.fill_diagonal_(0).max() <= nms + 1e-5
     assert len(strict["scores"]) < len(loose["scores"])
 
@@ -163,7 +193,9 @@ def test_a_test_size_only_changes_what_the_detector_looks_at(name):
     detector, image = small(name), some_images((40, 60))[0]
     detector.test_size = (80, 200)
     found = detector.detect([image], score=0.1)[0]
-    large = torch.nn.functional.interpolate(image[None], (80, 120), mode="bilinear", antialias=True)[0]
+    large = torch.nn.functional.interpolate(
+        image[None], (80, 120), mode="bilinear", antialias=True
+    )[0]
     detector.test_size = None
     torch.testing.assert_close(found["boxes"] * 2, detector.detect([large], score=0.1)[0]["boxes"])
     assert found["size"] == (40, 60)
@@ -187,15 +219,17 @@ def test_losses_are_finite_and_reach_every_trainable_parameter(name, sizes, targ
     without = [key for key, p in detector.named_parameters() if p.requires_grad and p.grad is None]
     assert without == []
     if len(targets[0]["labels"]):
-        still = [key for key, p in detector.named_parameters() if p.requires_grad and not p.grad.any()]
+        still = [
+            key for key, p in detector.named_parameters() if p.requires_grad and not p.grad.any()
+        ]
         assert still == []
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_image_trains_alike_beside_images_of_another_size(name):
-    """The tiny backbone never sees padding: features of the first image are the same in both batches."""
+    """The tiny backbone never sees padding: the first image has the same features in both."""
     detector, images = small(name), some_images((64, 64), (48, 80))
-    together, alone = detector.see(images), detector.see(images[:1])
+    together, alone = detector.extract(images), detector.extract(images[:1])
     for key, level in alone.maps.items():
         height, width = level.shape[-2:]
         torch.testing.assert_close(together.maps[key][:1, :, :height, :width], level)
@@ -239,20 +273,26 @@ def test_saved_and_loaded_detections_are_the_same(name, tmp_path):
 def test_no_norm_has_live_statistics_and_the_stem_is_frozen_on_a_resnet(name):
     sizes = {"fcos": (8, 16, 32, 64, 128), "faster-rcnn": (32, 64, 128, 256, 512)}[name]
     detector = make_detector(name, 2, {"dim": 32, "anchor_sizes": sizes, "backbone": "resnet18"})
-    assert not [part for part in detector.modules() if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)]
+    assert not [
+        part
+        for part in detector.modules()
+        if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)
+    ]
     assert not any(p.requires_grad for p in detector.backbone.stem.parameters())
     assert detector.strides == [(8 if name == "fcos" else 4) * 2**level for level in range(5)]
-    seen = detector.see(some_images((100, 130)))
+    seen = detector.extract(some_images((100, 130)))
     assert [tuple(level.shape[-2:]) for level in seen.maps.values()] == [
         (-(-100 // stride), -(-130 // stride)) for stride in detector.strides
     ]
-    assert len(detector.train().losses(some_images((100, 130)), [some_target([[8.0, 10, 28, 34]], [1])])) in (3, 4)
+    assert len(
+        detector.train().losses(some_images((100, 130)), [some_target([[8.0, 10, 28, 34]], [1])])
+    ) in (3, 4)
 
 
 def test_a_fine_backbone_has_one_map_more():
     for coarse, fine in (
-        (Tiny(), Tiny(fine=True)),
-        (make_backbone("resnet18"), make_backbone("resnet18", fine=True)),
+        (Tiny(), Tiny(with_stride_4=True)),
+        (make_backbone("resnet18"), make_backbone("resnet18", with_stride_4=True)),
     ):
         assert len(fine.channels) == 4 and fine.channels[1:] == tuple(coarse.channels)
         assert list(fine.state_dict()) == list(coarse.state_dict())
@@ -271,14 +311,18 @@ def test_supervised_trains_it(name):
 def test_fcos_reads_a_planted_object():
     """One cell says class 1 and 6, 5, 10, 11 pixels to the sides: that is the one box found."""
     detector = FCOS(CLASSES, **SMALL["fcos"])
-    seen = Seen({str(n): torch.zeros(1, 32, 8 // 2**n, 8 // 2**n) for n in range(3)}, [(64, 64)])
+    seen = FeatureMaps(
+        {str(n): torch.zeros(1, 32, 8 // 2**n, 8 // 2**n) for n in range(3)}, [(64, 64)]
+    )
     outputs = {"cls_logits": torch.full((1, 84, 3), -9.0), "bbox_regression": torch.zeros(1, 84, 4)}
     outputs |= {"bbox_ctrness": torch.full((1, 84, 1), 2.0)}
     outputs["cls_logits"][0, 2 * 8 + 3, 1] = 3.0
     outputs["bbox_regression"][0, 2 * 8 + 3] = torch.tensor([6.0, 5, 10, 11]) / 4
     detector.net.head.forward = lambda maps: outputs
-    found = detector.found(seen, 0.1, 10, 0.5)[0]
-    assert found["boxes"].tolist() == [[24 - 6, 16 - 5, 24 + 10, 16 + 11]] and found["labels"].tolist() == [1]
+    found = detector.predict(seen, 0.1, 10, 0.5)[0]
+    assert found["boxes"].tolist() == [[24 - 6, 16 - 5, 24 + 10, 16 + 11]] and found[
+        "labels"
+    ].tolist() == [1]
     scores = torch.tensor([3.0, 2.0]).sigmoid()
     torch.testing.assert_close(found["scores"], scores.prod().sqrt()[None])
 
@@ -286,7 +330,7 @@ def test_fcos_reads_a_planted_object():
 @pytest.mark.parametrize("name", NAMES)
 def test_one_image_can_be_learned(name):
     torch.manual_seed(0)
-    wide = {"hidden": 64} if name == "faster-rcnn" else {}
+    wide = {"representation_size": 64} if name == "faster-rcnn" else {}
     detector = make_detector(name, CLASSES, {**SMALL[name], **wide}).train()
     image = torch.zeros(3, 64, 64)
     image[0, 10:34, 8:28], image[1, 4:30, 40:62] = 1.0, 1.0
@@ -325,11 +369,13 @@ def test_presets_have_arguments_for_them(preset, name):
 
 
 def test_image_sizes_are_all_torchvision_reads_of_an_image_list():
-    """`Seen` stands for an ImageList; if torchvision read more of it, this would fail."""
+    """`FeatureMaps` stands for an ImageList; if torchvision read more of it, this would fail."""
     detector, images = small("faster-rcnn").eval(), some_images((64, 64))
-    seen = detector.see(images)
+    seen = detector.extract(images)
     theirs = ImageList(torch.zeros(1, 3, 64, 64), seen.image_sizes)
-    for ours, expected in zip(detector.net.rpn(seen, seen.maps)[0], detector.net.rpn(theirs, seen.maps)[0]):
+    for ours, expected in zip(
+        detector.net.rpn(seen, seen.maps)[0], detector.net.rpn(theirs, seen.maps)[0]
+    ):
         assert torch.equal(ours, expected)
 
 

@@ -15,7 +15,7 @@ from semidetr_lite.boxes import overlaps
 from semidetr_lite.data import digits
 from semidetr_lite.data.splits import Splits, Subset, WithoutLabels
 from semidetr_lite.data.views import ViewSettings, map_boxes, strong_view, warp, weak_view
-from semidetr_lite.detectors.pyramid import Cells
+from semidetr_lite.detectors.pyramid import FCOSOutputs
 from semidetr_lite.methods.dense_teacher import DenseTeacher, dense_losses, select_regions
 from semidetr_lite.methods.soft_teacher import SoftTeacher, box_regression_variance, soft_class_loss
 from semidetr_lite.training.loop import Run
@@ -227,8 +227,8 @@ def test_jittered_boxes_are_refined_by_the_teacher_one_by_one():
     method, batch = make("soft-teacher", variance_threshold=0.0), some_batch()
     teacher, step = method.teacher, 5
     with torch.no_grad():
-        judge = teacher.see(batch["weak"][0])
-        found = teacher.found(judge, 0.25, method.max_pseudo_boxes, teacher.nms)
+        judge = teacher.extract(batch["weak"][0])
+        found = teacher.predict(judge, 0.25, method.max_pseudo_boxes, teacher.nms)
         rngs = method.image_generators(step, 1, batch["weak"][1])
         spreads = []
         for image, one in enumerate(found):
@@ -311,12 +311,12 @@ def test_select_regions_is_a_loop_over_all_cells():
         assert torch.equal(select_regions(scores, inside, ratio), expected)
 
 
-def some_cells(seed: int, sizes=((20, 30), (16, 30))) -> Cells:
+def some_cells(seed: int, sizes=((20, 30), (16, 30))) -> FCOSOutputs:
     torch.manual_seed(seed)
     centres = torch.tensor([[x, y] for y in range(0, 24, 8) for x in range(0, 32, 8)]).float()
     outputs = {"cls_logits": torch.randn(2, 12, 3), "bbox_regression": torch.rand(2, 12, 4) * 3}
     outputs |= {"bbox_ctrness": torch.randn(2, 12, 1)}
-    return Cells(outputs, torch.cat([centres - 4, centres + 4], 1), [12], list(sizes))
+    return FCOSOutputs(outputs, torch.cat([centres - 4, centres + 4], 1), [12], list(sizes))
 
 
 def test_dense_losses_by_hand():

@@ -29,7 +29,7 @@ from semidetr_lite.training.settings import (
 )
 
 DETECTOR = {
-    "num_queries": 12, "dim": 32, "heads": 2, "levels": 3, "points": 2, "hidden": 32, "encoder_layers": 1,
+    "num_queries": 12, "dim": 32, "heads": 2, "levels": 3, "points": 2, "dim_feedforward": 32, "encoder_layers": 1,
     "decoder_layers": 2, "backbone": "tiny", "anchor_size": 0.1, "denoising_queries": 6,
 }  # fmt: skip
 SMALL = {
@@ -68,7 +68,7 @@ FORMS = {
     ("name", "method"), [("deformable-detr", "semi-detr"), ("detr", "supervised"), ("detr", "mean-teacher")]
 )
 def test_other_detectors_train_too(name, method, splits, tmp_path):
-    shared = {"num_queries": 12, "dim": 32, "heads": 2, "hidden": 32, "encoder_layers": 1, "decoder_layers": 2}
+    shared = {"num_queries": 12, "dim": 32, "heads": 2, "dim_feedforward": 32, "encoder_layers": 1, "decoder_layers": 2}
     further = {} if name == "detr" else {"levels": 3, "points": 2, "anchor_size": 0.1}
     arguments = {**shared, "backbone": "tiny", **further, **FORMS[name]}
     kwargs = DetectorKwargs(**arguments)
@@ -83,7 +83,7 @@ def test_other_detectors_train_too(name, method, splits, tmp_path):
 
 
 def test_semi_detr_needs_queries_that_are_boxes(splits, tmp_path):
-    arguments = {"num_queries": 12, "dim": 32, "heads": 2, "hidden": 32, "backbone": "tiny", "level": 0}
+    arguments = {"num_queries": 12, "dim": 32, "heads": 2, "dim_feedforward": 32, "backbone": "tiny", "level": 0}
     config = small(detector="detr", detector_kwargs=DetectorKwargs(**arguments))
     with pytest.raises(UserError, match="semi-detr needs boxes as queries.*DETR"):
         Run(config, tmp_path / "run", splits=splits, workers=0)

@@ -247,7 +247,7 @@ def test_a_dense_map_lies_over_each_image(scenes):
     drawn = figure.axes[0].images[1]
     assert drawn.get_array().shape == tuple(-(-side // 8) + 1 for side in images[0].shape[-2:])
     with torch.no_grad():
-        cells = fcos.cells(fcos.see(images[:1]))
+        cells = fcos.head_outputs(fcos.extract(images[:1]))
     scores = cells.outputs["cls_logits"][0].sigmoid().amax(-1)
     best = int(scores.argmax())
     x, y = cells.anchors[best].view(2, 2).mean(0).tolist()

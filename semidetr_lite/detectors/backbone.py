@@ -1,9 +1,11 @@
-"""Backbones: images (B, 3, H, W) in, a list of feature maps at strides 8, 16 and 32 out; if `fine`, also at 4.
+"""Backbones: images (B, 3, H, W) -> feature maps at strides 8, 16 and 32; on request also at 4.
 
-`tiny` is a small residual network for the embedded data, trained from scratch. Any torchvision ResNet goes by its
-name, with BatchNorm frozen as in every DETR. No backbone uses live batch statistics: GroupNorm here, frozen BatchNorm
-there.
+`tiny` is a small residual network for the embedded data, trained from scratch. Any torchvision
+ResNet goes by its name, with frozen BatchNorm as in every DETR. No backbone uses live batch
+statistics: the tiny one has GroupNorm, a ResNet has frozen BatchNorm.
 """
+
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -14,128 +16,194 @@ from torchvision.ops import FrozenBatchNorm2d
 from semidetr_lite.errors import UserError
 
 
-def make_backbone(backbone: str | nn.Module, weights: str | None = None, fine: bool = False) -> nn.Module:
+def make_backbone(
+    backbone: str | nn.Module, weights: str | None = None, with_stride_4: bool = False
+) -> nn.Module:
     """A backbone by name ("tiny" or a torchvision ResNet), or the module given.
 
     Args:
-        backbone: "tiny", "resnet18" ... "resnet152", or a module with `channels` and `sees_padding`.
-        weights: name of torchvision weights ("IMAGENET1K_V1"), a path of a torchvision state dict, or None for random
-            ones.
-        fine: whether the map at stride 4 comes out too, of a backbone by name.
+        backbone: "tiny", "resnet18" ... "resnet152", or a module with the attributes `channels`
+            (of each map) and `pad_before_backbone` (whether images of different sizes are padded
+            and run together, see Detector.extract_features).
+        weights: name of torchvision weights ("IMAGENET1K_V1"), path of a torchvision state dict,
+            or None for random weights.
+        with_stride_4: whether the map at stride 4 comes out too, of a backbone by name.
+
+    Raises:
+        UserError: an unknown name, or weights that cannot be read.
     """
     if isinstance(backbone, nn.Module):
         return backbone
     if backbone == "tiny":
-        return Tiny(fine=fine)
+        return Tiny(with_stride_4=with_stride_4)
     if backbone.startswith("resnet") and hasattr(torchvision.models, backbone):
-        return ResNet(backbone, weights, fine)
-    known = "give 'tiny' or the name of a torchvision ResNet such as 'resnet50'"
-    raise UserError(f"no backbone called {backbone!r}: {known}")
+        return ResNet(backbone, weights, with_stride_4)
+    advice = "give 'tiny' or the name of a torchvision ResNet such as 'resnet50'"
+    raise UserError(f"no backbone called {backbone!r}: {advice}")
 
 
-def _convolution(before: int, width: int, stride: int) -> list[nn.Module]:
-    return [nn.Conv2d(before, width, 3, stride, padding=1, bias=False), nn.GroupNorm(8, width), nn.ReLU(inplace=True)]
+def _conv_norm_relu(input_channels: int, channels: int, stride: int) -> list[nn.Module]:
+    return [
+        nn.Conv2d(input_channels, channels, 3, stride, padding=1, bias=False),
+        nn.GroupNorm(8, channels),
+        nn.ReLU(inplace=True),
+    ]
 
 
-class Residual(nn.Module):
-    """Two 3x3 convolutions with GroupNorm around a shortcut."""
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with GroupNorm and a residual connection: (B, C, H, W) -> the same."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.layers = nn.Sequential(*_convolution(channels, channels, 1), *_convolution(channels, channels, 1)[:2])
+        first = _conv_norm_relu(channels, channels, stride=1)
+        second = _conv_norm_relu(channels, channels, stride=1)[:2]  # the ReLU follows the sum
+        self.layers = nn.Sequential(*first, *second)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.relu(x + self.layers(x))
 
 
 class Tiny(nn.Module):
-    """A residual network for images of about 100 pixels: one strided convolution and one residual block at strides 4,
-    8 and 16, the convolution alone at 2 and 32.
+    """A residual network for images of about 100 pixels.
+
+    A strided convolution at strides 2, 4, 8, 16 and 32; at strides 4, 8 and 16 a residual block
+    follows it.
 
     Args:
         widths: channels at strides 2, 4, 8, 16 and 32.
-        fine: whether the map at stride 4 comes out too.
+        with_stride_4: whether the map at stride 4 comes out too.
     """
 
-    sees_padding = False  # images of different sizes are run apart, so that GroupNorm never sees a padded border
+    pad_before_backbone = False  # GroupNorm would count the padding
 
-    def __init__(self, widths: tuple[int, ...] = (24, 48, 96, 96, 96), fine: bool = False):
+    def __init__(
+        self,
+        widths: tuple[int, ...] = (24, 48, 96, 96, 96),
+        with_stride_4: bool = False,
+    ):
         super().__init__()
-        self.first = 1 if fine else 2
-        self.channels = widths[self.first :]
+        self.first_output = 1 if with_stride_4 else 2
+        self.channels = widths[self.first_output :]
         self.stages = nn.ModuleList()
-        for number, (before, width) in enumerate(zip((3, *widths), widths, strict=False)):
-            down = _convolution(before, width, 2)
-            self.stages.append(nn.Sequential(*down, *([Residual(width)] if 1 <= number <= 3 else [])))
+        for index, (input_channels, width) in enumerate(zip((3, *widths), widths, strict=False)):
+            layers = _conv_norm_relu(input_channels, width, stride=2)
+            if 1 <= index <= 3:
+                layers.append(ResidualBlock(width))
+            self.stages.append(nn.Sequential(*layers))
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
-        return _outputs(self.stages, images)[self.first :]
+        return _stage_outputs(self.stages, images)[self.first_output :]
 
 
 class ResNet(nn.Module):
-    """A torchvision ResNet without its classifier; stem and first stage are not trained (as in the DETR family)."""
+    """A torchvision ResNet without its classifier.
 
-    sees_padding = True
+    Stem and first stage are not trained (as in the DETR family).
 
-    def __init__(self, name: str, weights: str | None = None, fine: bool = False):
+    Args:
+        name: "resnet18" ... "resnet152".
+        weights, with_stride_4: see `make_backbone`.
+    """
+
+    pad_before_backbone = True
+
+    def __init__(self, name: str, weights: str | None = None, with_stride_4: bool = False):
         super().__init__()
         net = getattr(torchvision.models, name)(norm_layer=FrozenBatchNorm2d)
         if weights is not None:
-            net.load_state_dict(_resnet_weights(name, weights), strict=False)  # the frozen norm has no batch counter
+            # not strict: the frozen norm has no batch counter
+            net.load_state_dict(_resnet_weights(name, weights), strict=False)
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
-        self.layers = nn.ModuleList(Stage(*layer) for layer in (net.layer1, net.layer2, net.layer3, net.layer4))
-        last_convs = [[part for part in layer.modules() if isinstance(part, nn.Conv2d)][-1] for layer in self.layers]
-        self.first = 0 if fine else 1
-        self.channels = tuple(conv.out_channels for conv in last_convs[self.first :])
-        for part in (self.stem, self.layers[0]):
-            part.requires_grad_(False)
+        stages = (net.layer1, net.layer2, net.layer3, net.layer4)
+        self.layers = nn.ModuleList(FusedStage(*stage) for stage in stages)
+        self.first_output = 0 if with_stride_4 else 1
+        channels = tuple(_last_conv(stage).out_channels for stage in stages)
+        self.channels = channels[self.first_output :]
+        self.stem.requires_grad_(False)
+        self.layers[0].requires_grad_(False)
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
-        convolution, norm, *_, pool = self.stem
-        x = pool(_folded(images, convolution, *_factors([norm])[norm]).relu_())
-        return _outputs(self.layers, x)[self.first :]
+        conv, norm, _, pool = self.stem
+        scale, shift = _fold_frozen_bn([norm])[norm]
+        x = pool(_conv_frozen_bn(images, conv, scale, shift).relu_())
+        return _stage_outputs(self.layers, x)[self.first_output :]
 
 
-class Stage(nn.Sequential):
-    """Blocks of a torchvision ResNet, with each frozen norm folded into the convolution before it.
+class FusedStage(nn.Sequential):
+    """The blocks of a torchvision ResNet stage, each frozen norm folded into its convolution.
 
-    What torchvision's own blocks compute, to rounding; a norm of its own is seven operations, two of them on whole
-    maps, which it turns into float32 under bfloat16.
+    The result is that of torchvision's own blocks, up to rounding. A frozen norm alone is seven
+    operations; two of them run on whole maps and turn them into float32 under bfloat16.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        factors = _factors([part for part in self.modules() if isinstance(part, FrozenBatchNorm2d)])
+        norms = [module for module in self.modules() if isinstance(module, FrozenBatchNorm2d)]
+        folded = _fold_frozen_bn(norms)
         for block in self:
-            down, last = block.downsample, 3 if hasattr(block, "conv3") else 2
-            shortcut = _folded(x, down[0], *factors[down[1]]) if down is not None else x
-            for number in range(1, last + 1):
-                x = _folded(x, getattr(block, f"conv{number}"), *factors[getattr(block, f"bn{number}")])
-                x = (x if number < last else x + shortcut).relu_()
+            shortcut = x
+            if block.downsample is not None:
+                conv, norm = block.downsample
+                shortcut = _conv_frozen_bn(x, conv, *folded[norm])
+            num_convs = 3 if hasattr(block, "conv3") else 2
+            for number in range(1, num_convs + 1):
+                conv = getattr(block, f"conv{number}")
+                norm = getattr(block, f"bn{number}")
+                x = _conv_frozen_bn(x, conv, *folded[norm])
+                x = (x + shortcut if number == num_convs else x).relu_()
         return x
 
 
-def _factors(norms: list[FrozenBatchNorm2d]) -> dict[FrozenBatchNorm2d, tuple[torch.Tensor, torch.Tensor]]:
-    """What each frozen norm multiplies channels by and then adds to them, (C,) each, worked out for all at once."""
-    names = ("weight", "bias", "running_mean", "running_var")
-    weight, bias, mean, variance = (torch.cat([getattr(norm, name) for norm in norms]) for name in names)
+def _fold_frozen_bn(
+    norms: list[FrozenBatchNorm2d],
+) -> dict[FrozenBatchNorm2d, tuple[torch.Tensor, torch.Tensor]]:
+    """Each norm as (scale, shift), (C,) each: it computes x * scale + shift per channel.
+
+    All norms are computed at once, in a few operations on long vectors.
+    """
+    weight = torch.cat([norm.weight for norm in norms])
+    bias = torch.cat([norm.bias for norm in norms])
+    mean = torch.cat([norm.running_mean for norm in norms])
+    variance = torch.cat([norm.running_var for norm in norms])
     scale = weight * (variance + norms[0].eps).rsqrt()
-    parts = (entry.split([len(norm.bias) for norm in norms]) for entry in (scale, bias - mean * scale))
-    return dict(zip(norms, zip(*parts, strict=True), strict=True))
+    shift = bias - mean * scale
+    channels = [len(norm.bias) for norm in norms]
+    pairs = zip(scale.split(channels), shift.split(channels), strict=True)
+    return dict(zip(norms, pairs, strict=True))
 
 
-def _folded(x: torch.Tensor, convolution: nn.Conv2d, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """A convolution without bias, then a frozen norm's factors, as one convolution."""
-    weight, own = convolution.weight * scale[:, None, None, None], convolution
-    return F.conv2d(x, weight, shift, own.stride, own.padding, own.dilation, own.groups)
+def _conv_frozen_bn(
+    x: torch.Tensor, conv: nn.Conv2d, scale: torch.Tensor, shift: torch.Tensor
+) -> torch.Tensor:
+    """A convolution without bias and the frozen norm behind it, as one convolution.
+
+    Args:
+        x: (B, C', H', W').
+        conv: C' to C channels.
+        scale, shift: (C,), see _fold_frozen_bn.
+    """
+    weight = conv.weight * scale[:, None, None, None]
+    return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
-def _outputs(stages, x: torch.Tensor) -> list[torch.Tensor]:
-    """What each of the stages makes of the one before it."""
-    return [x := stage(x) for stage in stages]
+def _last_conv(stage: nn.Module) -> nn.Conv2d:
+    return [module for module in stage.modules() if isinstance(module, nn.Conv2d)][-1]
+
+
+def _stage_outputs(stages: Iterable[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
+    """Run the stages one after the other; the output of each."""
+    outputs = []
+    for stage in stages:
+        x = stage(x)
+        outputs.append(x)
+    return outputs
 
 
 def _resnet_weights(name: str, weights: str) -> dict:
-    """A torchvision state dict, from a local file or by torchvision's name (downloaded once)."""
+    """A torchvision state dict, from a local file or by torchvision's name (downloaded once).
+
+    Raises:
+        UserError: it cannot be read or downloaded.
+    """
     try:
         if weights.endswith((".pth", ".pt")):
             return torch.load(weights, map_location="cpu", weights_only=True)

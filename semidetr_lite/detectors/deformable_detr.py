@@ -1,18 +1,22 @@
-"""Deformable DETR (Zhu et al., ICLR 2021): DETR whose attention reads a few points of several maps.
+"""Deformable DETR (Zhu et al., ICLR 2021): DETR with attention to a few points of several maps.
 
-    images -> backbone -> projected maps -> encoder -> tokens;  queries -> decoder reads the tokens -> boxes
+    images -> backbone -> projected maps -> encoder -> tokens
+    queries -> decoder, which samples the tokens -> boxes
 
 Three forms, as published:
 
-* plain: a query is a learned position and a learned content; its reference point is read from the position, and every
-  layer predicts its box around that same point.
-* with_box_refine: every layer has heads of its own and corrects the box of the layer before.
-* two_stage: the queries are not learned; the encoder's best tokens give boxes, and position and content are read from
-  the sine code of each box. This is the form Semi-DETR needs, since only here any box can ask (`groups`).
+* plain: a query is a learned position and a learned content. Its reference point is predicted from
+  the position, and every layer predicts a box around that same point.
+* with_box_refine: every layer has heads of its own and refines the box of the layer before.
+* two_stage: queries are not learned. The encoder's best tokens give boxes; position and content are
+  computed from the sine code of each box. Semi-DETR needs this form: only here can any box become a
+  query (query groups).
 
-What is new beside detr.py: the attention, several levels, sigmoid scores without a no-object class, references.
-Difference from the released code: no dropout (0.1 there); anchors near the border or in the padding are chosen as
-proposals only if there are fewer others than queries.
+New beside detr.py: deformable attention, several levels, reference boxes, and sigmoid scores
+without a no-object class.
+
+Difference from the released code: no dropout (0.1 there); anchors near the border or in the padding
+are selected as proposals only if there are fewer others than queries.
 """
 
 import torch
@@ -21,6 +25,7 @@ from torch import nn
 
 from semidetr_lite.boxes import inverse_sigmoid
 from semidetr_lite.detectors.deformable import DeformableDetector, deformable_attention
+from semidetr_lite.detectors.detector import IMAGENET_MEAN, IMAGENET_STD
 from semidetr_lite.detectors.transformer import MLP, Memory, sine_positions
 from semidetr_lite.errors import UserError
 
@@ -28,12 +33,20 @@ __all__ = ["DeformableDETR", "deformable_attention"]
 
 
 class DeformableDETR(DeformableDetector):
-    """The detector.
+    """Deformable DETR in one of its three published forms.
 
     Args:
-        num_classes, num_queries, hidden: see DeformableDetector.
-        with_box_refine, two_stage: the form, see above; two_stage alone is a UserError.
-        shared: dim, heads and all that DeformableDetector has a default for.
+        num_classes, num_queries: C, Q.
+        dim, heads, levels, points: D, M, L, P.
+        encoder_layers, decoder_layers: their numbers.
+        dim_feedforward: width of the feed-forward networks.
+        with_box_refine, two_stage: the form, see above.
+        backbone, backbone_weights: see `make_backbone`.
+        anchor_size: see DeformableDetector.
+        mean, std, test_size: see Detector.
+
+    Raises:
+        UserError: two_stage without with_box_refine.
     """
 
     class_agnostic = True
@@ -42,57 +55,125 @@ class DeformableDETR(DeformableDetector):
         self,
         num_classes: int,
         num_queries: int = 300,
-        hidden: int = 1024,
+        dim: int = 256,
+        heads: int = 8,
+        levels: int = 4,
+        points: int = 4,
+        encoder_layers: int = 6,
+        decoder_layers: int = 6,
+        dim_feedforward: int = 1024,
         with_box_refine: bool = False,
         two_stage: bool = False,
-        **shared,
+        backbone: str | nn.Module = "resnet50",
+        backbone_weights: str | None = None,
+        anchor_size: float = 0.05,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+        test_size: tuple[int, int] | None = None,
     ):
         if two_stage and not with_box_refine:
             raise UserError("DeformableDETR: two_stage=True needs with_box_refine=True")
-        super().__init__(num_classes, num_queries, hidden, temperature=10_000.0, offset=-0.5, **shared)
-        self.with_box_refine, self.two_stage, self.takes_groups, dim = with_box_refine, two_stage, two_stage, self.dim
-        if two_stage:
-            self.add_proposals()
+        super().__init__(
+            num_classes=num_classes,
+            num_queries=num_queries,
+            dim=dim,
+            heads=heads,
+            levels=levels,
+            points=points,
+            encoder_layers=encoder_layers,
+            decoder_layers=decoder_layers,
+            dim_feedforward=dim_feedforward,
+            temperature=10_000.0,
+            offset=-0.5,
+            backbone=backbone,
+            backbone_weights=backbone_weights,
+            anchor_size=anchor_size,
+            mean=mean,
+            std=std,
+            test_size=test_size,
+        )
+        self.with_box_refine = with_box_refine
+        self.two_stage = two_stage
+        self.takes_groups = two_stage
+        self._add_queries()
+        self._add_heads(num_heads=decoder_layers if with_box_refine else 1)
+
+    def _add_queries(self) -> None:
+        """The layers from which the queries are computed."""
+        dim = self.dim
+        if self.two_stage:
+            self.add_two_stage_heads()
             self.box_code = nn.Sequential(nn.Linear(2 * dim, 2 * dim), nn.LayerNorm(2 * dim))
         else:
-            self.positions, self.content = nn.Embedding(num_queries, dim), nn.Embedding(num_queries, dim)
+            self.positions = nn.Embedding(self.num_queries, dim)
+            self.content = nn.Embedding(self.num_queries, dim)
             self.reference_points = nn.Linear(dim, 2)
-        heads = len(self.decoder) if with_box_refine else 1
-        self.class_heads = nn.ModuleList(nn.Linear(dim, num_classes) for _ in range(heads))
-        self.box_heads = nn.ModuleList(MLP(dim, dim, 4, 3) for _ in range(heads))
-        proposal = [[self.proposal_class], [self.proposal_box]] if two_stage else [[], []]
-        self.start([*self.class_heads, *proposal[0]], [*self.box_heads, *proposal[1]])
-        if not two_stage:  # references are points; a box around one starts at sigmoid(-2) = 0.12 of the image
+
+    def _add_heads(self, num_heads: int) -> None:
+        """The heads of the decoder layers: one of each kind per layer, or one for all layers."""
+        dim = self.dim
+        self.class_heads = nn.ModuleList(nn.Linear(dim, self.num_classes) for _ in range(num_heads))
+        self.box_heads = nn.ModuleList(MLP(dim, dim, 4, 3) for _ in range(num_heads))
+        if self.two_stage:
+            class_heads = [*self.class_heads, self.proposal_class]
+            box_heads = [*self.box_heads, self.proposal_box]
+            self.init_heads(class_heads, box_heads)
+        else:
+            self.init_heads(self.class_heads, self.box_heads)
+            # references are points; a box around one starts at sigmoid(-2) = 0.12 of the image
             nn.init.constant_(self.box_heads[0][-1].bias[2:], -2.0)
 
     def matching_queries(self, memory: Memory) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two-stage: content from the code of the encoder's boxes, and these; else learned, with points (B, Q, 2)."""
+        """Content (B, Q, D) and boxes (B, Q, 4) cxcywh in [0, 1], or points (B, Q, 2).
+
+        Two-stage: the encoder's boxes without their gradient, and content computed from them. Else
+        both are learned.
+        """
         if self.two_stage:
             boxes = memory.proposals["pred_boxes"].detach()
-            return self._code(boxes)[1], boxes
-        with torch.autocast(memory.tokens.device.type, enabled=False):  # where to look, in full precision
+            _, content = self._encode_boxes(boxes)
+            return content, boxes
+        with torch.autocast(memory.tokens.device.type, enabled=False):  # in full precision
             points = self.reference_points(self.positions.weight).sigmoid()
-        return tuple(each.expand(len(memory.tokens), -1, -1) for each in (self.content.weight, points))
+        batch = len(memory.tokens)
+        content = self.content.weight.expand(batch, -1, -1)
+        return content, points.expand(batch, -1, -1)
 
-    def _code(self, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cxcywh (B, N, 4) -> position and content (B, N, D) each."""
-        places = sine_positions(boxes, self.dim // 2, self.temperature)  # (B, N, 2 * D)
-        return self.box_code(places.to(self.level_embedding.dtype)).chunk(2, -1)
+    def _encode_boxes(self, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Boxes (B, N, 4) cxcywh in [0, 1] -> positions and content, (B, N, D) each."""
+        code = sine_positions(boxes, self.dim // 2, self.temperature)  # (B, N, 2 * D)
+        positions, content = self.box_code(code.to(self.level_embedding.dtype)).chunk(2, -1)
+        return positions, content
 
-    def refine(self, memory: Memory, content, boxes, seen=None, context=None):
-        """All decoder layers; see DeformableDetector.refine."""
-        layers, states = [], []
-        scale = torch.cat([memory.valid_ratios, memory.valid_ratios], -1)[:, None]  # (B, 1, L, 4)
-        positions = self._code(boxes)[0] if self.two_stage else self.positions.weight.expand(len(boxes), -1, -1)
-        for number, layer in enumerate(self.decoder):
+    def run_decoder(
+        self,
+        memory: Memory,
+        content: torch.Tensor,
+        boxes: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        extra_kv: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ) -> tuple[list[dict], list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Run all decoder layers; see DeformableDetector.run_decoder."""
+        if self.two_stage:
+            positions, _ = self._encode_boxes(boxes)
+        else:
+            positions = self.positions.weight.expand(len(boxes), -1, -1)
+        # (B, 1, L, 4), from the unpadded image to the padded map
+        scale = torch.cat([memory.valid_ratios, memory.valid_ratios], -1)[:, None]
+        layers, layer_inputs = [], []
+        for index, layer in enumerate(self.decoder):
             references = boxes[:, :, None] * scale[..., : boxes.shape[-1]]  # (B, N, L, 2 or 4)
-            states.append((content, positions))
-            content = layer(content, positions, references, memory, seen, context and context[number])
-            head = number if self.with_box_refine else 0
-            before = F.pad(inverse_sigmoid(boxes), (0, 4 - boxes.shape[-1]))  # a point leaves width and height free
-            pred_boxes = (self.box_heads[head](content).float() + before).sigmoid()
+            layer_inputs.append((content, positions))
+            layer_kv = None if extra_kv is None else extra_kv[index]
+            content = layer(content, positions, references, memory, attn_mask, layer_kv)
+
+            head = index if self.with_box_refine else 0
+            # a point has no width and height: the head predicts them from scratch
+            reference_logits = F.pad(inverse_sigmoid(boxes), (0, 4 - boxes.shape[-1]))
+            box_deltas = self.box_heads[head](content).float()
+            pred_boxes = (box_deltas + reference_logits).sigmoid()
             logits = self.class_heads[head](content)
             layers.append({"pred_logits": logits, "pred_boxes": pred_boxes, "queries": content})
             if self.with_box_refine:
                 boxes = pred_boxes.detach()
-        return layers, states
+        return layers, layer_inputs

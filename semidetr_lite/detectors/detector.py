@@ -1,7 +1,9 @@
-"""What all detectors do alike: take images as they come, batch them, and turn outputs into detections.
+"""What all detectors share: they normalise and batch images, and turn outputs into detections.
 
-A detector has `encode(images) -> Memory` and `decode(memory, groups) -> outputs`; `detect` is
-`decode(encode(images))` read as boxes in pixels of the images given.
+A detector has `encode(images) -> Memory` and `decode(memory, groups) -> outputs`. `detect` is
+`decode(encode(images))` with boxes in pixels of the images given.
+
+Shapes: B images, Q queries, D channels, L levels, C classes.
 """
 
 from collections.abc import Sequence
@@ -12,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torchvision.ops import nms as suppress
+from torchvision.ops import nms as non_maximum_suppression
 
 from semidetr_lite.boxes import to_pixels
 from semidetr_lite.data.images import read_image
@@ -21,131 +23,223 @@ from semidetr_lite.detectors.transformer import Memory
 from semidetr_lite.device import to_device
 from semidetr_lite.errors import UserError
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Detector(nn.Module):
-    """Base of the detectors: normalisation, batching, `detect`.
+    """Base of all detectors: normalisation, batching, `detect`.
 
     Args:
         mean, std: of the images in [0, 1], per channel.
-        test_size: (short side, longest long side) that `detect` resizes to, or None to take images as they are.
+        test_size: (shorter side, longer side at most) that `detect` resizes to; None: images keep
+            their size.
     """
 
-    used_maps = slice(None)  # of the backbone's
-    takes_groups = False  # whether `decode` takes further queries, each a content and a box
+    used_maps = slice(None)  # which of the backbone's maps are projected
+    takes_groups = False  # whether `decode` takes query groups
 
-    def __init__(self, mean=IMAGENET_MEAN, std=IMAGENET_STD, test_size: tuple[int, int] | None = None):
+    def __init__(
+        self,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+        test_size: tuple[int, int] | None = None,
+    ):
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.test_size = test_size
         self.denoising: nn.Module | None = None
-        self.nms: float | None = None  # IoU over which boxes of one class suppress each other; the stage sets it
+        self.nms: float | None = None  # IoU threshold that `detect` needs; its training sets it
 
-    def encode(self, images) -> Memory:
+    def encode(self, images: Sequence[torch.Tensor] | torch.Tensor) -> Memory:
+        """Backbone and encoder; images as in `forward`."""
         raise NotImplementedError
 
     def decode(self, memory: Memory, groups: Sequence = ()) -> dict:
+        """Decoder and heads -> outputs; see DeformableDetector.decode for the groups."""
         raise NotImplementedError
 
-    def forward(self, images, groups: Sequence = ()) -> dict:
-        """images: a list of (3, H, W) or a tensor (B, 3, H, W), uint8 or float in [0, 1] -> outputs."""
+    def forward(self, images: Sequence[torch.Tensor] | torch.Tensor, groups: Sequence = ()) -> dict:
+        """The outputs dict of a batch.
+
+        Args:
+            images: a list of (3, H, W) or a tensor (B, 3, H, W), uint8 or float in [0, 1].
+            groups: query groups, see DeformableDetector.decode.
+
+        Raises:
+            UserError: something that is not an RGB image.
+        """
         return self.decode(self.encode(images), groups)
 
-    def normalised(self, images) -> list[torch.Tensor]:
+    def normalize(self, images: Sequence[torch.Tensor] | torch.Tensor) -> list[torch.Tensor]:
         """Images as a list of normalised float tensors on the detector's device."""
-        ready = []
+        normalized = []
         for image in images:
             if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
-                raise UserError(f"an image must be a tensor (3, height, width) with pixels, got {tuple(image.shape)}")
+                raise UserError(
+                    "an image must be a tensor (3, height, width) with pixels, "
+                    f"got {tuple(image.shape)}"
+                )
             image = to_device(image, self.mean.device)
             image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
-            ready.append((image - self.mean) / self.std)
-        return ready
+            normalized.append((image - self.mean) / self.std)
+        return normalized
 
-    def pyramid(self, images: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor], bool]:
-        """L projected maps (B, D, H, W), their masks (B, H, W), True = padding, and whether anything is padding."""
-        if len({tuple(image.shape[-2:]) for image in images}) == 1:
+    # ---- feature maps ----------------------------------------------------------------------------
+
+    def extract_features(
+        self, images: list[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], bool]:
+        """The projected maps of a batch.
+
+        Args:
+            images: normalised (3, H, W), of any sizes.
+
+        Returns:
+            L maps (B, D, H, W); their masks (B, H, W) bool, True = padding; whether anything is
+            padding.
+        """
+        same_size = len({tuple(image.shape[-2:]) for image in images}) == 1
+        if same_size:
             maps = self._project(torch.stack(images))
-            masks = [level.new_zeros(level.shape[0], *level.shape[-2:], dtype=torch.bool) for level in maps]
+            masks = [
+                level.new_zeros(level.shape[0], *level.shape[-2:], dtype=torch.bool)
+                for level in maps
+            ]
             return maps, masks, False
-        if self.backbone.sees_padding:
-            return *self._project_padded(images), True
-        return *self._project_apart(images), True
+        if self.backbone.pad_before_backbone:
+            maps, masks = self._project_padded(images)
+        else:
+            maps, masks = self._project_by_size(images)
+        return maps, masks, True
 
-    def _project(self, stacked: torch.Tensor) -> list[torch.Tensor]:
-        """(B, 3, H, W) -> L maps; beyond the backbone's, strided convolutions of its last map, then of each other."""
-        maps = self.backbone(stacked)[self.used_maps]
-        projected = [projection(level) for projection, level in zip(self.projections, maps, strict=False)]
-        source = maps[-1]
+    def _project(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Images (B, 3, H, W) -> L projected maps (B, D, H, W).
+
+        Each of the backbone's maps has a projection. More levels are strided convolutions: the
+        first of the backbone's last map, the next of the level before.
+        """
+        maps = self.backbone(images)[self.used_maps]
+        projected = [
+            projection(level) for projection, level in zip(self.projections, maps, strict=False)
+        ]
+        last = maps[-1]
         for projection in self.projections[len(maps) :]:
-            source = projection(source)
-            projected.append(source)
+            last = projection(last)
+            projected.append(last)
         return projected
 
-    def _project_padded(self, images):
-        """Images filled up with zeros to a common height and width; the backbone sees the filled border."""
-        sizes = [image.shape[-2:] for image in images]
-        height, width = map(padded_side, map(max, zip(*sizes)))
-        stacked = images[0].new_zeros(len(images), 3, height, width)
-        for row, image in enumerate(images):
-            stacked[row, :, : image.shape[-2], : image.shape[-1]] = image
-        maps, mask = self._project(stacked), padding(sizes, (height, width), stacked.device)
-        return maps, [F.interpolate(mask[:, None].float(), level.shape[-2:])[:, 0] > 0.5 for level in maps]
-
-    def _project_apart(self, images):
-        """Images of each size run together; only the finished maps are filled up, so no image feels its neighbours."""
-        chunks = same_size_chunks(images, len(images))
-        parts = [self._project(torch.stack([images[index] for index in chunk])) for chunk in chunks]
-        order = to_device(torch.tensor([index for chunk in chunks for index in chunk]).argsort(), images[0].device)
-        maps, masks = [], []
-        for level in zip(*parts, strict=True):
-            sizes = [part.shape[-2:] for chunk, part in zip(chunks, level, strict=True) for _ in chunk]
-            height, width = map(max, zip(*sizes))
-            mask = padding(sizes, (height, width), order.device)
-            filled = [F.pad(part, (0, width - part.shape[-1], 0, height - part.shape[-2])) for part in level]
-            maps.append(torch.cat(filled)[order])
-            masks.append(mask[order])
+    def _project_padded(
+        self, images: list[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Pad the images with zeros to one size, before the backbone -> maps and masks."""
+        sizes = [tuple(image.shape[-2:]) for image in images]
+        height = padded_side(max(height for height, _ in sizes))
+        width = padded_side(max(width for _, width in sizes))
+        padded = images[0].new_zeros(len(images), 3, height, width)
+        for index, image in enumerate(images):
+            padded[index, :, : image.shape[-2], : image.shape[-1]] = image
+        maps = self._project(padded)
+        mask = padding_mask(sizes, (height, width), padded.device)[:, None].float()
+        masks = [F.interpolate(mask, level.shape[-2:])[:, 0] > 0.5 for level in maps]
         return maps, masks
+
+    def _project_by_size(
+        self, images: list[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Run the images of each size on their own and pad the projected maps -> maps and masks.
+
+        So no image depends on the others of its batch.
+        """
+        chunks = same_size_chunks(images, len(images))
+        maps_per_chunk = [
+            self._project(torch.stack([images[index] for index in chunk])) for chunk in chunks
+        ]
+        run_order = torch.tensor([index for chunk in chunks for index in chunk])
+        batch_order = to_device(run_order.argsort(), images[0].device)
+        maps, masks = [], []
+        for level_maps in zip(*maps_per_chunk, strict=True):
+            sizes = []
+            for chunk, level_map in zip(chunks, level_maps, strict=True):
+                sizes += [tuple(level_map.shape[-2:])] * len(chunk)
+            height = max(height for height, _ in sizes)
+            width = max(width for _, width in sizes)
+            padded = [
+                F.pad(level_map, (0, width - level_map.shape[-1], 0, height - level_map.shape[-2]))
+                for level_map in level_maps
+            ]
+            maps.append(torch.cat(padded)[batch_order])
+            masks.append(padding_mask(sizes, (height, width), batch_order.device)[batch_order])
+        return maps, masks
+
+    # ---- detection -------------------------------------------------------------------------------
 
     @torch.no_grad()
     def detect(
-        self, images, score: float = 0.0, top: int = 100, nms: float | None = None, at_once: int = 50
+        self,
+        images,
+        score: float = 0.0,
+        top: int = 100,
+        nms: float | None = None,
+        batch_size: int = 50,
     ) -> list[dict]:
-        """Find objects. Raises UserError for a path that is no readable image.
+        """Detect objects in images.
 
         Args:
             images: one image or a list of them; each a tensor (3, H, W), a PIL image or a path.
-            score: the least score of a detection.
-            top: at most so many detections an image.
-            nms: IoU over which the lower scored of two boxes of one class is dropped; None: what the training stage
+            score: detections of at least this score are returned.
+            top: at most so many detections per image.
+            nms: IoU threshold of non-maximum suppression per class; None: what the training stage
                 of the weights needs.
-            at_once: images run together.
+            batch_size: images that are run together at most.
 
         Returns:
-            One target dict an image with "boxes" (T, 4) in pixels of the image given, "labels", "scores" (falling)
-            and "size".
+            One target dict per image: "boxes" (T, 4) xyxy in pixels of the image given, "labels"
+            (T,), "scores" (T,) in falling order, "size" (H, W).
+
+        Raises:
+            UserError: a path that is not a readable image.
         """
-        alone = isinstance(images, (str, Path, Image.Image)) or (isinstance(images, torch.Tensor) and images.dim() == 3)
-        originals = [as_tensor(image) for image in ([images] if alone else images)]
-        inputs = [self._at_test_size(image) for image in originals]
-        found: list[dict] = [{}] * len(inputs)
-        for chunk in same_size_chunks(inputs, at_once):
+        is_tensor = isinstance(images, torch.Tensor) and images.dim() == 3
+        if is_tensor or isinstance(images, (str, Path, Image.Image)):
+            images = [images]
+        originals = [load_image(image) for image in images]
+        inputs = [self._resize(image) for image in originals]
+        nms = self.nms if nms is None else nms
+        detections: list[dict] = [{}] * len(inputs)
+        for chunk in same_size_chunks(inputs, batch_size):
             sizes = torch.tensor([originals[index].shape[-2:] for index in chunk])
-            overlap = self.nms if nms is None else nms
-            boxes, scores, labels, valid = self.best([inputs[index] for index in chunk], sizes, top, score, overlap)
+            chunk_images = [inputs[index] for index in chunk]
+            boxes, scores, labels, valid = self.detect_batch(chunk_images, sizes, top, score, nms)
             for row, index in enumerate(chunk):
-                parts = {"boxes": boxes, "labels": labels, "scores": scores}
-                found[index] = {key: part[row][valid[row]].cpu() for key, part in parts.items()}
-                found[index]["size"] = tuple(originals[index].shape[-2:])
-        return found
+                detections[index] = {
+                    "boxes": boxes[row][valid[row]].cpu(),
+                    "labels": labels[row][valid[row]].cpu(),
+                    "scores": scores[row][valid[row]].cpu(),
+                    "size": tuple(originals[index].shape[-2:]),
+                }
+        return detections
 
-    def best(self, images, sizes: torch.Tensor, top: int, score: float, nms: float | None):
-        """best_boxes of images of one size; an entry an image, in pixels of `sizes` (B, 2)."""
-        return best_boxes(self(images), sizes, top, score, nms)
+    def detect_batch(
+        self,
+        images: list[torch.Tensor],
+        sizes: torch.Tensor,
+        top: int,
+        score: float,
+        nms: float | None,
+    ) -> tuple[Sequence[torch.Tensor], ...]:
+        """Boxes, scores, labels and valid masks of images of one size, an entry per image.
 
-    def _at_test_size(self, image: torch.Tensor) -> torch.Tensor:
+        Args:
+            images: (3, H, W) each.
+            sizes: (B, 2), the (H, W) whose pixels the boxes are wanted in.
+            top, score, nms: see `postprocess`.
+        """
+        return postprocess(self(images), sizes, top, score, nms)
+
+    def _resize(self, image: torch.Tensor) -> torch.Tensor:
+        """The image at the detector's test size."""
         if self.test_size is None:
             return image
         size = resized(tuple(image.shape[-2:]), *self.test_size)
@@ -153,27 +247,14 @@ class Detector(nn.Module):
         return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
 
 
-def padded_side(side: int) -> int:
-    """The next multiple of 32 pixels, so that few shapes of batches come again and again: cuDNN prepares every
-    convolution anew for each new one (benchmarks/batch_shapes.py).
+def load_image(image) -> torch.Tensor:
+    """A tensor, PIL image or path as a tensor (3, H, W).
+
+    Tensors come out as they are, PIL images and paths as uint8 RGB; files are turned upright.
+
+    Raises:
+        UserError: a path that is not a readable image.
     """
-    return -(-side // 32) * 32
-
-
-def padding(sizes: list[tuple[int, int]], shape: tuple[int, int], device) -> torch.Tensor:
-    """(B, *shape) bool, True = padding, where images of these (height, width) are filled up to a common shape."""
-    rows, columns = (torch.arange(side, device=device) for side in shape)
-    heights, widths = to_device(torch.tensor(sizes), device).T[..., None, None]  # (B, 1, 1) each
-    return (rows[:, None] >= heights) | (columns >= widths)
-
-
-def valid_ratio(mask: torch.Tensor) -> torch.Tensor:
-    """(B, H, W) padding -> (B, 2): the share of width and height that is image."""
-    return torch.stack([(~mask[:, 0]).float().mean(1), (~mask[:, :, 0]).float().mean(1)], -1)
-
-
-def as_tensor(image) -> torch.Tensor:
-    """A tensor, PIL image or path as (3, H, W); paths and PIL images come out as uint8 RGB."""
     if isinstance(image, torch.Tensor):
         return image
     if not isinstance(image, Image.Image):
@@ -181,16 +262,56 @@ def as_tensor(image) -> torch.Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def same_size_chunks(images: Sequence[torch.Tensor], at_most: int) -> list[list[int]]:
-    """Indices of the images in chunks of one size."""
+def same_size_chunks(images: Sequence[torch.Tensor], max_images: int) -> list[list[int]]:
+    """The indices of the images, in chunks of one size and of at most `max_images`."""
     by_size: dict[tuple, list[int]] = {}
     for index, image in enumerate(images):
         by_size.setdefault(tuple(image.shape[-2:]), []).append(index)
-    return [group[start : start + at_most] for group in by_size.values() for start in range(0, len(group), at_most)]
+    return [
+        indices[start : start + max_images]
+        for indices in by_size.values()
+        for start in range(0, len(indices), max_images)
+    ]
+
+
+# ---- padding -------------------------------------------------------------------------------------
+
+
+def padded_side(side: int) -> int:
+    """The next multiple of 32 pixels.
+
+    cuDNN prepares every convolution anew for each new shape of a batch, so there should be few
+    shapes (benchmarks/batch_shapes.py).
+    """
+    return -(-side // 32) * 32
+
+
+def padding_mask(
+    sizes: list[tuple[int, int]], shape: tuple[int, int], device: torch.device
+) -> torch.Tensor:
+    """(B, *shape) bool, True = padding, of images (H, W) that are padded to a common shape."""
+    rows = torch.arange(shape[0], device=device)
+    columns = torch.arange(shape[1], device=device)
+    heights, widths = to_device(torch.tensor(sizes), device).T[..., None, None]  # (B, 1, 1) each
+    return (rows[:, None] >= heights) | (columns >= widths)
+
+
+def valid_ratio(mask: torch.Tensor) -> torch.Tensor:
+    """(B, H, W) bool, True = padding -> (B, 2): the fraction of width and height that is image."""
+    width_ratio = (~mask[:, 0]).float().mean(1)
+    height_ratio = (~mask[:, :, 0]).float().mean(1)
+    return torch.stack([width_ratio, height_ratio], -1)
+
+
+# ---- from outputs to boxes -----------------------------------------------------------------------
 
 
 def class_scores(outputs: dict) -> torch.Tensor:
-    """(B, Q, C): sigmoids, or softmax without its last entry, "no object"; there only a query's best class counts."""
+    """The scores (B, Q, C) of an outputs dict: sigmoids of the logits.
+
+    With "no_object": the softmax without its last entry, and -1 except for the best class of each
+    query.
+    """
     logits = outputs["pred_logits"].float()
     if not outputs.get("no_object"):
         return logits.sigmoid()
@@ -198,32 +319,45 @@ def class_scores(outputs: dict) -> torch.Tensor:
     return torch.where(scores == scores.amax(-1, keepdim=True), scores, -1.0)
 
 
-def best_boxes(outputs: dict, sizes: torch.Tensor, top: int, score: float = 0.0, nms: float | None = None):
-    """The best (query, class) pairs of each image, as tensors of one length; nothing leaves the device.
+def postprocess(
+    outputs: dict,
+    sizes: torch.Tensor,
+    top: int,
+    score: float = 0.0,
+    nms: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The best (query, class) pairs of each image, as boxes. Does not synchronise with the GPU.
 
     Args:
         outputs: with "pred_logits" (B, Q, C) and "pred_boxes" (B, Q, 4).
-        sizes: (B, 2) the (H, W) whose pixels the boxes are wanted in.
-        top: how many pairs are looked at, K = min(top, Q * C).
-        score: the least score.
-        nms: class-wise suppression at this IoU, or None.
+        sizes: (B, 2), the (H, W) whose pixels the boxes are wanted in.
+        top: K = min(top, Q * C) pairs per image are kept.
+        score: pairs below it are not valid.
+        nms: IoU threshold of non-maximum suppression per class, or None.
 
     Returns:
-        boxes (B, K, 4) xyxy pixels inside the image, scores (B, K) falling, labels (B, K), valid (B, K) bool.
+        boxes (B, K, 4) xyxy in pixels, inside the image; scores (B, K) in falling order; labels
+        (B, K); valid (B, K) bool.
     """
     scores = class_scores(outputs)
-    classes = scores.shape[-1]
-    scores, order = scores.flatten(1).topk(min(top, scores.shape[1] * classes), dim=1)
-    labels = order % classes
+    num_classes = scores.shape[-1]
+    num_pairs = min(top, scores.shape[1] * num_classes)
+    scores, pairs = scores.flatten(1).topk(num_pairs, dim=1)
+    labels = pairs % num_classes
+    queries = pairs // num_classes
     sizes = to_device(sizes, scores.device).to(scores)
-    pixels = to_pixels(outputs["pred_boxes"].float(), sizes).clamp(min=0)
-    pixels = torch.minimum(pixels, torch.cat([sizes, sizes], -1).flip(-1).unsqueeze(-2))  # nothing is seen outside
-    boxes = pixels.gather(1, (order // classes)[..., None].expand(-1, -1, 4))
+    boxes = to_pixels(outputs["pred_boxes"].float(), sizes).clamp(min=0)
+    limits = torch.cat([sizes, sizes], -1).flip(-1).unsqueeze(-2)  # (B, 1, 4) W, H, W, H
+    boxes = torch.minimum(boxes, limits)
+    boxes = boxes.gather(1, queries[..., None].expand(-1, -1, 4))
     valid = scores >= score
     if nms is not None:
-        # one call for all images and classes: each (image, class) is moved to a place of its own
-        places = labels + classes * torch.arange(len(scores), device=scores.device)[:, None]
-        apart = boxes.double() + places[..., None] * (sizes.max() + 1.0)
-        kept = suppress(apart.flatten(0, 1), torch.where(valid, scores, -1.0).flatten().double(), nms)
-        valid = valid & torch.zeros_like(valid).flatten().index_fill_(0, kept, True).view_as(valid)
+        # One call for all images and classes: boxes of each (image, class) are moved apart.
+        images = torch.arange(len(scores), device=scores.device)[:, None]
+        slots = labels + num_classes * images
+        moved = boxes.double() + slots[..., None] * (sizes.max() + 1.0)
+        nms_scores = torch.where(valid, scores, -1.0).flatten().double()
+        kept = non_maximum_suppression(moved.flatten(0, 1), nms_scores, nms)
+        not_suppressed = torch.zeros_like(valid).flatten().index_fill_(0, kept, True)
+        valid = valid & not_suppressed.view_as(valid)
     return boxes, scores, labels, valid

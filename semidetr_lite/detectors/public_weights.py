@@ -1,18 +1,24 @@
-"""Weights that others published, under our names.
+"""Published weights, loaded into the detectors of this package.
 
     facebookresearch/detr · fundamentalvision/Deformable-DETR (plain, box refinement, two-stage) ·
     IDEA-Research/DINO (4 and 5 scales) · JCZ404/Semi-DETR (whole, or its supervised detector) ·
     Hugging Face's DETR and Deformable DETR, as saved by versions 4 and 5
 
-Their names become ours by the replacements in public_weights.txt: those that many share, then those of the family. Two
-things are more than a name: Hugging Face keeps the three projections of an attention apart (`@q`, `@k`, `@v`: rows of
-one matrix here), and Deformable DETR keeps position and content of its queries in one matrix (`a|b`: its left and
-right half). Published heads that are shared by all layers appear under many names; any of them will do.
+Published names become ours by the regular expressions in public_weights.txt: first those of the
+section "shared", then those of the family. Two differences are more than a name:
+
+* Hugging Face stores the three projections of an attention one by one; here they are the rows of
+  one matrix (marked @q, @k, @v while names are translated).
+* Deformable DETR stores position and content of its queries in one matrix; here they are two
+  (marked a|b: the left and the right half).
+
+Published heads that all layers share appear under many names; any one of them is used.
 """
 
 import argparse
 import pickle
 import re
+from collections.abc import Iterable
 from configparser import RawConfigParser
 from importlib import resources
 from pathlib import Path
@@ -28,8 +34,8 @@ from semidetr_lite.detectors.detr import DETR
 from semidetr_lite.detectors.dino import DINO
 from semidetr_lite.errors import UserError, as_user_error
 
-# Published detectors have a class row for each of 0..90; ours for 80 classes have those of COCO_IDS.
-CLASS_ROWS = ("class_head", "proposal_class", "denoising.labels")  # our entries with a row for each class
+# Published detectors have a class row for each of 0..90; ours for 80 classes those of COCO_IDS.
+CLASS_ROWS = ("class_head", "proposal_class", "denoising.labels")  # entries with a row per class
 
 
 class Family(NamedTuple):
@@ -37,140 +43,251 @@ class Family(NamedTuple):
 
     title: str
     detector: type[Detector]
-    form: dict  # arguments of the detector that the file asks for
-    marker: str  # a name that tells the file from the others
-    names: str  # parts of public_weights.txt, after "shared"
-    settings: dict = {}  # attributes of the detector
+    form: dict[str, bool]  # keyword arguments of the detector that make it fit the file
+    marker: str  # a published name by which the kind is recognised
+    sections: str  # of public_weights.txt, after "shared"
+    attributes: dict[str, float] = {}  # of the detector, set after loading
 
 
 class Report(NamedTuple):
-    """What became of every entry of a file."""
+    """What became of the entries of a file."""
 
-    title: str
-    mapped: dict[str, str]  # their name -> our name
-    ignored: list[str]  # counters, the other network of Semi-DETR, its projector
+    title: str  # of the family
+    mapped: dict[str, str]  # published name -> our name
+    ignored: list[str]  # batch counters, the other network of Semi-DETR, its projector
     unmapped: list[str]  # names of something that this detector does not have
 
 
-NAMES = RawConfigParser(delimiters=["->"], comment_prefixes=["# "])
-NAMES.optionxform = str  # capitals stay
-NAMES.read_string(resources.files("semidetr_lite.detectors").joinpath("public_weights.txt").read_text("utf-8"))
+RENAMES = RawConfigParser(delimiters=["->"], comment_prefixes=["# "])
+RENAMES.optionxform = str  # names are case-sensitive
+RENAMES.read_string(
+    resources.files("semidetr_lite.detectors").joinpath("public_weights.txt").read_text("utf-8")
+)
 
-FAMILIES = [  # those first whose markers others have too
-    Family("Semi-DETR (JCZ404)", DINO, {}, "bbox_head.fc_cls.0.weight", "pyramid dino", {"eps": 1e-5}),
+REFINE = {"with_box_refine": True}
+TWO_STAGE = {"with_box_refine": True, "two_stage": True}
+REFINE_MARKER = "decoder.bbox_embed.0.layers.0.weight"
+
+# The first family whose marker is in a file is taken: markers of later ones occur in earlier ones.
+FAMILIES = [
+    Family(
+        "Semi-DETR (JCZ404)", DINO, {}, "bbox_head.fc_cls.0.weight", "pyramid dino", {"eps": 1e-5}
+    ),
     Family("DINO (IDEA-Research)", DINO, {}, "label_enc.weight", "pyramid dino", {"eps": 1e-3}),
     Family("DETR (Hugging Face)", DETR, {}, "class_labels_classifier.weight", "detr"),
     Family("DETR (facebookresearch)", DETR, {}, "class_embed.weight", "detr"),
-    *(
-        Family(f"Deformable DETR{title} ({who})", DeformableDETR, form, where + marker, f"pyramid {names}")
-        for who, where in (("fundamentalvision", "transformer."), ("Hugging Face", "model."))
-        for title, form, marker, names in (
-            (", two-stage", {"with_box_refine": True, "two_stage": True}, "pos_trans.weight", "refine"),
-            (" with box refinement", {"with_box_refine": True}, "decoder.bbox_embed.0.layers.0.weight", "refine"),
-            ("", {}, "reference_points.weight", "refine plain"),
-        )
+    Family(
+        "Deformable DETR, two-stage (fundamentalvision)",
+        DeformableDETR,
+        TWO_STAGE,
+        "transformer.pos_trans.weight",
+        "pyramid refine",
+    ),
+    Family(
+        "Deformable DETR with box refinement (fundamentalvision)",
+        DeformableDETR,
+        REFINE,
+        f"transformer.{REFINE_MARKER}",
+        "pyramid refine",
+    ),
+    Family(
+        "Deformable DETR (fundamentalvision)",
+        DeformableDETR,
+        {},
+        "transformer.reference_points.weight",
+        "pyramid refine plain",
+    ),
+    Family(
+        "Deformable DETR, two-stage (Hugging Face)",
+        DeformableDETR,
+        TWO_STAGE,
+        "model.pos_trans.weight",
+        "pyramid refine",
+    ),
+    Family(
+        "Deformable DETR with box refinement (Hugging Face)",
+        DeformableDETR,
+        REFINE,
+        f"model.{REFINE_MARKER}",
+        "pyramid refine",
+    ),
+    Family(
+        "Deformable DETR (Hugging Face)",
+        DeformableDETR,
+        {},
+        "model.reference_points.weight",
+        "pyramid refine plain",
     ),
 ]
 
-# ---- loading ---------------------------------------------------------------------------------------------------------
+# ---- loading -------------------------------------------------------------------------------------
 
 
-def load_public_weights(detector: Detector, path, part: str = "teacher") -> Report:
-    """Fill a detector with published weights, in place.
+def load_public_weights(detector: Detector, path: str | Path, network: str = "teacher") -> Report:
+    """Load published weights into a detector, in place.
 
     Args:
-        detector: DETR, DeformableDETR or DINO of the file's size. Built for 80 classes it takes COCO's 80 rows of a
-            file with 91; with softmax scores the file's unused classes are then left out of the sum.
+        detector: DETR, DeformableDETR or DINO of the file's size. If it has 80 classes and the
+            file has 91, it takes COCO's 80 rows; with softmax scores the unused classes of the
+            file are then left out of the sum.
         path: a .pth, .bin or .safetensors file.
-        part: of a whole Semi-DETR file, "teacher" (what its authors evaluate) or "student".
+        network: of a whole Semi-DETR file "teacher" (which its authors evaluate) or "student".
 
     Raises:
-        UserError: no such file, none of the known kinds, or one of another detector, form or size. The detector is
-            then as it was.
+        UserError: no such file, none of the known kinds, or one of another detector, form or size.
+            The detector is then unchanged.
     """
-    tensors, ignored = _open(Path(path), part)
+    tensors, ignored = _read_tensors(Path(path), network)
     family = recognise(tensors, path)
-    form = {name: getattr(detector, name, False) for name in ("with_box_refine", "two_stage")}
+    form = {name: getattr(detector, name, False) for name in TWO_STAGE}
     if type(detector) is not family.detector or form != dict.fromkeys(form, False) | family.form:
-        raise UserError(f"{path}: weights of {family.title}; build {_call(family)} for them")
-    own = detector.state_dict()
-    mapped, values = _translate(tensors, family, own)
+        call = _constructor_call(family, family.form)
+        raise UserError(f"{path}: weights of {family.title}; build {call} for them")
+    current = detector.state_dict()
+    mapped, values = _translate(tensors, family, current)
+    for key in current.keys() - values.keys():
+        # Hugging Face stores class heads that are tied only once
+        first = re.sub(r"^class_heads\.\d+", "class_heads.0", key)
+        if first in values:
+            values[key] = values[first]
+    for key in values.keys() & current.keys():
+        values[key] = _select_class_rows(key, values[key], current[key])
+    _check_shapes(values, current, family, path)
+    detector.load_state_dict(values)
+    for name, value in family.attributes.items():
+        setattr(detector, name, value)
     unmapped = [key for key in tensors if key not in mapped]
     counters = [key for key in unmapped if key.endswith("num_batches_tracked")]
-    for key in own.keys() - values.keys():  # Hugging Face writes tied class heads once
-        first = re.sub(r"^class_heads\.\d+", "class_heads.0", key)
-        values |= {key: values[first]} if first in values else {}
-    values = {key: _class_rows(key, value, own[key]) if key in own else value for key, value in values.items()}
-    shapes, wanted = ({key: tuple(entry[key].shape) for key in entry} for entry in (values, own))
-    for key in [*wanted, *shapes]:
-        theirs, ours = shapes.get(key, "nothing"), wanted.get(key, "nothing")
-        if theirs != ours:
-            raise UserError(
-                f"{path}: weights of {family.title}, but of another size than this detector: {key} is {theirs} there "
-                f"and {ours} here; `semidetr doctor --weights` shows the file's sizes"
-            )
-    detector.load_state_dict(values)
-    for name, value in family.settings.items():
-        setattr(detector, name, value)
-    return Report(family.title, mapped, ignored + counters, [key for key in unmapped if key not in counters])
+    unmapped = [key for key in unmapped if key not in counters]
+    return Report(family.title, mapped, ignored + counters, unmapped)
 
 
-def recognise(tensors: dict, path) -> Family:
-    """The kind of a file by its names."""
+def recognise(tensors: dict[str, torch.Tensor], path: str | Path) -> Family:
+    """The kind of a file, by its names. Raises UserError for an unknown kind."""
     for family in FAMILIES:
         if family.marker in tensors:
             return family
     raise UserError(
-        f"{path}: none of the published detectors this reads (DETR, Deformable DETR, DINO, Semi-DETR; their authors' "
-        f"files or Hugging Face's); its first entry is {next(iter(tensors), 'none')!r}"
+        f"{path}: none of the published detectors this reads (DETR, Deformable DETR, DINO, "
+        "Semi-DETR; their authors' files or Hugging Face's); its first entry is "
+        f"{next(iter(tensors), 'none')!r}"
     )
 
 
-def describe(path, part: str = "teacher") -> list[str]:
-    """Lines about a published file: what it is, its sizes, and the detector to build for it."""
-    tensors, _ = _open(Path(path), part)
+def describe(path: str | Path, network: str = "teacher") -> list[str]:
+    """Lines about a published file: what it is, its sizes, and the detector to build for it.
+
+    Raises:
+        UserError: see load_public_weights.
+    """
+    tensors, _ = _read_tensors(Path(path), network)
     family = recognise(tensors, path)
-    with as_user_error(path, f"entries of {family.title} are missing"), torch.device("meta"):
-        mapped, values = _translate(tensors, family, family.detector(num_classes=1, **family.form).state_dict())
-        call = _call(family, sizes(values, family))
+    with as_user_error(path, f"entries of {family.title} are missing"):
+        with torch.device("meta"):  # shapes without memory
+            example = family.detector(num_classes=1, **family.form)
+        mapped, values = _translate(tensors, family, example.state_dict())
+        call = _constructor_call(family, sizes(values, family) | family.form)
+    unmapped = len(tensors) - len(mapped)
     return [
-        f"{path}: {family.title}, {len(tensors)} entries, {len(tensors) - len(mapped)} without a place here",
+        f"{path}: {family.title}, {len(tensors)} entries, {unmapped} without a place here",
         f"build: {call}",
         "then:  load_public_weights(detector, path)",
     ]
 
 
-def sizes(values: dict, family: Family) -> dict:
-    """Arguments of the detector, read off the shapes; heads (8) and points (4) cannot be."""
+def sizes(values: dict[str, torch.Tensor], family: Family) -> dict[str, int | str]:
+    """Keyword arguments of the detector that follow from the shapes of its tensors.
 
-    def layers(below: str) -> int:
-        return len({key.removeprefix(below).split(".")[0] for key in values if key.startswith(below)})
-
+    Heads (8) and points (4) do not follow from them.
+    """
     head = values.get("class_head.weight", values.get("class_heads.0.weight"))
     learned = values.get("content.weight", values.get("positions.weight"))
-    blocks = layers("backbone.layers.2.")
-    found = {"num_classes": len(head) - (family.detector is DETR)}
-    found |= {"num_queries": len(learned)} if learned is not None else {}
-    found |= {"levels": len(values["level_embedding"])} if "level_embedding" in values else {}
-    found |= {"hidden": len(values["encoder.0.feed_forward.linear1.weight"]), "dim": head.shape[1]}
-    found |= {"encoder_layers": layers("encoder."), "decoder_layers": layers("decoder.")}
-    resnet = {6: "resnet50", 23: "resnet101"}.get(blocks, f"a ResNet with {blocks} blocks in layer 3")
-    return found | {"backbone": resnet}
+    no_object = family.detector is DETR
+    arguments: dict[str, int | str] = {"num_classes": len(head) - no_object}
+    if learned is not None:
+        arguments["num_queries"] = len(learned)
+    if "level_embedding" in values:
+        arguments["levels"] = len(values["level_embedding"])
+    arguments["dim_feedforward"] = len(values["encoder.0.feed_forward.linear1.weight"])
+    arguments["dim"] = head.shape[1]
+    arguments["encoder_layers"] = _count_layers(values, "encoder.")
+    arguments["decoder_layers"] = _count_layers(values, "decoder.")
+    blocks = _count_layers(values, "backbone.layers.2.")
+    unknown = f"a ResNet with {blocks} blocks in layer 3"
+    arguments["backbone"] = {6: "resnet50", 23: "resnet101"}.get(blocks, unknown)
+    return arguments
 
 
-def _call(family: Family, arguments: dict | None = None) -> str:
-    given = ", ".join(f"{name}={value!r}" for name, value in ((arguments or {}) | family.form).items())
-    return f"{family.detector.__name__}({given})" if given else family.detector.__name__
+def _count_layers(names: Iterable[str], prefix: str) -> int:
+    """How many different numbers follow the prefix."""
+    return len(
+        {name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)}
+    )
 
 
-def _open(path: Path, part: str) -> tuple[dict, list[str]]:
-    """The tensors of a file under their names, outer wrappings taken off, and the names left out."""
+def _constructor_call(family: Family, arguments: dict) -> str:
+    """The call that builds the detector, as text."""
+    text = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    return f"{family.detector.__name__}({text})" if text else family.detector.__name__
+
+
+def _check_shapes(values: dict, current: dict, family: Family, path: str | Path) -> None:
+    """Raise UserError for the first entry that is missing, superfluous or of another shape."""
+    for key in [*current, *values]:
+        theirs = tuple(values[key].shape) if key in values else "nothing"
+        ours = tuple(current[key].shape) if key in current else "nothing"
+        if theirs != ours:
+            raise UserError(
+                f"{path}: weights of {family.title}, but of another size than this detector: "
+                f"{key} is {theirs} there and {ours} here; "
+                "`semidetr doctor --weights` shows the file's sizes"
+            )
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def _read_tensors(path: Path, network: str) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The tensors of a file by name, without outer wrappings, and the names that are left out.
+
+    Raises:
+        UserError: the file cannot be read; or it is a whole Semi-DETR file and `network` is neither
+            "teacher" nor "student".
+    """
+    content = _load_file(path)
+    content = content if isinstance(content, dict) else {}
+    for wrapping in ("model", "state_dict", "ema_model", "inited_model"):
+        if isinstance(content.get(wrapping), dict):
+            content = content[wrapping]
+            break
+    tensors = {
+        key.removeprefix("module."): value
+        for key, value in content.items()
+        if torch.is_tensor(value)
+    }
+    if not any(key.startswith("teacher.") for key in tensors):
+        return tensors, []
+    # Semi-DETR: both networks and the projector
+    if network not in ("teacher", "student"):
+        raise UserError(
+            f"{path}: holds a teacher and a student; network must be one of them, got {network!r}"
+        )
+    prefix = f"{network}."
+    ignored = [key for key in tensors if not key.startswith(prefix)]
+    tensors = {
+        key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
+    }
+    return tensors, ignored
+
+
+def _load_file(path: Path):
+    """The content of a file of weights; nothing in it is executed. Raises UserError."""
     try:
         if path.suffix == ".safetensors":
-            content = load_file(path)
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # options of a training, in some files
-                content = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path)
+        # some files hold the options of their training
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file of weights") from None
     except (pickle.UnpicklingError, EOFError):
@@ -180,48 +297,70 @@ def _open(path: Path, part: str) -> tuple[dict, list[str]]:
         reason = (str(problem).splitlines() or [type(problem).__name__])[0][:100]
         advice = "give the published .pth or .safetensors"
         raise UserError(f"{path}: cannot be read as weights ({reason}); {advice}") from None
-    content = content if isinstance(content, dict) else {}
-    wrappings = (content.get(name) for name in ("model", "state_dict", "ema_model", "inited_model"))
-    content = next((inner for inner in wrappings if isinstance(inner, dict)), content)
-    tensors = {key.removeprefix("module."): value for key, value in content.items() if torch.is_tensor(value)}
-    if any(key.startswith("teacher.") for key in tensors):  # Semi-DETR, both networks and the projector
-        if part not in ("teacher", "student"):
-            raise UserError(f"{path}: holds a teacher and a student; part must be one of them, got {part!r}")
-        chosen = {key: value for key, value in tensors.items() if key.startswith(f"{part}.")}
-        ignored = [key for key in tensors if key not in chosen]
-        return {key.removeprefix(f"{part}."): value for key, value in chosen.items()}, ignored
-    return tensors, []
 
 
-def _translate(tensors: dict, family: Family, own: dict) -> tuple[dict, dict]:
-    """their name -> our name of all that has a place among `own`, whatever its number; the tensors under our names."""
-    layers = [int(found[1]) for key in tensors if (found := re.search(r"decoder\.layers\.(\d+)\.", key))]
-    special = {".": r"\.", "#": r"\d+", "LAST": str(max(layers, default=-1) + 1)}
-    rules = [
-        (re.compile(re.sub(r"\.|#|LAST", lambda found: special[found[0]], theirs)), ours)
-        for part in ["shared", *family.names.split()]
-        for theirs, ours in NAMES.items(part)
-    ]
-    known = {re.sub(r"\d+", "#", key) for key in own}
+# ---- names ---------------------------------------------------------------------------------------
+
+
+def _translate(
+    tensors: dict[str, torch.Tensor], family: Family, current: dict[str, torch.Tensor]
+) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Rename the entries of a file.
+
+    Args:
+        tensors: by published name.
+        family: of the file.
+        current: the detector's state dict. Layers in the names may have any number: a file with
+            more layers is found out by its shapes.
+
+    Returns:
+        published name -> our name, of all entries that this detector has; the tensors by our name.
+    """
+    rules = _rename_rules(tensors, family)
+    known = {re.sub(r"\d+", "#", key) for key in current}
     mapped, values = {}, {}
     for key, value in tensors.items():
         name = key
-        for rule, ours in rules:
-            name = rule.sub(ours, name)
+        for pattern, replacement in rules:
+            name = pattern.sub(replacement, name)
         names = name.split("|")
-        if re.sub(r"\d+", "#", names[0].split("@")[0]) in known:
-            mapped[key] = name
-            values |= zip(names, value.chunk(len(names), dim=-1) if names[1:] else [value])
-    for name in [key.removesuffix("@q") for key in values if key.endswith("@q")]:
-        parts = [values.pop(f"{name}@{part}", None) for part in "qkv"]
-        values |= {name: torch.cat(parts)} if all(part is not None for part in parts) else {}
+        without_numbers = re.sub(r"\d+", "#", names[0].split("@")[0])
+        if without_numbers not in known:
+            continue
+        mapped[key] = name
+        if len(names) == 1:
+            values[name] = value
+        else:
+            values |= zip(names, value.chunk(len(names), dim=-1))
+    _join_projections(values)
     return mapped, values
 
 
-def _class_rows(key: str, value: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """COCO's 80 rows of 91 (or more), and the rows behind the classes, where our detector has those alone."""
-    if not key.startswith(CLASS_ROWS) or len(value) == len(own):
+def _rename_rules(tensors: dict[str, torch.Tensor], family: Family) -> list[tuple[re.Pattern, str]]:
+    """(pattern, replacement) of each rule for a family; see the head of public_weights.txt."""
+    matches = (re.search(r"decoder\.layers\.(\d+)\.", key) for key in tensors)
+    last_layer = max((int(match[1]) for match in matches if match), default=-1)
+    special = {".": r"\.", "#": r"\d+", "LAST": str(last_layer + 1)}
+    rules = []
+    for section in ["shared", *family.sections.split()]:
+        for theirs, ours in RENAMES.items(section):
+            pattern = re.sub(r"\.|#|LAST", lambda match: special[match[0]], theirs)
+            rules.append((re.compile(pattern), ours))
+    return rules
+
+
+def _join_projections(values: dict[str, torch.Tensor]) -> None:
+    """Join the query, key and value rows of each attention, where all three are there; in place."""
+    for name in [key.removesuffix("@q") for key in values if key.endswith("@q")]:
+        parts = [values.pop(f"{name}@{projection}", None) for projection in "qkv"]
+        if all(part is not None for part in parts):
+            values[name] = torch.cat(parts)
+
+
+def _select_class_rows(key: str, value: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
+    """COCO's 80 rows of 91 or 92, and the row after the classes, if our entry has only those."""
+    if not key.startswith(CLASS_ROWS) or len(value) == len(current):
         return value
-    if len(value) in (91, 92) and len(own) in (80, 81):
-        return value[COCO_IDS + [91] * (len(own) - 80)]
-    return value[: len(own)] if key.startswith("denoising") else value
+    if len(value) in (91, 92) and len(current) in (80, 81):
+        return value[COCO_IDS + [91] * (len(current) - 80)]
+    return value[: len(current)] if key.startswith("denoising") else value

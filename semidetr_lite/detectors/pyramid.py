@@ -1,19 +1,24 @@
-"""Faster R-CNN (Ren et al., NeurIPS 2015) and FCOS (Tian et al., ICCV 2019) on a feature pyramid (Lin et al., CVPR
-2017): the detectors under Soft Teacher and Dense Teacher.
+"""Faster R-CNN (Ren et al., NeurIPS 2015) and FCOS (Tian et al., ICCV 2019) on a feature pyramid
+(Lin et al., CVPR 2017): the detectors of Soft Teacher and Dense Teacher.
 
     images -> backbone -> pyramid -> FCOS: a class, a box and a centerness in every cell
                                   -> Faster R-CNN: proposals -> class and box of each proposal
 
-Heads, matching, losses and the reading of boxes are torchvision's; backbone, normalisation and `detect` are this
-package's. Labels are 0..C-1 (torchvision's Faster R-CNN counts from 1), and strides are exact for images of any size
-(torchvision divides sizes). There are no queries, hence no `encode`, `decode` and groups; `losses` matches and prices
-by itself, and suppression (`nms`) is always needed.
+Heads, matching, losses and the decoding of boxes are torchvision's; backbone, normalisation and
+`detect` are this package's. Labels are 0..C-1 (torchvision's Faster R-CNN counts from 1). Strides
+are exact for images of any size (torchvision divides sizes). There are no queries, so there is no
+`encode`, no `decode` and no query group; `losses` includes the matching. Non-maximum suppression is
+always needed.
 
-Differences from torchvision: GroupNorm or frozen BatchNorm only; Faster R-CNN draws its samples by a given seed.
+Differences from torchvision: GroupNorm or frozen BatchNorm only; Faster R-CNN samples anchors and
+proposals from a given seed.
+
+Shapes: B images, T targets, N cells or boxes, D channels, C classes.
 """
 
 import contextlib
 import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,135 +29,197 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+from torchvision.ops.feature_pyramid_network import (
+    ExtraFPNBlock,
+    LastLevelMaxPool,
+    LastLevelP6P7,
+)
 from torchvision.ops.poolers import LevelMapper
 
 from semidetr_lite.detectors.backbone import make_backbone
-from semidetr_lite.detectors.detector import Detector
+from semidetr_lite.detectors.detector import IMAGENET_MEAN, IMAGENET_STD, Detector
 
-LEAST_SCORE = 0.01  # of a box that is looked at
+MIN_SCORE = 0.01  # boxes below it are never returned
 
 
 @contextlib.contextmanager
-def drawn(seed: int, device: torch.device):
-    """Inside, torch draws from `seed`; outside, its stream goes on as if nothing had happened."""
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's random numbers inside the block; outside, its generators do not notice."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
 
-class Seen(NamedTuple):
-    """Images as a pyramid detector sees them."""
+class FeatureMaps(NamedTuple):
+    """The feature pyramid of a batch. torchvision's heads take it for an ImageList."""
 
-    maps: dict  # level "0", "1" ... -> (B, D, H, W), filled up with zeros to the largest image
-    image_sizes: list[tuple[int, int]]  # (H, W)
+    maps: dict[str, torch.Tensor]  # level "0", "1" ... -> (B, D, H, W), padded with zeros
+    image_sizes: list[tuple[int, int]]  # (H, W) of each image, unpadded
 
 
 class Anchors(AnchorGenerator):
-    """torchvision's anchors, about the centres of cells at known strides."""
+    """torchvision's anchors, centred on cells of known strides.
+
+    Args:
+        sizes: pixels, one per level.
+        ratios: height over width of the anchors in every cell.
+        strides: pixels, one per level.
+    """
 
     def __init__(self, sizes: tuple[float, ...], ratios: tuple[float, ...], strides: list[int]):
         super().__init__(tuple((size,) for size in sizes), (ratios,) * len(sizes))
         self.strides = strides
 
-    def forward(self, seen: Seen, maps: list[torch.Tensor]) -> list[torch.Tensor]:
-        """(N, 4) xyxy pixels, one and the same tensor for each image."""
+    def forward(self, features: FeatureMaps, maps: list[torch.Tensor]) -> list[torch.Tensor]:
+        """(N, 4) xyxy pixels, the same tensor for each image."""
         self.set_cell_anchors(maps[0].dtype, maps[0].device)
-        anchors = self.grid_anchors([level.shape[-2:] for level in maps], [(stride, stride) for stride in self.strides])
-        return [torch.cat(anchors)] * len(seen.image_sizes)
+        shapes = [level.shape[-2:] for level in maps]
+        strides = [(stride, stride) for stride in self.strides]
+        anchors = torch.cat(self.grid_anchors(shapes, strides))
+        return [anchors] * len(features.image_sizes)
 
 
-class Pyramid(Detector):
-    """What the two detectors share.
-
-    `losses(images, targets, seed)` -> {name: scalar} of a supervised step, a pure function of the weights and of its
-    arguments: a list of (3, H, W), as many dicts with "boxes" (T, 4) xyxy pixels and "labels" (T,), an int.
-    `found(seen, score, top, nms)` -> a dict an image with at most `top` "boxes", "labels" and "scores" (falling, over
-    `score`) after suppression at IoU `nms`, in pixels of the images seen.
+class TorchvisionDetector(Detector):
+    """Base of the detectors whose heads are torchvision's: a backbone and a feature pyramid.
 
     Args:
         num_classes: C.
-        dim: channels of the pyramid.
-        anchor_sizes: pixels, one a level. One level more than the backbone has maps is its last map subsampled, two
-            more are convolutions of it.
-        fine: whether the first level has stride 4, not 8.
+        dim: D, channels of the pyramid.
+        anchor_sizes: pixels, one per level. If there is one level more than the backbone has maps,
+            it is the last map subsampled; two more are convolutions of it.
+        with_stride_4: whether the first level has stride 4, not 8.
         backbone, backbone_weights: see `make_backbone`.
-        options: mean, std and test_size, see Detector.
+        mean, std, test_size: see Detector.
     """
 
-    first_label = 0  # torchvision's name for label 0
+    label_offset = 0  # torchvision's number of label 0
 
     def __init__(
         self,
         num_classes: int,
         dim: int,
         anchor_sizes: tuple[float, ...],
-        fine: bool = False,
-        backbone: str | nn.Module = "resnet50",
-        backbone_weights: str | None = None,
-        **options,
+        with_stride_4: bool,
+        backbone: str | nn.Module,
+        backbone_weights: str | None,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        test_size: tuple[int, int] | None,
     ):
-        super().__init__(**options)
+        super().__init__(mean, std, test_size)
         self.num_classes = num_classes
-        self.backbone = make_backbone(backbone, backbone_weights, fine)
+        self.backbone = make_backbone(backbone, backbone_weights, with_stride_4)
         channels = list(self.backbone.channels)
-        further = (lambda: None, LastLevelMaxPool, lambda: LastLevelP6P7(dim, dim))[len(anchor_sizes) - len(channels)]
-        self.fpn = FeaturePyramidNetwork(channels, dim, further())
-        self.strides = [(4 if fine else 8) * 2**level for level in range(len(anchor_sizes))]
+        num_levels = len(anchor_sizes)
+        extra_blocks = _extra_levels(num_levels - len(channels), dim)
+        self.fpn = FeaturePyramidNetwork(channels, dim, extra_blocks)
+        first_stride = 4 if with_stride_4 else 8
+        self.strides = [first_stride * 2**level for level in range(num_levels)]
 
-    def _project(self, stacked: torch.Tensor) -> list[torch.Tensor]:
-        return list(self.fpn({str(level): x for level, x in enumerate(self.backbone(stacked))}).values())
+    def losses(
+        self, images: Sequence[torch.Tensor], targets: list[dict], seed: int = 0
+    ) -> dict[str, torch.Tensor]:
+        """The losses of a supervised step, scalars by name; a function of weights and arguments.
 
-    def see(self, images) -> Seen:
-        """images: list of (3, H, W), uint8 or float in [0, 1]."""
-        ready = self.normalised(images)
-        maps = {str(level): x for level, x in enumerate(self.pyramid(ready)[0])}
-        return Seen(maps, [tuple(image.shape[-2:]) for image in ready])
+        Args:
+            images: (3, H, W) each, uint8 or float in [0, 1].
+            targets: "boxes" (T, 4) xyxy pixels, "labels" (T,), optionally "crowd" (T,).
+            seed: of everything random.
+        """
+        raise NotImplementedError
 
-    def ready(self, targets: list[dict]) -> list[dict]:
-        """Targets on the device, in torchvision's labels, without crowd regions."""
-        found = []
+    def predict(
+        self, features: FeatureMaps, score: float, top: int, nms: float
+    ) -> list[dict[str, torch.Tensor]]:
+        """Detections of each image: "boxes", "labels", "scores", in falling order of the scores.
+
+        Args:
+            features: of `extract`. Boxes are in pixels of its images.
+            score: boxes that score higher are returned.
+            top: at most so many per image.
+            nms: IoU threshold of non-maximum suppression per class.
+        """
+        raise NotImplementedError
+
+    def extract(self, images: Sequence[torch.Tensor]) -> FeatureMaps:
+        """The feature pyramid of images (3, H, W), uint8 or float in [0, 1]."""
+        normalized = self.normalize(images)
+        maps, _, _ = self.extract_features(normalized)
+        sizes = [tuple(image.shape[-2:]) for image in normalized]
+        return FeatureMaps({str(level): x for level, x in enumerate(maps)}, sizes)
+
+    def _project(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Images (B, 3, H, W) -> the levels of the pyramid (B, D, H, W)."""
+        maps = {str(level): x for level, x in enumerate(self.backbone(images))}
+        return list(self.fpn(maps).values())
+
+    def to_torchvision_targets(self, targets: list[dict]) -> list[dict]:
+        """Targets on the device, with torchvision's labels, without crowd regions."""
+        converted = []
         for target in targets:
             keep = ~target["crowd"] if "crowd" in target else slice(None)
-            boxes, labels = (target[key][keep].to(self.mean.device) for key in ("boxes", "labels"))
-            found.append({"boxes": boxes.float(), "labels": labels + self.first_label})
-        return found
+            boxes = target["boxes"][keep].to(self.mean.device)
+            labels = target["labels"][keep].to(self.mean.device)
+            converted.append({"boxes": boxes.float(), "labels": labels + self.label_offset})
+        return converted
 
-    def best(self, images, sizes, top, score, nms):
-        """See Detector.best; images differ in their number of boxes."""
-        seen = self.see(images)
-        found = self.found(seen, max(score, LEAST_SCORE), top, nms)
-        scales = sizes.flip(-1) / torch.tensor(seen.image_sizes).flip(-1)  # (B, 2) x, y
-        boxes = [one["boxes"] * scale.repeat(2).to(one["boxes"]) for one, scale in zip(found, scales, strict=True)]
-        valid = [torch.ones_like(one["labels"], dtype=torch.bool) for one in found]
-        return boxes, [one["scores"] for one in found], [one["labels"] for one in found], valid
+    def detect_batch(
+        self,
+        images: list[torch.Tensor],
+        sizes: torch.Tensor,
+        top: int,
+        score: float,
+        nms: float | None,
+    ) -> tuple[list[torch.Tensor], ...]:
+        """See Detector.detect_batch; images differ in their number of boxes."""
+        features = self.extract(images)
+        detections = self.predict(features, max(score, MIN_SCORE), top, nms)
+        scales = sizes.flip(-1) / torch.tensor(features.image_sizes).flip(-1)  # (B, 2) x, y
+        boxes = [
+            entry["boxes"] * scale.repeat(2).to(entry["boxes"])
+            for entry, scale in zip(detections, scales, strict=True)
+        ]
+        scores = [entry["scores"] for entry in detections]
+        labels = [entry["labels"] for entry in detections]
+        valid = [torch.ones_like(of_image, dtype=torch.bool) for of_image in labels]
+        return boxes, scores, labels, valid
 
 
-def _carrier(dim: int) -> nn.Module:
-    """Stands where torchvision wants a backbone; it only has a number of channels."""
-    empty = nn.Identity()
-    empty.out_channels = dim
-    return empty
+def _extra_levels(count: int, dim: int) -> ExtraFPNBlock | None:
+    """torchvision's block for the levels beyond the backbone's maps."""
+    if count == 0:
+        return None
+    return LastLevelMaxPool() if count == 1 else LastLevelP6P7(dim, dim)
 
 
-class Cells(NamedTuple):
-    """What FCOS says in each of N cells, level after level."""
+def _dummy_backbone(dim: int) -> nn.Module:
+    """In the place of torchvision's backbone, which is only asked for its number of channels."""
+    backbone = nn.Identity()
+    backbone.out_channels = dim
+    return backbone
+
+
+class FCOSOutputs(NamedTuple):
+    """What FCOS predicts in each of N cells, level after level."""
 
     outputs: dict  # "cls_logits" (B, N, C), "bbox_regression" (B, N, 4), "bbox_ctrness" (B, N, 1)
     anchors: torch.Tensor  # (N, 4) xyxy pixels, centred on the cells
-    counts: list[int]  # cells of each level
+    cells_per_level: list[int]
     image_sizes: list[tuple[int, int]]  # (H, W)
 
 
-class FCOS(Pyramid):
-    """One class, box and centerness in every cell; focal loss, GIoU and cross-entropy, each with weight 1.
+class FCOS(TorchvisionDetector):
+    """FCOS: one class, box and centerness per cell; focal loss, GIoU, cross-entropy, weighted 1.
 
-    An object is learned by the cells near its centre, on the level where its farthest side is 4 to 8 anchor sizes away.
+    An object is learned by the cells near its centre, on the level where its farthest side is 4 to
+    8 anchor sizes away.
 
     Args:
-        num_classes, dim, anchor_sizes, options: see Pyramid.
+        num_classes, dim, anchor_sizes: see TorchvisionDetector.
         convs: layers of each head.
-        radius: of what is near, in anchor sizes.
+        radius: how near is near, in anchor sizes.
+        backbone, backbone_weights: see `make_backbone`.
+        mean, std, test_size: see Detector.
     """
 
     def __init__(
@@ -162,11 +229,26 @@ class FCOS(Pyramid):
         anchor_sizes: tuple[float, ...] = (8, 16, 32, 64, 128),
         convs: int = 4,
         radius: float = 1.5,
-        **options,
+        with_stride_4: bool = False,
+        backbone: str | nn.Module = "resnet50",
+        backbone_weights: str | None = None,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+        test_size: tuple[int, int] | None = None,
     ):
-        super().__init__(num_classes, dim, anchor_sizes, **options)
+        super().__init__(
+            num_classes=num_classes,
+            dim=dim,
+            anchor_sizes=anchor_sizes,
+            with_stride_4=with_stride_4,
+            backbone=backbone,
+            backbone_weights=backbone_weights,
+            mean=mean,
+            std=std,
+            test_size=test_size,
+        )
         self.net = detection.FCOS(
-            _carrier(dim),
+            _dummy_backbone(dim),
             num_classes=num_classes,
             anchor_generator=Anchors(anchor_sizes, (1.0,), self.strides),
             head=FCOSHead(dim, 1, num_classes, convs),
@@ -174,104 +256,192 @@ class FCOS(Pyramid):
         )
         self.nms = 0.6
 
-    def cells(self, seen: Seen) -> Cells:
-        """The heads on every level."""
-        maps = list(seen.maps.values())
-        anchors = self.net.anchor_generator(seen, maps)[0]
-        return Cells(self.net.head(maps), anchors, [level.shape[-2:].numel() for level in maps], seen.image_sizes)
+    def head_outputs(self, features: FeatureMaps) -> FCOSOutputs:
+        """The heads on every level of the pyramid."""
+        maps = list(features.maps.values())
+        outputs = self.net.head(maps)
+        anchors = self.net.anchor_generator(features, maps)[0]
+        cells_per_level = [level.shape[-2:].numel() for level in maps]
+        return FCOSOutputs(outputs, anchors, cells_per_level, features.image_sizes)
 
-    def losses(self, images, targets, seed: int = 0):
-        """See Pyramid; nothing here is drawn."""
-        cells = self.cells(self.see(images))
-        anchors = [cells.anchors] * len(images)
-        found = self.net.compute_loss(self.ready(targets), cells.outputs, anchors, cells.counts)
-        return dict(zip(("class", "giou", "centerness"), found.values(), strict=True))
+    def losses(
+        self, images: Sequence[torch.Tensor], targets: list[dict], seed: int = 0
+    ) -> dict[str, torch.Tensor]:
+        """Losses "class", "giou", "centerness", see TorchvisionDetector.losses; nothing is random."""
+        predicted = self.head_outputs(self.extract(images))
+        losses = self.net.compute_loss(
+            self.to_torchvision_targets(targets),
+            predicted.outputs,
+            [predicted.anchors] * len(images),
+            predicted.cells_per_level,
+        )
+        return dict(zip(("class", "giou", "centerness"), losses.values(), strict=True))
 
-    def found(self, seen, score, top, nms):
-        """See Pyramid; a score is sqrt(class score * centerness)."""
-        cells, net = self.cells(seen), self.net
-        net.score_thresh, net.nms_thresh, net.detections_per_img = score, nms, None  # all of them
-        outputs = {name: x.split(cells.counts, 1) for name, x in cells.outputs.items()}
-        anchors = [cells.anchors.split(cells.counts)] * len(seen.image_sizes)
-        found = net.postprocess_detections(outputs, anchors, seen.image_sizes)
-        areas = [(one["boxes"][:, 2:] - one["boxes"][:, :2]).prod(1) for one in found]
-        return [{key: x[area > 0][:top] for key, x in one.items()} for one, area in zip(found, areas, strict=True)]
+    def predict(
+        self, features: FeatureMaps, score: float, top: int, nms: float
+    ) -> list[dict[str, torch.Tensor]]:
+        """See TorchvisionDetector.predict. A score is sqrt(class score * centerness)."""
+        predicted = self.head_outputs(features)
+        self.net.score_thresh = score
+        self.net.nms_thresh = nms
+        self.net.detections_per_img = None  # all: boxes without area are dropped before the cut
+        outputs = {
+            name: x.split(predicted.cells_per_level, 1) for name, x in predicted.outputs.items()
+        }
+        anchors = predicted.anchors.split(predicted.cells_per_level)
+        detections = self.net.postprocess_detections(
+            outputs, [anchors] * len(features.image_sizes), features.image_sizes
+        )
+        kept = []
+        for image_detections in detections:
+            boxes = image_detections["boxes"]
+            area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+            kept.append({key: x[area > 0][:top] for key, x in image_detections.items()})
+        return kept
 
 
-class FasterRCNN(Pyramid):
-    """Proposals from anchors of three shapes, then a class (or background) and a box for each of them.
+class FasterRCNN(TorchvisionDetector):
+    """Faster R-CNN: proposals from anchors of three shapes, then a class and a box for each.
 
     Args:
-        num_classes, dim, anchor_sizes, fine, options: see Pyramid.
-        hidden: units of the two layers over a proposal's 7 x 7 features.
-        object_size: pixels; a proposal of this size is read from stride 16, half of it from stride 8, and so on.
-        proposals: of an image, in training and in detection.
-        sampled: anchors and proposals an image that are trained on.
+        num_classes, dim, anchor_sizes, with_stride_4: see TorchvisionDetector.
+        representation_size: units of the two layers on a proposal's 7 x 7 features.
+        object_size: pixels; a proposal of this size is pooled from stride 16, one of half the size
+            from stride 8, and so on.
+        proposals: per image, in training and in detection.
+        sampled: anchors and proposals per image that are trained on.
+        backbone, backbone_weights: see `make_backbone`.
+        mean, std, test_size: see Detector.
     """
 
-    first_label = 1
+    label_offset = 1  # 0 is the background
 
     def __init__(
         self,
         num_classes: int,
         dim: int = 256,
         anchor_sizes: tuple[float, ...] = (32, 64, 128, 256, 512),
-        hidden: int = 1024,
+        representation_size: int = 1024,
         object_size: float = 224,
         proposals: tuple[int, int] = (2000, 1000),
         sampled: tuple[int, int] = (256, 512),
-        fine: bool = True,
-        **options,
+        with_stride_4: bool = True,
+        backbone: str | nn.Module = "resnet50",
+        backbone_weights: str | None = None,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+        test_size: tuple[int, int] | None = None,
     ):
-        super().__init__(num_classes, dim, anchor_sizes, fine, **options)
-        strides = self.strides[: len(self.backbone.channels)]  # proposals are not read from the further levels
-        pool = MultiScaleRoIAlign([str(level) for level in range(len(strides))], 7, 2)
-        pool.scales = [1 / stride for stride in strides]
-        pool.map_levels = LevelMapper(int(math.log2(strides[0])), int(math.log2(strides[-1])), object_size)
+        super().__init__(
+            num_classes=num_classes,
+            dim=dim,
+            anchor_sizes=anchor_sizes,
+            with_stride_4=with_stride_4,
+            backbone=backbone,
+            backbone_weights=backbone_weights,
+            mean=mean,
+            std=std,
+            test_size=test_size,
+        )
+        train_proposals, test_proposals = proposals
+        sampled_anchors, sampled_proposals = sampled
         self.net = detection.FasterRCNN(
-            _carrier(dim),
+            _dummy_backbone(dim),
             rpn_anchor_generator=Anchors(anchor_sizes, (0.5, 1.0, 2.0), self.strides),
-            rpn_pre_nms_top_n_train=proposals[0],
-            rpn_post_nms_top_n_train=proposals[0],
-            rpn_pre_nms_top_n_test=proposals[1],
-            rpn_post_nms_top_n_test=proposals[1],
-            rpn_batch_size_per_image=sampled[0],
-            box_batch_size_per_image=sampled[1],
-            box_roi_pool=pool,
-            box_head=TwoMLPHead(dim * 49, hidden),
-            box_predictor=FastRCNNPredictor(hidden, num_classes + 1),
+            rpn_pre_nms_top_n_train=train_proposals,
+            rpn_post_nms_top_n_train=train_proposals,
+            rpn_pre_nms_top_n_test=test_proposals,
+            rpn_post_nms_top_n_test=test_proposals,
+            rpn_batch_size_per_image=sampled_anchors,
+            box_batch_size_per_image=sampled_proposals,
+            box_roi_pool=self._roi_pool(object_size),
+            box_head=TwoMLPHead(dim * 49, representation_size),
+            box_predictor=FastRCNNPredictor(representation_size, num_classes + 1),
         )
         self.nms = 0.5
 
-    def propose(self, seen: Seen, targets: list[dict] | None = None) -> tuple[list[torch.Tensor], dict]:
-        """Proposals, (N, 4) xyxy pixels of each image; with targets (made `ready`) also their two losses."""
+    def _roi_pool(self, object_size: float) -> MultiScaleRoIAlign:
+        """torchvision's RoI pooling, with exact strides. Extra levels are not pooled from."""
+        strides = self.strides[: len(self.backbone.channels)]
+        pool = MultiScaleRoIAlign([str(level) for level in range(len(strides))], 7, 2)
+        pool.scales = [1 / stride for stride in strides]
+        first, last = int(math.log2(strides[0])), int(math.log2(strides[-1]))
+        pool.map_levels = LevelMapper(first, last, object_size)
+        return pool
+
+    def propose(
+        self, features: FeatureMaps, targets: list[dict] | None = None
+    ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+        """Region proposals, (N, 4) xyxy pixels per image, and their losses.
+
+        Args:
+            features: of `extract`.
+            targets: of `to_torchvision_targets`; without them there are no losses.
+
+        Returns:
+            the proposals; {"objectness": scalar, "proposals": scalar} or {}.
+        """
         rpn = self.net.rpn.train(targets is not None)
-        proposals, losses = rpn(seen, seen.maps, targets)
+        proposals, losses = rpn(features, features.maps, targets)
         return proposals, dict(zip(("objectness", "proposals"), losses.values(), strict=False))
 
-    def classify(self, seen: Seen, boxes: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (N, 1 + C), background first, and box codes (N, 4 (1 + C)) for the N boxes of all images."""
-        heads = self.net.roi_heads
-        return heads.box_predictor(heads.box_head(heads.box_roi_pool(seen.maps, boxes, seen.image_sizes)))
+    def classify(
+        self, features: FeatureMaps, boxes: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Class logits and box codes of given boxes.
 
-    def sample(self, proposals: list[torch.Tensor], targets: list[dict]):
-        """The boxes to train on, targets among them; their labels and box codes; all as a list over the images."""
+        Args:
+            features: of `extract`.
+            boxes: (N_i, 4) xyxy pixels per image; N is their sum.
+
+        Returns:
+            logits (N, 1 + C), background first; codes (N, 4 (1 + C)).
+        """
+        heads = self.net.roi_heads
+        pooled = heads.box_roi_pool(features.maps, boxes, features.image_sizes)
+        return heads.box_predictor(heads.box_head(pooled))
+
+    def sample(
+        self, proposals: list[torch.Tensor], targets: list[dict]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+        """The boxes to train on, targets among them; their labels and box codes; each per image."""
         boxes, _, labels, codes = self.net.roi_heads.select_training_samples(proposals, targets)
         return boxes, labels, codes
 
-    def losses(self, images, targets, seed: int = 0):
-        """See Pyramid; `seed` draws the anchors and proposals that are trained on."""
-        seen, targets = self.see(images), self.ready(targets)
-        with drawn(seed, self.mean.device):
-            proposals, losses = self.propose(seen, targets)
-            boxes, *wanted = self.sample(proposals, targets)
-        losses["class"], losses["boxes"] = fastrcnn_loss(*self.classify(seen, boxes), *wanted)
+    def losses(
+        self, images: Sequence[torch.Tensor], targets: list[dict], seed: int = 0
+    ) -> dict[str, torch.Tensor]:
+        """Losses "objectness", "proposals", "class" and "boxes"; see TorchvisionDetector.losses.
+
+        The seed decides which anchors and proposals are trained on.
+        """
+        features = self.extract(images)
+        targets = self.to_torchvision_targets(targets)
+        with seeded(seed, self.mean.device):
+            proposals, losses = self.propose(features, targets)
+            boxes, labels, codes = self.sample(proposals, targets)
+        logits, box_codes = self.classify(features, boxes)
+        losses["class"], losses["boxes"] = fastrcnn_loss(logits, box_codes, labels, codes)
         return losses
 
-    def found(self, seen, score, top, nms):
-        """See Pyramid; a score is the softmax over the classes and background."""
+    def predict(
+        self, features: FeatureMaps, score: float, top: int, nms: float
+    ) -> list[dict[str, torch.Tensor]]:
+        """See TorchvisionDetector.predict; a score is the softmax over classes and background."""
         heads = self.net.roi_heads
-        heads.score_thresh, heads.nms_thresh, heads.detections_per_img = score, nms, top
-        proposals, _ = self.propose(seen)
-        lists = heads.postprocess_detections(*self.classify(seen, proposals), proposals, seen.image_sizes)
-        return [{"boxes": b, "scores": s, "labels": c - self.first_label} for b, s, c in zip(*lists, strict=True)]
+        heads.score_thresh = score
+        heads.nms_thresh = nms
+        heads.detections_per_img = top
+        proposals, _ = self.propose(features)
+        logits, box_codes = self.classify(features, proposals)
+        boxes, scores, labels = heads.postprocess_detections(
+            logits, box_codes, proposals, features.image_sizes
+        )
+        return [
+            {
+                "boxes": image_boxes,
+                "scores": image_scores,
+                "labels": image_labels - self.label_offset,
+            }
+            for image_boxes, image_scores, image_labels in zip(boxes, scores, labels, strict=True)
+        ]

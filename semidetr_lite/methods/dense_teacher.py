@@ -32,7 +32,7 @@ from torchvision.models.detection._utils import BoxLinearCoder
 from torchvision.ops import generalized_box_iou_loss
 
 from semidetr_lite.data.views import warp
-from semidetr_lite.detectors.pyramid import FCOS, Cells
+from semidetr_lite.detectors.pyramid import FCOS, FCOSOutputs
 from semidetr_lite.losses import LossWeights, add_prefix, quality_focal_loss
 from semidetr_lite.methods.mean_teacher import (
     RNG_LABELLED,
@@ -57,7 +57,9 @@ def select_regions(scores: torch.Tensor, inside: torch.Tensor, ratio: float) -> 
     return selected.view_as(inside)
 
 
-def dense_losses(student: Cells, teacher: Cells, ratio: float) -> dict[str, torch.Tensor]:
+def dense_losses(
+    student: FCOSOutputs, teacher: FCOSOutputs, ratio: float
+) -> dict[str, torch.Tensor]:
     """The student's maps against the teacher's: "class", "giou", "centerness", without weights.
 
     Args:
@@ -82,7 +84,7 @@ def dense_losses(student: Cells, teacher: Cells, ratio: float) -> dict[str, torc
     }
 
 
-def _decode(cells: Cells) -> torch.Tensor:
+def _decode(cells: FCOSOutputs) -> torch.Tensor:
     """The boxes (B, N, 4) xyxy pixels of all cells."""
     return BoxLinearCoder().decode(cells.outputs["bbox_regression"], cells.anchors)
 
@@ -137,10 +139,10 @@ class DenseTeacher(TeacherStudent):
         ]
         teacher = self.teacher
         with torch.no_grad():
-            features = teacher.see(teacher_views)
-            teacher_cells = teacher.cells(features)
+            features = teacher.extract(teacher_views)
+            teacher_cells = teacher.head_outputs(features)
             # boxes for the log alone
-            detections = teacher.found(
+            detections = teacher.predict(
                 features, self.score_threshold, self.max_pseudo_boxes, teacher.nms
             )
         labels = torch.cat([detection["labels"] for detection in detections])
@@ -148,7 +150,7 @@ class DenseTeacher(TeacherStudent):
         self.stats = {"pseudo_per_image": len(labels) / len(detections)}
 
         # 2. Losses of the student on the strong views, cell by cell
-        student_cells = self.student.cells(self.student.see(strong_images))
+        student_cells = self.student.head_outputs(self.student.extract(strong_images))
         for name, loss in dense_losses(student_cells, teacher_cells, self.ratio).items():
             weight = self.class_weight if name == "class" else self.box_weight
             losses[f"pseudo/{name}"] = loss * weight

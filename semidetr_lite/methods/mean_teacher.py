@@ -21,7 +21,7 @@ from torch import nn
 from semidetr_lite import distributed
 from semidetr_lite.boxes import to_model
 from semidetr_lite.data.views import map_boxes
-from semidetr_lite.detectors.detector import Detector, best_boxes
+from semidetr_lite.detectors.detector import Detector, postprocess
 from semidetr_lite.detectors.transformer import Memory, stack_layers
 from semidetr_lite.device import copy_to_host, to_device
 from semidetr_lite.losses import (
@@ -180,7 +180,7 @@ class TeacherStudent(nn.Module):
             made = self.student.denoising(*target_set.targets, generators)
             if made is not None:
                 group, denoising_targets = made
-                group = group.among(target_set.images, num_images)
+                group = group.pad_to_batch(target_set.images, num_images)
                 queries = (target_set.name, group, target_set.targets, denoising_targets)
                 denoising.append(DenoisingQueries(*queries))
         return denoising
@@ -240,7 +240,7 @@ def select_pseudo_boxes(
         max_boxes: K at most.
         nms: IoU above which the lower of two boxes of one class is dropped.
     """
-    boxes, scores, labels, valid = best_boxes(outputs, sizes, 3 * max_boxes, 0.01, nms)
+    boxes, scores, labels, valid = postprocess(outputs, sizes, 3 * max_boxes, 0.01, nms)
     # valid ones to the front, still by score
     order = valid.long().sort(dim=1, descending=True, stable=True).indices[:, :max_boxes]
     return PseudoBoxes(

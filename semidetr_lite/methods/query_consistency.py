@@ -30,7 +30,7 @@ from torchvision.ops import roi_align
 from semidetr_lite import distributed
 from semidetr_lite.boxes import to_model
 from semidetr_lite.detectors.detector import Detector
-from semidetr_lite.detectors.transformer import Memory, QueryGroup, output_rows
+from semidetr_lite.detectors.transformer import Memory, QueryGroup, slice_outputs
 from semidetr_lite.device import to_device
 from semidetr_lite.methods.mean_teacher import PseudoLabels
 
@@ -96,7 +96,7 @@ class DecodedView(NamedTuple):
     def of_images(self, images: slice) -> "DecodedView":
         """The same for some images of the batch."""
         return DecodedView(
-            self.detector, self.memory.rows(images), output_rows(self.outputs, images)
+            self.detector, self.memory.slice(images), slice_outputs(self.outputs, images)
         )
 
 

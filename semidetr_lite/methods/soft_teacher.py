@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 
 from semidetr_lite.data.views import map_boxes, map_target
-from semidetr_lite.detectors.pyramid import FasterRCNN, Seen, drawn
+from semidetr_lite.detectors.pyramid import FasterRCNN, FeatureMaps, seeded
 from semidetr_lite.losses import LossWeights, add_prefix
 from semidetr_lite.methods.mean_teacher import (
     RNG_LABELLED,
@@ -134,7 +134,7 @@ class SoftTeacher(TeacherStudent):
         # 1. Pseudo-labels: the teacher's boxes on the weak views, mapped to the strong views
         matrices = weak_to_strong(weak_views, strong_views)
         with torch.no_grad():
-            teacher_features = self.teacher.see(weak_images)
+            teacher_features = self.teacher.extract(weak_images)
             confident, reliable = self.predict_pseudo_boxes(teacher_features, step, weak_views)
         confident = map_detections(confident, matrices, strong_views)
         reliable = map_detections(reliable, matrices, strong_views)
@@ -147,7 +147,7 @@ class SoftTeacher(TeacherStudent):
 
         # 2. Losses of the student on the strong views
         pseudo_losses = self.pseudo_losses(
-            self.student.see(strong_images),
+            self.student.extract(strong_images),
             confident,
             reliable,
             teacher_features,
@@ -160,12 +160,12 @@ class SoftTeacher(TeacherStudent):
         return losses
 
     def predict_pseudo_boxes(
-        self, teacher_features: Seen, step: int, weak_views: list[dict]
+        self, teacher_features: FeatureMaps, step: int, weak_views: list[dict]
     ) -> tuple[list[dict], list[dict]]:
         """The teacher's confident boxes and its box-reliable ones, in pixels of the weak views."""
         teacher = self.teacher
         score = min(self.score_threshold, self.box_score_threshold)
-        detections = teacher.found(teacher_features, score, self.max_pseudo_boxes, teacher.nms)
+        detections = teacher.predict(teacher_features, score, self.max_pseudo_boxes, teacher.nms)
         confident = [select_boxes(d, d["scores"] >= self.score_threshold) for d in detections]
         candidates = [select_boxes(d, d["scores"] >= self.box_score_threshold) for d in detections]
 
@@ -182,7 +182,7 @@ class SoftTeacher(TeacherStudent):
         reliable = []
         refined = refined.split([len(boxes) for boxes in jittered])
         for candidate, boxes in zip(candidates, refined, strict=True):
-            labels = (candidate["labels"] + teacher.first_label).repeat(self.num_jitters)
+            labels = (candidate["labels"] + teacher.label_offset).repeat(self.num_jitters)
             of_label = boxes.gather(1, labels[:, None, None].expand(-1, 1, 4))
             of_label = of_label.view(self.num_jitters, -1, 4)
             variance = box_regression_variance(of_label, candidate["boxes"])
@@ -198,10 +198,10 @@ class SoftTeacher(TeacherStudent):
 
     def pseudo_losses(
         self,
-        student_features: Seen,
+        student_features: FeatureMaps,
         confident: list[dict],
         reliable: list[dict],
-        teacher_features: Seen,
+        teacher_features: FeatureMaps,
         matrices: list[torch.Tensor],
         seed: int,
     ) -> dict[str, torch.Tensor]:
@@ -216,8 +216,9 @@ class SoftTeacher(TeacherStudent):
             seed: of the sampling of proposals.
         """
         student = self.student
-        confident, reliable = student.ready(confident), student.ready(reliable)
-        with drawn(seed, student.mean.device):
+        confident = student.to_torchvision_targets(confident)
+        reliable = student.to_torchvision_targets(reliable)
+        with seeded(seed, student.mean.device):
             proposals, losses = student.propose(student_features, confident)
             boxes, labels, _ = student.sample(proposals, confident)
             reliable_boxes, *regression_targets = student.sample(proposals, reliable)

@@ -6,7 +6,7 @@ start them.
 
 import torch
 
-from semidetr_lite.detectors.pyramid import Pyramid
+from semidetr_lite.detectors.pyramid import TorchvisionDetector
 from semidetr_lite.detectors.transformer import stack_layers
 from semidetr_lite.device import copy_to_host
 from semidetr_lite.losses import add_prefix, denoising_losses, detection_losses, make_target_sets
@@ -26,7 +26,7 @@ class Supervised(TeacherStudent):
     ) -> dict[str, torch.Tensor]:
         """The weighted losses of a batch with "labelled"; see TeacherStudent.forward."""
         images, truths = batch["labelled"]
-        if isinstance(self.student, Pyramid):
+        if isinstance(self.student, TorchvisionDetector):
             seed = self.step_seed(step, RNG_LABELLED)
             return add_prefix("labelled", self.student.losses(images, truths, seed))
         labelled = (prepared or self.prepare([batch], step)[0]).labelled
@@ -42,7 +42,7 @@ class Supervised(TeacherStudent):
 
     def prepare(self, micro_batches: list[dict], step: int) -> list[Prepared | None]:
         """Count the boxes of the whole step; Faster R-CNN and FCOS divide by their own numbers."""
-        if isinstance(self.student, Pyramid):
+        if isinstance(self.student, TorchvisionDetector):
             return [None] * len(micro_batches)
         truths = [pad_targets(batch["labelled"][1]) for batch in micro_batches]
         labelled = make_target_sets(

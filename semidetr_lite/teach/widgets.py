@@ -241,8 +241,8 @@ def show_dense(images, detector, truths=None, title="") -> Picture:
     figure, axes = image_grid(images, 4, title=title)
     fine = detector.strides[0]
     for ax, image, truth in zip(axes, images, truths or [None] * len(images)):
-        cells = detector.cells(detector.see([image]))
-        scores, best = cells.outputs["cls_logits"][0].sigmoid().amax(-1).split(cells.counts), torch.zeros(1)
+        cells = detector.head_outputs(detector.extract([image]))
+        scores, best = cells.outputs["cls_logits"][0].sigmoid().amax(-1).split(cells.cells_per_level), torch.zeros(1)
         for level, stride in zip(scores, detector.strides):
             height, width = (-(-side // stride) for side in image.shape[-2:])
             near = [(torch.arange(-(-side // fine) + 1) * fine / stride).round().long() for side in image.shape[-2:]]

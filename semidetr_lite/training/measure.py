@@ -14,7 +14,7 @@ from semidetr_lite import distributed
 from semidetr_lite.boxes import to_model
 from semidetr_lite.data.splits import Dataset
 from semidetr_lite.detectors.detector import Detector
-from semidetr_lite.detectors.pyramid import Pyramid
+from semidetr_lite.detectors.pyramid import TorchvisionDetector
 from semidetr_lite.detectors.transformer import stack_layers
 from semidetr_lite.errors import UserError
 from semidetr_lite.evaluate import box_errors, evaluate, evaluate_voc
@@ -47,7 +47,7 @@ def measure(
 @torch.no_grad()
 def plain_pseudo_boxes(method: TeacherStudent, images: list) -> PseudoBoxes:
     """The teacher's boxes on images as they are, all of one size."""
-    if isinstance(method.teacher, Pyramid):
+    if isinstance(method.teacher, TorchvisionDetector):
         found = method.teacher.detect(images, top=method.max_pseudo_boxes)
         boxes, scores, labels = (
             pad_sequence([one[key] for one in found], True) for key in ("boxes", "scores", "labels")
@@ -128,7 +128,7 @@ def matched_costs_of_image(
     As in training, the confident boxes and the mining candidates are matched, with the costs of the
     last decoder layer; the cost of all others is nan.
     """
-    if isinstance(method.student, Pyramid):  # nothing is matched to queries there
+    if isinstance(method.student, TorchvisionDetector):  # nothing is matched to queries there
         return np.full(pseudo.valid.shape, np.nan), np.zeros(pseudo.valid.shape, dtype=bool)
     rule, top_k = method.mining, method.mining_top_k
     candidates = mining_candidates(pseudo.scores, pseudo.valid, rule, top_k)

@@ -22,7 +22,7 @@ def largest_size(settings: Settings, splits: Splits, detector: Detector) -> tupl
     height, width = max(sizes, key=lambda size: size[0] * size[1])
     if views.short_sides:
         height, width = max(views.short_sides), views.long_side
-    if getattr(detector.backbone, "sees_padding", False):  # as among images of other sizes
+    if getattr(detector.backbone, "pad_before_backbone", False):  # as among images of other sizes
         height, width = padded_side(height), padded_side(width)
     return height, width
 

@@ -200,7 +200,7 @@ class DetectorKwargs:
     backbone_weights: str | None = None
     dim: Size | None = None  # channels
     heads: Size | None = None  # of attention
-    hidden: Size | None = None  # width of the feed-forward networks
+    dim_feedforward: Size | None = None  # width of the feed-forward networks
     encoder_layers: Size | None = None  # their number
     decoder_layers: Size | None = None  # their number
     levels: Size | None = None  # feature maps, dino and deformable-detr
@@ -218,9 +218,10 @@ class DetectorKwargs:
     anchor_sizes: tuple[Weight, ...] | None = None  # pixels, one per level, faster-rcnn and fcos
     convs: Size | None = None  # layers of fcos' heads
     radius: Weight | None = None  # of fcos' positive cells, in cells
-    fine: bool | None = None  # of faster-rcnn and fcos: whether stride 4 is a level
+    with_stride_4: bool | None = None  # of faster-rcnn and fcos: whether stride 4 is a level
     # of faster-rcnn: pixels of an object that is read from stride 16
     object_size: Weight | None = None
+    representation_size: Size | None = None  # of faster-rcnn: units of its box head
     # of faster-rcnn: per image, in training and in detection
     proposals: tuple[Size, Size] | None = None
     # of faster-rcnn: anchors and proposals per image that are trained on
@@ -303,7 +304,7 @@ TINY = DetectorKwargs(
     num_queries=30,
     dim=64,
     heads=4,
-    hidden=256,
+    dim_feedforward=256,
     encoder_layers=2,
     decoder_layers=3,
     backbone="tiny",
@@ -321,7 +322,7 @@ TINY_DETECTORS = {
         backbone="tiny",
         anchor_sizes=(12, 20, 32, 48),
         object_size=64,
-        hidden=128,
+        representation_size=128,
         proposals=(100, 50),
         sampled=(64, 32),
     ),

@@ -1,0 +1,178 @@
+"""Deformable attention as one GPU kernel in Triton, forward and backward.
+
+The readable formula keeps every sampled value, (B, Q, D, L * P), for the backward pass. Here a
+program reads the four cells around each point, adds them up and keeps nothing; the backward pass
+reads them again.
+
+Triton comes with torch for Linux and compiles the kernel when it first runs, with the machine's C
+compiler. The number of channels per head must be a power of two.
+
+Values may be bfloat16; sums and gradients are float32. Gradients of values are added up in any
+order, so two runs differ by rounding (as they do with `grid_sample` on a GPU).
+
+Shapes: B images, Q queries, S tokens, D channels, L levels, M heads, P points.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from semidetr_lite.detectors.transformer import level_layout
+
+
+@triton.jit
+def _load_point(locations, weights, point, active, width, height):
+    """One sampling point of each query.
+
+    Returns its weight, the cell below and to the left (x, y), and how far the point lies beyond
+    that cell's centre (x, y), in cells.
+    """
+    x = tl.load(locations + 2 * point, active, 0.0) * width - 0.5
+    y = tl.load(locations + 2 * point + 1, active, 0.0) * height - 0.5
+    cell_x = tl.floor(x)
+    cell_y = tl.floor(y)
+    weight = tl.load(weights + point, active, 0.0)
+    return weight, cell_x.to(tl.int32), cell_y.to(tl.int32), x - cell_x, y - cell_y
+
+
+@triton.jit(do_not_specialize=["tokens", "queries"])  # compiled once for images of all sizes
+def _forward(
+    values, layout, locations, weights, output, tokens, queries,
+    HEADS: tl.constexpr, CHANNELS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The output of BLOCK queries in one head of one image.
+
+    Arguments as in `TritonAttention`; layout is `level_layout`, CHANNELS is D/M.
+    """
+    image = (tl.program_id(1) // HEADS).to(tl.int64)
+    head = tl.program_id(1) % HEADS
+    query = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.arange(0, CHANNELS)
+    active = query < queries
+    query_head = (image * queries + query) * HEADS + head
+    total = tl.zeros([BLOCK, CHANNELS], tl.float32)
+    for level in range(LEVELS):
+        width = tl.load(layout + 3 * level)
+        height = tl.load(layout + 3 * level + 1)
+        first_token = image * tokens + tl.load(layout + 3 * level + 2)
+        for p in tl.static_range(POINTS):
+            point = (query_head * LEVELS + level) * POINTS + p
+            weight, x, y, right, up = _load_point(locations, weights, point, active, width, height)
+            for corner in tl.static_range(4):
+                u = x + corner % 2
+                v = y + corner // 2
+                factor_x = right if corner % 2 else 1 - right
+                factor_y = up if corner // 2 else 1 - up
+                inside = active & (u >= 0) & (u < width) & (v >= 0) & (v < height)
+                row = ((first_token + v * width + u) * HEADS + head) * CHANNELS
+                cell = tl.load(values + row[:, None] + channel, inside[:, None], 0.0)
+                factor = weight * (factor_x * factor_y)
+                total += factor[:, None] * cell.to(tl.float32)
+    tl.store(output + query_head[:, None] * CHANNELS + channel, total, active[:, None])
+
+
+@triton.jit(do_not_specialize=["tokens", "queries"])
+def _backward(
+    values, layout, locations, weights, output_grad, values_grad, locations_grad, weights_grad,
+    tokens, queries,
+    HEADS: tl.constexpr, CHANNELS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradients of BLOCK queries in one head of one image.
+
+    Gradients of values are added to those of the other programs.
+    """
+    image = (tl.program_id(1) // HEADS).to(tl.int64)
+    head = tl.program_id(1) % HEADS
+    query = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.arange(0, CHANNELS)
+    active = query < queries
+    query_head = (image * queries + query) * HEADS + head
+    upstream = tl.load(
+        output_grad + query_head[:, None] * CHANNELS + channel, active[:, None], 0.0
+    ).to(tl.float32)
+    for level in range(LEVELS):
+        width = tl.load(layout + 3 * level)
+        height = tl.load(layout + 3 * level + 1)
+        first_token = image * tokens + tl.load(layout + 3 * level + 2)
+        for p in tl.static_range(POINTS):
+            point = (query_head * LEVELS + level) * POINTS + p
+            weight, x, y, right, up = _load_point(locations, weights, point, active, width, height)
+            weight_grad = 0.0
+            x_grad = 0.0
+            y_grad = 0.0
+            for corner in tl.static_range(4):
+                u = x + corner % 2
+                v = y + corner // 2
+                factor_x = right if corner % 2 else 1 - right
+                factor_y = up if corner // 2 else 1 - up
+                inside = active & (u >= 0) & (u < width) & (v >= 0) & (v < height)
+                row = ((first_token + v * width + u) * HEADS + head) * CHANNELS
+                cell = tl.load(values + row[:, None] + channel, inside[:, None], 0.0)
+                product = tl.sum(cell.to(tl.float32) * upstream, 1)
+                weight_grad += factor_x * factor_y * product
+                x_grad += (factor_y if corner % 2 else -factor_y) * product
+                y_grad += (factor_x if corner // 2 else -factor_x) * product
+                cell_grad = (weight * factor_x * factor_y)[:, None] * upstream
+                cell_address = values_grad + row[:, None] + channel
+                tl.atomic_add(cell_address, cell_grad, inside[:, None], sem="relaxed")
+            tl.store(weights_grad + point, weight_grad, active)
+            tl.store(locations_grad + 2 * point, x_grad * weight * width, active)
+            tl.store(locations_grad + 2 * point + 1, y_grad * weight * height, active)
+
+
+class TritonAttention(torch.autograd.Function):
+    """`apply(value, shapes, locations, weights)` -> (B, Q, D); arguments of `deformable_attention`.
+
+    value: (B, S, M, D/M) · locations: (B, Q, M, L, P, 2) · weights: (B, Q, M, L, P).
+    """
+
+    BLOCK = 32  # queries per program
+
+    @staticmethod
+    def _run(kernel, value, shapes, locations, *tensors):
+        batch, queries, heads, levels, points = locations.shape[:5]
+        tokens, channels = value.shape[1], value.shape[3]
+        blocks = -(-queries // TritonAttention.BLOCK)
+        if blocks == 0 or batch == 0:
+            return
+        layout = level_layout(shapes, value.device)
+        with torch.cuda.device_of(value):  # Triton starts a kernel on the current device
+            kernel[blocks, batch * heads](
+                value, layout, locations, *tensors, tokens, queries,
+                heads, channels, levels, points, TritonAttention.BLOCK,
+            )  # fmt: skip
+
+    @staticmethod
+    def forward(ctx, value, shapes, locations, weights):
+        value = value.contiguous()
+        locations = locations.float().contiguous()
+        weights = weights.float().contiguous()
+        ctx.shapes = shapes
+        ctx.save_for_backward(value, locations, weights)
+        batch, queries, heads = locations.shape[:3]
+        size = (batch, queries, heads, value.shape[3])
+        output = torch.empty(size, dtype=value.dtype, device=value.device)
+        TritonAttention._run(_forward, value, shapes, locations, weights, output)
+        return output.flatten(2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, output_grad):
+        value, locations, weights = ctx.saved_tensors
+        value_grad = torch.zeros_like(value, dtype=torch.float32)
+        locations_grad = torch.empty_like(locations)
+        weights_grad = torch.empty_like(weights)
+        TritonAttention._run(
+            _backward,
+            value,
+            ctx.shapes,
+            locations,
+            weights,
+            output_grad.contiguous(),
+            value_grad,
+            locations_grad,
+            weights_grad,
+        )
+        return value_grad.to(value.dtype), None, locations_grad, weights_grad
