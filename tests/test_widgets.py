@@ -62,14 +62,28 @@ CHANGES = {
     "denoising": {"scene": 1, "box_noise": 1.0, "questions": 40, "seed": 1},
     "run": {"image": 0, "start": 200, "truth": False},
     "detectors": {"detector": "supervised", "score_threshold": 0.9, "truth": False},
-    "recorded": {"percent": 100.0, "quantity": "duplicates", "supervised": False, "semi-detr": False},
+    "recorded": {
+        "percent": 100.0,
+        "quantity": "duplicates",
+        "supervised": False,
+        "semi-detr": False,
+    },
     "points": {"scene": 1, "query": 5, "layer": 3, "head": 2},
 }
 
 AP = {"AP_teacher": 0.4, "AP_student": 0.3}
 KIND = {"detector": "dino", "preset": "digits", "steps": 1500}
 CURVES = [
-    {"row": row, "method": row, **KIND, "percent": percent, "seed": seed, "step": step, **AP, **more}
+    {
+        "row": row,
+        "method": row,
+        **KIND,
+        "percent": percent,
+        "seed": seed,
+        "step": step,
+        **AP,
+        **more,
+    }
     for row, percent, more in (
         *(("supervised", 10.0, {}), ("supervised", 100.0, {"AP_teacher": 0.7, "duplicates": 0.2})),
         ("semi-detr", 10.0, {"pseudo_precision": 0.8, "pseudo_recall": 0.6, "duplicates": 2.0}),
@@ -92,7 +106,10 @@ def scenes():
 @pytest.fixture(scope="module")
 def explorers(scenes) -> dict[str, Explorer]:
     detector = load_detector(EARLY)
-    trained = {"early": detector, "supervised": load_detector(EARLY.with_name("supervised.safetensors"))}
+    trained = {
+        "early": detector,
+        "supervised": load_detector(EARLY.with_name("supervised.safetensors")),
+    }
     return {
         "matching": explore_matching(detector, scenes, digits.CATEGORIES),
         "views": explore_views(scenes, PRESETS["digits"].views),
@@ -112,14 +129,22 @@ def explorers(scenes) -> dict[str, Explorer]:
 def costs(cheap, dear, seed) -> tuple:
     """Matching costs, and whether the box is right."""
     rng = np.random.default_rng(seed)
-    return np.hstack([rng.normal(-1.5, 0.5, cheap), rng.normal(2, 1, dear)]), np.arange(cheap + dear) < cheap
+    return np.hstack([rng.normal(-1.5, 0.5, cheap), rng.normal(2, 1, dear)]), np.arange(
+        cheap + dear
+    ) < cheap
 
 
 def answer(image, target) -> dict:
     """A scene whose views are equal, and random cosines."""
     count = len(target["labels"])
-    boxes, chance = target["boxes"], torch.rand(3, count, count, generator=torch.Generator().manual_seed(0))
-    pairings = {"same number": (boxes.flip(0), chance), "consistency query": (boxes, chance + 2 * torch.eye(count))}
+    boxes, chance = (
+        target["boxes"],
+        torch.rand(3, count, count, generator=torch.Generator().manual_seed(0)),
+    )
+    pairings = {
+        "same number": (boxes.flip(0), chance),
+        "consistency query": (boxes, chance + 2 * torch.eye(count)),
+    }
     return {"images": (image, image), "boxes": boxes, "places": boxes, "pairings": pairings}
 
 
@@ -127,11 +152,15 @@ def test_recorded_curves_are_means_of_runs_of_one_kind():
     """Of another detector, preset or length are curves of their own."""
     lines = read_jsonl(NOTEBOOKS / "recorded/ablation_curves.jsonl")
     explorer = explore_recorded(lines)
-    assert {name for name, box in explorer.controls.items() if getattr(box, "value", 0) is True} == set(TABLES["main"])
+    assert {
+        name for name, box in explorer.controls.items() if getattr(box, "value", 0) is True
+    } == set(TABLES["main"])
     figure = explorer.draw(10.0, "AP_teacher", **dict.fromkeys(list(explorer.controls)[2:], True))
     drawn = {curve.get_label(): curve for curve in figure.axes[0].lines}
     others = {"mean-teacher, 3,000 steps", "mean-teacher, deformable-detr", "supervised, fcos"}
-    assert set(TABLES["main"]) | others <= set(drawn) and not any("digits-full" in name for name in drawn)
+    assert set(TABLES["main"]) | others <= set(drawn) and not any(
+        "digits-full" in name for name in drawn
+    )
     assert figure.texts[0].get_text().startswith(f"{len(drawn)} rows with 10 %")
     kind = {"row": "mean-teacher", "detector": "dino", "steps": 1500, "percent": 10.0, "step": 1500}
     last = [100 * line["AP_teacher"] for line in lines if kind.items() <= line.items()]
@@ -141,17 +170,23 @@ def test_recorded_curves_are_means_of_runs_of_one_kind():
 def test_a_control_for_every_kind_of_values_begins_at_the_default():
     own = ipywidgets.Text("mine")
     shown = explore(table, rows=(1, 3), sure=(0.0, 2.0), kind=own).controls
-    assert isinstance(shown["rows"], ipywidgets.IntSlider) and shown["rows"].value == 3 and shown["rows"].step == 1
+    assert (
+        isinstance(shown["rows"], ipywidgets.IntSlider)
+        and shown["rows"].value == 3
+        and shown["rows"].step == 1
+    )
     assert isinstance(shown["sure"], ipywidgets.FloatSlider) and shown["sure"].value == 0.5
     assert shown["sure"].step == 0.1 and shown["kind"] is own
     assert explore(table, sure=(0.0, 2.0, 0.25)).controls["sure"].step == 0.25
+    first = explore(lambda start: table(start), start=(1, 3)).controls["start"]
+    assert first.value == 1  # without a default the lowest value
     assert explore(table, kind=["fancy", "plain"]).controls["kind"].value == "plain"
     assert explore(table, rows={"one": 1, "three": 3}).controls["rows"].label == "three"
     tick = explore(lambda on: table(1 + on), on=True).controls["on"]
     assert isinstance(tick, ipywidgets.Checkbox) and tick.value is True
 
 
-@pytest.mark.parametrize("spec", ["plain", 3, (1,), None])
+@pytest.mark.parametrize("spec", [(1,), (3, 1), ("low", "high"), (1, 3, 0), None])
 def test_anything_else_is_no_control(spec):
     with pytest.raises(UserError, match="'rows': give"):
         explore(table, rows=spec)
@@ -177,11 +212,15 @@ def test_a_saved_notebook_keeps_a_described_picture_without_the_widget():
     explorer = explore(table, rows=(1, 3))
     shown = explorer._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in shown
-    assert re.fullmatch(r'<img src="data:image/png;base64,[\w+/=]+" alt="3 &lt;plain&gt;[^"]*">', shown["text/html"])
+    assert re.fullmatch(
+        r'<img src="data:image/png;base64,[\w+/=]+" alt="3 &lt;plain&gt;[^"]*">', shown["text/html"]
+    )
     assert shown["text/plain"] == "explore(rows)"
 
 
-@pytest.mark.parametrize(("name", "control"), [(name, control) for name, row in CHANGES.items() for control in row])
+@pytest.mark.parametrize(
+    ("name", "control"), [(name, control) for name, row in CHANGES.items() for control in row]
+)
 def test_each_control_of_an_explorer_changes_its_picture_in_time(explorers, name, control):
     explorer, value = explorers[name], CHANGES[name][control]
     assert list(CHANGES[name]) == list(explorer.controls)
@@ -195,7 +234,10 @@ def test_each_control_of_an_explorer_changes_its_picture_in_time(explorers, name
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_redraw_is_fast_enough_to_follow_a_hand(explorers, name):
     """Beside what Matplotlib takes for two empty axes, so that a slow machine does not count."""
-    took, plain = (min(processor_time(draw) for _ in range(3)) for draw in (explorers[name].redraw, plain_drawing))
+    took, plain = (
+        min(processor_time(draw) for _ in range(3))
+        for draw in (explorers[name].redraw, plain_drawing)
+    )
     assert took < DRAWINGS * plain
 
 
@@ -224,7 +266,10 @@ def test_the_boxes_of_the_views_travel_by_the_matrix(scenes):
     explorer = explore_views(scenes, PRESETS["digits"].views)
     explorer.controls["strength"].value = 0.0
     (figure,) = explorer.figures()
-    shown = [len([patch for patch in ax.patches if patch.get_gid() == "prediction"]) for ax in figure.axes]
+    shown = [
+        len([patch for patch in ax.patches if patch.get_gid() == "prediction"])
+        for ax in figure.axes
+    ]
     assert shown == [len(scenes[0][1]["labels"])] * 2
 
 
@@ -234,7 +279,13 @@ def test_a_higher_cut_keeps_fewer_boxes(explorers):
     for cut in (0.1, 0.5, 0.9):
         explorer.controls["score_threshold"].value = cut
         figure = explorer.figures()[0]
-        counts.append(sum(patch.get_gid() in ("hit", "false_alarm") for ax in figure.axes for patch in ax.patches))
+        counts.append(
+            sum(
+                patch.get_gid() in ("hit", "false_alarm")
+                for ax in figure.axes
+                for patch in ax.patches
+            )
+        )
     explorer.controls["score_threshold"].value = 0.4
     assert counts == sorted(counts, reverse=True) and np.ptp(counts) > 0
 
@@ -252,13 +303,18 @@ def test_a_dense_map_lies_over_each_image(scenes):
     best = int(scores.argmax())
     x, y = cells.anchors[best].view(2, 2).mean(0).tolist()
     left, _, _, top = drawn.get_extent()
-    there = drawn.get_array()[int((y - top) / 8), int((x - left) / 8)]  # the tile around torchvision's own point
+    there = drawn.get_array()[
+        int((y - top) / 8), int((x - left) / 8)
+    ]  # the tile around torchvision's own point
     assert there == pytest.approx(float(scores[best]))
 
 
 def test_curves_are_told_apart_without_colour():
     figure = plot_lines({"one": ([0, 1], [1, 2]), "two": ([0, 1], [2, 1])}, "x", "y", "found")
-    assert len({line.get_linestyle() for line in figure.axes[0].lines}) == 2 and "found" in figure._repr_html_()
+    assert (
+        len({line.get_linestyle() for line in figure.axes[0].lines}) == 2
+        and "found" in figure._repr_html_()
+    )
 
 
 def test_the_most_similar_query_is_judged_by_its_place(explorers):
@@ -281,4 +337,6 @@ def test_costs_without_truth_say_nothing_of_it(explorers):
     (figure,) = explorer.figures()
     explorer.controls["truth"].value = True
     names = {text.get_text() for text in figure.axes[0].get_legend().get_texts()}
-    assert "right" not in figure.get_suptitle() and not names & {"right", "wrong"} and len(names) == 3
+    assert (
+        "right" not in figure.get_suptitle() and not names & {"right", "wrong"} and len(names) == 3
+    )

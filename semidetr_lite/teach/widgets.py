@@ -2,9 +2,10 @@
 
     explore(draw, alpha=(0.0, 2.0), candidates=(1, 13))
 
-shows a control for each argument of `draw`, a function that returns a figure, and draws anew on every change. A saved
-notebook keeps the first picture, for readers without a kernel. The explorers below take what is slow (a detector's
-answers) once and give `explore` a draw that only matches, cuts and paints; a new one is such a function.
+shows a control for each argument of `draw`, a function that returns a figure, and draws again on
+every change. A saved notebook keeps the first picture, for readers without a kernel. The explorers
+below compute what is slow (a detector's outputs) once and give `explore` a function that only
+matches, filters and draws; a new explorer is such a function.
 """
 
 import base64
@@ -29,7 +30,7 @@ from semidetr_lite.detectors.denoising import Denoising, group_mask
 from semidetr_lite.errors import UserError
 from semidetr_lite.files import read_jsonl
 from semidetr_lite.matching import hungarian, matching_cost, one_to_many, pad_targets
-from semidetr_lite.teach.exercises import em_steps as fitted
+from semidetr_lite.teach.exercises import em_steps as fit_em_steps
 from semidetr_lite.training.ablate import ROWS, STEP_RATIO, TABLES
 from semidetr_lite.training.checkpoint import read_config
 from semidetr_lite.training.measure import iter_readable
@@ -55,7 +56,7 @@ from semidetr_lite.visualize import (
     show_views,
 )
 
-LOOK = {"layout": {"width": "330px"}, "style": {"description_width": "90px"}}
+CONTROL_WIDTH, LABEL_WIDTH = "330px", "90px"
 
 
 class Explorer(ipywidgets.VBox):
@@ -65,7 +66,9 @@ class Explorer(ipywidgets.VBox):
     """
 
     def __init__(self, draw: Callable, controls: dict[str, ipywidgets.Widget]):
-        self.draw, self.controls, self.picture = draw, controls, ipywidgets.HTML()
+        self.draw = draw
+        self.controls = controls
+        self.picture = ipywidgets.HTML()
         for control in controls.values():
             control.observe(lambda change: self.redraw(), "value")
         row = ipywidgets.HBox(list(controls.values()), layout={"flex_flow": "row wrap"})
@@ -74,16 +77,18 @@ class Explorer(ipywidgets.VBox):
 
     def figures(self) -> list:
         """The figures that `draw` returns now, one or several."""
-        made = self.draw(**{name: control.value for name, control in self.controls.items()})
-        return list(made) if isinstance(made, tuple) else [made]
+        values = {name: control.value for name, control in self.controls.items()}
+        figures = self.draw(**values)
+        return list(figures) if isinstance(figures, tuple) else [figures]
 
     def redraw(self) -> None:
-        """Draw at the controls' values; without the packing of saved pictures, which takes a tenth of a second."""
+        """Draw at the controls' values, without the slow packing of saved pictures."""
         self.picture.value = "<br>".join(map(_quick_tag, self.figures()))
 
     def _repr_mimebundle_(self, **kwargs) -> dict:
         """The widget, and for where there can be none the picture, packed."""
-        return super()._repr_mimebundle_(**kwargs) | {"text/html": "<br>".join(map(image_tag, self.figures()))}
+        pictures = "<br>".join(map(image_tag, self.figures()))
+        return super()._repr_mimebundle_(**kwargs) | {"text/html": pictures}
 
     def __repr__(self) -> str:
         return f"explore({', '.join(self.controls)})"
@@ -94,35 +99,45 @@ def explore(draw: Callable, **controls) -> Explorer:
 
     Args:
         draw: returns a Picture, or a tuple of them.
-        controls: (low, high) or (low, high, step) for a slider, of whole numbers if these are; a list, or a dict
-            {label: value}, for a choice; True or False for a tick box; or a widget. It begins at `draw`'s default.
+        controls: what ipywidgets.interactive takes: (low, high) or (low, high, step) for a slider,
+            of whole numbers if these are; a list, or a dict {label: value}, for a choice; True or
+            False for a tick box; or a widget. A slider or choice begins at `draw`'s default, without
+            one at its lowest or first value.
 
     Raises:
         UserError: a control that is none of these.
     """
-    known = inspect.signature(draw).parameters
-    return Explorer(draw, {name: _control(name, spec, known[name].default) for name, spec in controls.items()})
+    parameters = inspect.signature(draw).parameters
+    return Explorer(
+        draw,
+        {
+            name: make_control(name, spec, parameters[name].default)
+            for name, spec in controls.items()
+        },
+    )
 
 
-def _control(name: str, spec, start) -> ipywidgets.Widget:
+def make_control(name: str, spec, default=inspect.Parameter.empty) -> ipywidgets.Widget:
+    """The widget of one control of `explore`; raises what it raises."""
     if isinstance(spec, ipywidgets.Widget):
         return spec
-    words = {"description": name.replace("_", " "), **LOOK}
-    words |= {} if start is inspect.Parameter.empty else {"value": start}
-    if isinstance(spec, bool):
-        return ipywidgets.Checkbox(**{"value": spec} | words)
-    if isinstance(spec, dict | list):
-        return ipywidgets.Dropdown(options=list(spec.items()) if isinstance(spec, dict) else spec, **words)
-    if not isinstance(spec, tuple) or len(spec) not in (2, 3):
-        raise UserError(f"{name!r}: give (low, high) or (low, high, step), a list, a dict or a bool, not {spec!r}")
-    low, high, *step = spec
-    whole = all(isinstance(value, int) for value in spec)
-    slider, usual = (ipywidgets.IntSlider, 1) if whole else (ipywidgets.FloatSlider, (high - low) / 20)
-    return slider(**{"value": low, "min": low, "max": high, "step": step[0] if step else usual} | words)
+    if default is inspect.Parameter.empty and isinstance(spec, tuple) and spec:
+        default = spec[0]
+    try:
+        control = ipywidgets.interactive.widget_from_abbrev(spec, default)
+    except ValueError:  # such as a low end above the high one
+        control = None
+    if control is None:
+        shapes = "(low, high) or (low, high, step), a list, a dict or a bool"
+        raise UserError(f"{name!r}: give {shapes}, not {spec!r}")
+    control.description = name.replace("_", " ")
+    control.layout.width = CONTROL_WIDTH
+    control.style.description_width = LABEL_WIDTH
+    return control
 
 
-def _quick_tag(figure) -> str:
-    """`image_tag` in a fifth of its time and four times its size, which a kernel nearby does not mind."""
+def _quick_tag(figure: Picture) -> str:
+    """`image_tag` in a fifth of its time and four times its size, for a kernel nearby."""
     canvas, packed = FigureCanvasAgg(figure), io.BytesIO()
     canvas.draw()
     Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).save(packed, "PNG", compress_level=1)
@@ -138,7 +153,16 @@ def explore_matching(detector, scenes: Sequence[tuple], categories=None) -> Expl
     """Who answers for which object, under any weights; `scenes` are pairs (image, target), answered once."""
     outputs = [detector([image]) for image, _ in scenes]
 
-    def draw(scene, matching, candidates=4, alpha=1.0, beta=6.0, class_weight=2.0, l1_weight=5.0, giou_weight=2.0):
+    def draw(
+        scene,
+        matching,
+        candidates=4,
+        alpha=1.0,
+        beta=6.0,
+        class_weight=2.0,
+        l1_weight=5.0,
+        giou_weight=2.0,
+    ):
         image, target = scenes[scene]
         logits, boxes = outputs[scene]["pred_logits"][0], outputs[scene]["pred_boxes"][0]
         cost = matching_cost(logits, boxes, target, "focal", class_weight, l1_weight, giou_weight)
@@ -147,12 +171,18 @@ def explore_matching(detector, scenes: Sequence[tuple], categories=None) -> Expl
         else:
             queries, targets, quality = one_to_many(logits, boxes, target, alpha, beta, candidates)
         pixels = to_pixels(boxes, target["size"])
-        pairs = plot_matching(image, target, pixels, queries, targets, quality, categories=categories)
-        return pairs, plot_costs(cost, queries, targets, title="The cost of every query for every object")
+        pairs = plot_matching(
+            image, target, pixels, queries, targets, quality, categories=categories
+        )
+        return pairs, plot_costs(
+            cost, queries, targets, title="The cost of every query for every object"
+        )
 
     many = {"candidates": (1, 13), "alpha": (0.0, 3.0, 0.25), "beta": (0.0, 10.0, 0.5)}
     costs = dict.fromkeys(("class_weight", "l1_weight", "giou_weight"), (0.0, 10.0, 0.5))
-    return explore(draw, scene=(0, len(scenes) - 1), matching=["one-to-many", "one-to-one"], **many, **costs)
+    return explore(
+        draw, scene=(0, len(scenes) - 1), matching=["one-to-many", "one-to-one"], **many, **costs
+    )
 
 
 def explore_views(scenes: Sequence[tuple], settings: ViewSettings) -> Explorer:
@@ -167,29 +197,45 @@ def explore_views(scenes: Sequence[tuple], settings: ViewSettings) -> Explorer:
         zoom = tuple(edge**strength for edge in settings.strong_zoom or settings.zoom)
         stronger = dataclasses.replace(settings, strong_zoom=zoom, **scaled)
         weak_image, weak = weak_view(*scenes[scene], np.random.default_rng([seed, 0]), settings)
-        strong_image, strong = strong_view(*scenes[scene], np.random.default_rng([seed, 1]), stronger)
+        strong_image, strong = strong_view(
+            *scenes[scene], np.random.default_rng([seed, 1]), stronger
+        )
         journey = strong["matrix"] @ torch.linalg.inv(weak["matrix"])
-        return show_views(weak_image, strong_image, weak["boxes"], *map_boxes(weak["boxes"], journey, strong["size"]))
+        return show_views(
+            weak_image,
+            strong_image,
+            weak["boxes"],
+            *map_boxes(weak["boxes"], journey, strong["size"]),
+        )
 
     return explore(draw, scene=(0, len(scenes) - 1), strength=(0.0, 3.0, 0.25), seed=(0, 30))
 
 
-def _show_over(score_threshold: float, found: list[dict], scenes, categories, truth: bool, style: str) -> Picture:
-    """The boxes found in scenes that score at least the cut, beside the truth or alone."""
+def _show_above(
+    score_threshold: float,
+    detections: list[dict],
+    scenes: Sequence[tuple],
+    categories: list[dict],
+    truth: bool,
+    style: str,
+) -> Picture:
+    """The detections in scenes that score at least the threshold, against the truth or alone."""
     images, truths = zip(*scenes)
     if truth:
-        return show_hits(images, found, truths, categories, score_threshold)
-    keep = [one["scores"] >= score_threshold for one in found]
-    kept = [{key: one[key][chosen] for key in ("boxes", "labels", "scores")} for one, chosen in zip(found, keep)]
-    return show_targets(images, kept, categories, style=style)
+        return show_hits(images, detections, truths, categories, score_threshold)
+    targets = []
+    for detection in detections:
+        keep = detection["scores"] >= score_threshold
+        targets.append({key: detection[key][keep] for key in ("boxes", "labels", "scores")})
+    return show_targets(images, targets, categories, style=style)
 
 
 def explore_threshold(detector, scenes: Sequence[tuple], categories, nms: float = 0.6) -> Explorer:
     """Which of a teacher's boxes a score cut keeps, as the student sees them, or beside the truth it never sees."""
-    found = detector.detect([image for image, _ in scenes], nms=nms)
+    detections = detector.detect([image for image, _ in scenes], nms=nms)
 
     def draw(score_threshold=0.4, truth=True):
-        return _show_over(score_threshold, found, scenes, categories, truth, "pseudo")
+        return _show_above(score_threshold, detections, scenes, categories, truth, "pseudo")
 
     return explore(draw, score_threshold=(0.05, 0.95, 0.05), truth=True)
 
@@ -197,8 +243,17 @@ def explore_threshold(detector, scenes: Sequence[tuple], categories, nms: float 
 def plot_lines(lines: dict[str, tuple], x: str, y: str, title: str = "") -> Picture:
     """Curves {name: (places, values)}, each with its own colour and dashes."""
     figure, ax = new_plot(6.5, 2.7)
-    for (name, (places, values)), color, dashes in zip(lines.items(), LINE_COLORS * 4, ("-", "--", "-.", ":") * 7):
-        ax.plot(places, values, color=color, linestyle=dashes, linewidth=1.8, label=name if len(places) else None)
+    for (name, (places, values)), color, dashes in zip(
+        lines.items(), LINE_COLORS * 4, ("-", "--", "-.", ":") * 7
+    ):
+        ax.plot(
+            places,
+            values,
+            color=color,
+            linestyle=dashes,
+            linewidth=1.8,
+            label=name if len(places) else None,
+        )
     ax.set(xlabel=x, ylabel=y, ylim=(0, None))
     ax.legend(**LEGEND_OUTSIDE)
     return set_title(figure, title)
@@ -211,7 +266,10 @@ def explore_momentum(steps: int = 120) -> Explorer:
 
     def draw(momentum=0.9, ramp=False):
         keep = np.minimum(momentum, 1 - 1 / (time + 1)) if ramp else np.full(steps + 1, momentum)
-        parts, teacher = np.eye(1, steps + 1)[0], [student[0]]  # the weight of each step's student; the start is step 0
+        parts, teacher = (
+            np.eye(1, steps + 1)[0],
+            [student[0]],
+        )  # the weight of each step's student; the start is step 0
         for step in time[1:]:
             parts = keep[step] * parts
             parts[step] += 1 - keep[step]
@@ -224,11 +282,19 @@ def explore_momentum(steps: int = 120) -> Explorer:
         right.set(xlabel="step", ylabel="one weight", ylim=(-0.25, 1.25))
         right.legend(fontsize=8, frameon=False, loc="lower right")
         half = 1 + int(parts[::-1].cumsum().searchsorted(0.5 - 1e-9))
-        said = f"half of the teacher is younger than {half} step{'s' * (half > 1)}, {100 * parts[0]:.0f} % is the start"
-        return set_title(figure, f"Momentum {momentum:g}: {said}")
+        plural = "s" if half > 1 else ""
+        finding = f"half of the teacher is younger than {half} step{plural}"
+        finding += f", {100 * parts[0]:.0f} % is the start"
+        return set_title(figure, f"Momentum {momentum:g}: {finding}")
 
     values = [0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 1.0]
-    slider = ipywidgets.SelectionSlider(options=values, value=0.9, description="momentum", **LOOK)
+    slider = ipywidgets.SelectionSlider(
+        options=values,
+        value=0.9,
+        description="momentum",
+        layout={"width": CONTROL_WIDTH},
+        style={"description_width": LABEL_WIDTH},
+    )
     return explore(draw, momentum=slider, ramp=False)
 
 
@@ -242,14 +308,25 @@ def show_dense(images, detector, truths=None, title="") -> Picture:
     fine = detector.strides[0]
     for ax, image, truth in zip(axes, images, truths or [None] * len(images)):
         cells = detector.head_outputs(detector.extract([image]))
-        scores, best = cells.outputs["cls_logits"][0].sigmoid().amax(-1).split(cells.cells_per_level), torch.zeros(1)
+        scores, best = (
+            cells.outputs["cls_logits"][0].sigmoid().amax(-1).split(cells.cells_per_level),
+            torch.zeros(1),
+        )
         for level, stride in zip(scores, detector.strides):
             height, width = (-(-side // stride) for side in image.shape[-2:])
-            near = [(torch.arange(-(-side // fine) + 1) * fine / stride).round().long() for side in image.shape[-2:]]
+            near = [
+                (torch.arange(-(-side // fine) + 1) * fine / stride).round().long()
+                for side in image.shape[-2:]
+            ]
             rows, columns = near[0].clamp(max=height - 1), near[1].clamp(max=width - 1)
             best = torch.maximum(best, level.view(height, width)[rows][:, columns])
         draw_boxes(ax, image, None, truth)
-        edges = (-fine / 2, best.shape[1] * fine - fine / 2, best.shape[0] * fine - fine / 2, -fine / 2)
+        edges = (
+            -fine / 2,
+            best.shape[1] * fine - fine / 2,
+            best.shape[0] * fine - fine / 2,
+            -fine / 2,
+        )
         ax.imshow(best.numpy(), cmap="cividis", vmin=0, vmax=1, alpha=0.75, extent=edges)
         ax.set(xlim=(0, image.shape[-1]), ylim=(image.shape[-2], 0))
     return figure
@@ -285,14 +362,30 @@ def explore_attention(detector, scenes: Sequence[tuple]) -> Explorer:
 
     def draw(scene, query, layer):
         (image, target), (maps, outputs) = scenes[scene], seen[scene]
-        box = {"boxes": to_pixels(outputs["pred_boxes"][0, query], target["size"])[None], "labels": torch.tensor([0])}
-        return show_heat([image], [maps[layer - 1, query]], [box], title=f"Where query {query} reads in layer {layer}")
+        box = {
+            "boxes": to_pixels(outputs["pred_boxes"][0, query], target["size"])[None],
+            "labels": torch.tensor([0]),
+        }
+        return show_heat(
+            [image],
+            [maps[layer - 1, query]],
+            [box],
+            title=f"Where query {query} reads in layer {layer}",
+        )
 
-    return explore(draw, scene=(0, len(scenes) - 1), query=(0, detector.num_queries - 1), layer=(1, len(seen[0][0])))
+    return explore(
+        draw,
+        scene=(0, len(scenes) - 1),
+        query=(0, detector.num_queries - 1),
+        layer=(1, len(seen[0][0])),
+    )
 
 
-def plot_places(boxes, title="") -> Picture:
-    """Where each query puts its box: centres of `boxes` (N images, Q, 4 cxcywh in [0, 1]), a small map a query."""
+def plot_places(boxes: torch.Tensor, title: str = "") -> Picture:
+    """Where each query puts its box: the centres in a small map per query.
+
+    `boxes` are (N images, Q, 4) cxcywh in [0, 1].
+    """
     names = [f"query {query}" for query in range(boxes.shape[1])]
     figure, axes = image_grid([torch.ones(3, 100, 100)] * len(names), 6, names, title, cell=1.4)
     for query, ax in enumerate(axes):
@@ -301,51 +394,71 @@ def plot_places(boxes, title="") -> Picture:
     return figure
 
 
-def plot_histograms(values: dict[str, torch.Tensor], x: str, y: str, title: str = "", bins: int = 25) -> Picture:
+def plot_histograms(
+    values: dict[str, torch.Tensor], x: str, y: str, title: str = "", bins: int = 25
+) -> Picture:
     """Histograms {name: (N,)} over each other, each with its own colour, hatch and mean (a line)."""
     figure, ax = new_plot(7.5, 2.8)
-    together = torch.cat([one.flatten() for one in values.values()])
+    together = torch.cat([numbers.flatten() for numbers in values.values()])
     edges = np.linspace(float(together.min()), float(together.max()), bins + 1)
-    for (name, one), color, hatch in zip(values.items(), LINE_COLORS, ("", "///", "...", "xxx")):
-        look = {"facecolor": color + "55", "edgecolor": color, "hatch": hatch, "label": f"{name}: {one.mean():.2f}"}
-        ax.hist(one.flatten().numpy(), edges, histtype="stepfilled", linewidth=1.5, **look)
-        ax.axvline(float(one.mean()), color=color, linewidth=2)
+    hatches = ("", "///", "...", "xxx")
+    for (name, numbers), color, hatch in zip(values.items(), LINE_COLORS, hatches):
+        ax.hist(
+            numbers.flatten().numpy(),
+            edges,
+            histtype="stepfilled",
+            linewidth=1.5,
+            facecolor=color + "55",
+            edgecolor=color,
+            hatch=hatch,
+            label=f"{name}: {numbers.mean():.2f}",
+        )
+        ax.axvline(float(numbers.mean()), color=color, linewidth=2)
     ax.set(xlabel=x, ylabel=y)
     ax.legend(title="mean (the line)", title_fontsize=8, **LEGEND_OUTSIDE)
     return set_title(figure, title)
 
 
 def explore_consistency(answers: Sequence[dict]) -> Explorer:
-    """An object of the weak view and how alike the strong view's objects are, under each way to pair queries.
+    """How similar the strong view's objects are to an object of the weak view.
 
-    `answers`, one a scene: "images" (weak, strong), "boxes" and "places" (T, 4), the objects in the two views, and
-    "pairings" {name: (boxes (T, 4) in the strong view, cosines (L, T, T) of weak and strong at each decoder layer)}.
-    The white box is where the chosen object is, the thick one that of the most similar query.
+    The white box is where that object is, the thick one belongs to the most similar query.
+
+    Args:
+        answers: one dict per scene: "images" (weak, strong); "boxes" and "places" (T, 4), the
+            objects in the two views; "pairings" {way to pair queries: (boxes (T, 4) in the strong
+            view, cosines (L, T, T) of weak and strong objects at each decoder layer)}.
     """
-    most = max(len(one["boxes"]) for one in answers) - 1
+    last = max(len(answer["boxes"]) for answer in answers) - 1
     layers = len(next(iter(answers[0]["pairings"].values()))[1])
 
     def draw(scene, object=0, layer=layers):
-        one = answers[scene]
-        (weak, strong), boxes, places, pairings = (one[key] for key in ("images", "boxes", "places", "pairings"))
-        chosen, labels = min(object, len(boxes) - 1), torch.arange(len(boxes))
-        views, drawn = [f"object {chosen} in the weak view"], []
-        for name, (found, cosines) in pairings.items():
-            row = cosines[layer - 1, chosen]
+        answer = answers[scene]
+        weak, strong = answer["images"]
+        boxes, places, pairings = (answer[key] for key in ("boxes", "places", "pairings"))
+        index = min(object, len(boxes) - 1)
+        labels = torch.arange(len(boxes))
+        captions = [f"object {index} in the weak view"]
+        targets = []
+        for name, (strong_boxes, cosines) in pairings.items():
+            row = cosines[layer - 1, index]
             best = int(row.argmax())
-            styles = ["kept" if place == best else "prediction" for place in labels.tolist()]
-            there = overlaps(found[best], places[chosen])[0] >= 0.5
-            views.append(f"{name}: most like {best}, {'right' if there else 'wrong'} place")
-            drawn.append(({"boxes": found, "labels": labels, "scores": row}, styles))
-        title = f"Who is most like object {chosen} at layer {layer}?"
-        figure, axes = image_grid([weak, *[strong] * len(drawn)], 3, views, title, cell=2.9)
-        draw_boxes(axes[0], weak, {"boxes": boxes[[chosen]], "labels": labels[[chosen]]}, style="kept")
-        for ax, (target, styles) in zip(axes[1:], drawn):
-            truth = {"boxes": places[[chosen]], "labels": labels[[chosen]]}
+            styles = ["kept" if label == best else "prediction" for label in labels.tolist()]
+            hit = overlaps(strong_boxes[best], places[index])[0] >= 0.5
+            captions.append(f"{name}: most like {best}, {'right' if hit else 'wrong'} place")
+            target = {"boxes": strong_boxes, "labels": labels, "scores": row}
+            targets.append((target, styles))
+        title = f"Who is most like object {index} at layer {layer}?"
+        images = [weak, *[strong] * len(targets)]
+        figure, axes = image_grid(images, 3, captions, title, cell=2.9)
+        weak_target = {"boxes": boxes[[index]], "labels": labels[[index]]}
+        draw_boxes(axes[0], weak, weak_target, style="kept")
+        for ax, (target, styles) in zip(axes[1:], targets):
+            truth = {"boxes": places[[index]], "labels": labels[[index]]}
             draw_boxes(ax, strong, target, truth, style=styles)
         return figure
 
-    return explore(draw, scene=(0, len(answers) - 1), object=(0, most), layer=(1, layers))
+    return explore(draw, scene=(0, len(answers) - 1), object=(0, last), layer=(1, layers))
 
 
 @torch.no_grad()
@@ -368,11 +481,22 @@ def show_points(image, target, places, shares, title="") -> Picture:
     draw_boxes(ax, image, target, categories=[{"name": ""}] * 99)
     height, width = image.shape[-2:]
     for level, (xy, share) in enumerate(zip(places, shares)):
-        look = {"marker": "os^D"[level % 4], "color": LINE_COLORS[level], "edgecolor": "white", "linewidth": 0.7}
-        ax.scatter(xy[:, 0] * width, xy[:, 1] * height, 10 + 400 * share, **look, clip_on=False)
-        ax.scatter([], [], 30, **look, label=f"{level}")
-    beside = {"loc": "lower left", "bbox_to_anchor": (0.12, 1.005), "borderpad": 0.0, "borderaxespad": 0.0}
-    ax.legend(fontsize=8, frameon=False, ncols=len(places), handletextpad=0.1, columnspacing=1.0, **beside)
+        style = {"marker": "os^D"[level % 4], "color": LINE_COLORS[level]}
+        style |= {"edgecolor": "white", "linewidth": 0.7}
+        x, y = xy[:, 0] * width, xy[:, 1] * height
+        ax.scatter(x, y, 10 + 400 * share, clip_on=False, **style)
+        ax.scatter([], [], 30, label=f"{level}", **style)
+    ax.legend(
+        fontsize=8,
+        frameon=False,
+        ncols=len(places),
+        handletextpad=0.1,
+        columnspacing=1.0,
+        loc="lower left",
+        bbox_to_anchor=(0.12, 1.005),
+        borderpad=0.0,
+        borderaxespad=0.0,
+    )
     return figure
 
 
@@ -386,11 +510,17 @@ def explore_points(detector, scenes: Sequence[tuple]) -> Explorer:
         boxes = [*outputs["aux_outputs"], outputs][layer - 1]["pred_boxes"][0, query]
         box = {"boxes": to_pixels(boxes, target["size"])[None], "labels": torch.tensor([0])}
         chosen = list(range(heads)) if head == "all" else [head]
-        places, shares = (part[query, chosen].transpose(0, 1).flatten(1, 2) for part in layers[layer - 1])
+        places, shares = (
+            part[query, chosen].transpose(0, 1).flatten(1, 2) for part in layers[layer - 1]
+        )
         title = f"Query {query}, layer {layer}: {places.shape[0] * places.shape[1]} points read"
         return show_points(image, box, places, shares, title)
 
-    controls = {"scene": (0, len(scenes) - 1), "query": (0, detector.num_queries - 1), "layer": (1, len(seen[0][0]))}
+    controls = {
+        "scene": (0, len(scenes) - 1),
+        "query": (0, detector.num_queries - 1),
+        "layer": (1, len(seen[0][0])),
+    }
     return explore(draw, **controls, head=["all", *range(heads)])
 
 
@@ -407,28 +537,50 @@ def explore_denoising(scenes: Sequence[tuple]) -> Explorer:
         (_, boxes, copies, _), count = made[0], len(target["labels"])
         labels = padded.labels[0].repeat(2)
         asked = {"boxes": to_pixels(boxes[0, : 2 * count], target["size"]), "labels": labels}
-        figure, (ax,) = image_grid([image], 1, title=f"{count} positives, {count} negatives", cell=3.4)
-        draw_boxes(ax, image, asked, target, [{"name": ""}] * 99, ["prediction"] * count + ["dropped"] * count)
+        figure, (ax,) = image_grid(
+            [image], 1, title=f"{count} positives, {count} negatives", cell=3.4
+        )
+        draw_boxes(
+            ax,
+            image,
+            asked,
+            target,
+            [{"name": ""}] * 99,
+            ["prediction"] * count + ["dropped"] * count,
+        )
         return figure, plot_attention_mask(group_mask([2 * count] * copies, 8), 8)
 
-    return explore(draw, scene=(0, len(scenes) - 1), box_noise=(0.0, 2.0, 0.1), questions=(1, 60), seed=(0, 30))
+    return explore(
+        draw, scene=(0, len(scenes) - 1), box_noise=(0.0, 2.0, 0.1), questions=(1, 60), seed=(0, 30)
+    )
 
 
 def explore_run(folder, frames: int = 4) -> Explorer:
-    """The teacher's boxes on the watched images of a run folder, `frames` looks side by side from a step on."""
+    """The teacher's boxes on the watched images of a run folder, `frames` steps side by side."""
     folder = Path(folder)
-    lines, splits = read_jsonl(folder / "pseudo_boxes.jsonl"), load_splits(read_config(folder), folder / "config.json")
-    known = {target["image_id"]: (image, target.get("truth")) for image, target in iter_readable(splits.unlabelled, 8)}
-    steps, watched = sorted({line["step"] for line in lines}), list(dict.fromkeys(line["image_id"] for line in lines))
-
-    kept = [sum(sum(line["kept"]) for line in lines if line["image_id"] == image_id) for image_id in watched]
-    fullest = kept.index(max(kept))
+    lines, splits = (
+        read_jsonl(folder / "pseudo_boxes.jsonl"),
+        load_splits(read_config(folder), folder / "config.json"),
+    )
+    images = {
+        target["image_id"]: (image, target.get("truth"))
+        for image, target in iter_readable(splits.unlabelled, 8)
+    }
+    steps = sorted({line["step"] for line in lines})
+    watched = list(dict.fromkeys(line["image_id"] for line in lines))
+    kept = dict.fromkeys(watched, 0)
+    for line in lines:
+        kept[line["image_id"]] += sum(line["kept"])
+    fullest = watched.index(max(watched, key=kept.get))
 
     def draw(image=fullest, start=steps[0], truth=True):
-        pixels, objects = known[watched[image]]
-        looks = [line for line in lines if line["image_id"] == watched[image] and line["step"] >= start][:frames]
-        title = f"{folder.name}: what the teacher says about unlabelled image {watched[image]}"
-        return show_pseudo_boxes(pixels, looks, objects if truth else None, splits.categories, title)
+        image_id = watched[image]
+        pixels, objects = images[image_id]
+        of_image = [line for line in lines if line["image_id"] == image_id]
+        shown = [line for line in of_image if line["step"] >= start][:frames]
+        title = f"{folder.name}: what the teacher says about unlabelled image {image_id}"
+        truth_target = objects if truth else None
+        return show_pseudo_boxes(pixels, shown, truth_target, splits.categories, title)
 
     starts = {f"step {step:,}": step for step in steps[: max(1, len(steps) - frames + 1)]}
     return explore(draw, image=(0, len(watched) - 1), start=starts, truth=True)
@@ -436,16 +588,24 @@ def explore_run(folder, frames: int = 4) -> Explorer:
 
 def explore_detectors(detectors: dict, scenes: Sequence[tuple], categories) -> Explorer:
     """What each of several detectors {name: detector} finds, beside the truth or alone, over a score cut."""
-    answers = {name: detector.detect([image for image, _ in scenes]) for name, detector in detectors.items()}
+    answers = {
+        name: detector.detect([image for image, _ in scenes])
+        for name, detector in detectors.items()
+    }
 
     def draw(detector, score_threshold=0.3, truth=True):
-        return _show_over(score_threshold, answers[detector], scenes, categories, truth, "prediction")
+        return _show_above(
+            score_threshold, answers[detector], scenes, categories, truth, "prediction"
+        )
 
     return explore(draw, detector=list(answers), score_threshold=(0.05, 0.95, 0.05), truth=True)
 
 
 QUANTITIES = {"AP_teacher": "AP of the teacher, %", "AP_student": "AP of the student, %"}
-QUANTITIES |= {"pseudo_precision": "pseudo-boxes that are right, %", "pseudo_recall": "objects that they find, %"}
+QUANTITIES |= {
+    "pseudo_precision": "pseudo-boxes that are right, %",
+    "pseudo_recall": "objects that they find, %",
+}
 QUANTITIES |= {"duplicates": "boxes too many for an object found, without NMS"}
 
 
@@ -465,26 +625,38 @@ def explore_recorded(lines: Sequence[dict]) -> Explorer:
         if line["method"] != "supervised":
             time = before + STEP_RATIO * time
         if time >= before:
-            rows.setdefault(_row_name(line, lengths), {}).setdefault((line["percent"], time), []).append(line)
+            rows.setdefault(_row_name(line, lengths), {}).setdefault(
+                (line["percent"], time), []
+            ).append(line)
 
     def draw(percent, quantity, **ticked):
-        curves, factor = {}, 100 if quantity in FRACTIONS else 1
-        for row, looks in rows.items():
-            known = {time: looks[share, time] for share, time in sorted(looks) if share == percent and ticked[row]}
-            found = {time: [one[quantity] for one in seeds if quantity in one] for time, seeds in known.items()}
-            found = {time: factor * np.mean(values) for time, values in found.items() if values}
-            curves |= {row: (list(found), list(found.values()))} if found else {}
+        factor = 100 if quantity in FRACTIONS else 1
+        curves = {}
+        for row, seeds_of in rows.items():
+            means = {}
+            for fraction, time in sorted(seeds_of):
+                seeds = seeds_of[fraction, time] if fraction == percent and ticked[row] else []
+                values = [line[quantity] for line in seeds if quantity in line]
+                if values:
+                    means[time] = factor * np.mean(values)
+            if means:
+                curves[row] = (list(means), list(means.values()))
         title = f"{len(curves)} {'row' if len(curves) == 1 else 'rows'} with {percent:g} % of the labels"
         figure = plot_lines(curves, "time, in supervised steps", QUANTITIES[quantity], title)
         figure.axes[0].autoscale(axis="y")
         return figure
 
-    percents = sorted({share for looks in rows.values() for share, _ in looks})
-    controls = {"percent": _control("percent", percents, inspect.Parameter.empty)}
-    controls["quantity"] = _control("quantity", {name: key for key, name in QUANTITIES.items()}, "AP_teacher")
-    look = {"indent": False, "layout": {"width": "240px"}}
-    boxes = {row: ipywidgets.Checkbox(row in TABLES["main"], description=row, **look) for row in rows}
-    return Explorer(draw, controls | boxes)
+    percents = sorted({percent for seeds_of in rows.values() for percent, _ in seeds_of})
+    names = {name: key for key, name in QUANTITIES.items()}
+    controls = {
+        "percent": make_control("percent", percents),
+        "quantity": make_control("quantity", names, "AP_teacher"),
+    }
+    for row in rows:
+        controls[row] = ipywidgets.Checkbox(
+            row in TABLES["main"], description=row, indent=False, layout={"width": "240px"}
+        )
+    return Explorer(draw, controls)
 
 
 def _row_name(line: dict, lengths: dict[tuple, int]) -> str:
@@ -496,26 +668,34 @@ def _row_name(line: dict, lengths: dict[tuple, int]) -> str:
 
 
 def explore_mixture(pools: dict[str, tuple]) -> Explorer:
-    """Costs of some boxes, two Gaussians after some steps of EM, and the cut; `pools` {name: (costs, correct) (N,)}."""
-    most = min(len(costs) for costs, _ in pools.values())
+    """Costs of some boxes, two Gaussians after some steps of EM, and the threshold.
 
-    def draw(checkpoint, samples=most, em_steps=30, truth=True):
+    `pools` is {name: (costs (N,), correct (N,) bool)}.
+    """
+    smallest = min(len(costs) for costs, _ in pools.values())
+
+    def draw(checkpoint, samples=smallest, em_steps=30, truth=True):
         costs, correct = pools[checkpoint]
-        chosen = np.random.default_rng(0).permutation(len(costs))[:samples]
-        costs, correct = costs[chosen], correct[chosen]
-        weights, means, variances = fitted(costs, em_steps)
-        chance = weights * np.exp(-((costs[:, None] - means) ** 2) / (2 * variances)) / np.sqrt(variances)
-        cheap = chance[:, 0] >= chance[:, 1]
-        cut = costs[np.where(cheap, chance.sum(1), -1).argmax()]
+        sample = np.random.default_rng(0).permutation(len(costs))[:samples]
+        costs, correct = costs[sample], correct[sample]
+        weights, means, variances = fit_em_steps(costs, em_steps)
+        exponent = -((costs[:, None] - means) ** 2) / (2 * variances)
+        density = weights * np.exp(exponent) / np.sqrt(variances)  # (N, 2)
+        is_reliable = density[:, 0] >= density[:, 1]
+        threshold = costs[np.where(is_reliable, density.sum(1), -1).argmax()]
         if truth:
-            return plot_cost_mixture(costs, means, variances, weights, cut, correct)
-        title = f"The cut mines {(costs <= cut).sum()} of {len(costs)} boxes"
-        figure = plot_cost_mixture(costs, means, variances, weights, cut, np.ones(len(costs), dtype=bool), title)
+            return plot_cost_mixture(costs, means, variances, weights, threshold, correct)
+        title = f"The cut mines {(costs <= threshold).sum()} of {len(costs)} boxes"
+        unknown = np.ones(len(costs), dtype=bool)
+        figure = plot_cost_mixture(costs, means, variances, weights, threshold, unknown, title)
         (ax,) = figure.axes
         for bar in ax.patches:
             bar.set(facecolor=GREY)
-        rows = [row for row in zip(*ax.get_legend_handles_labels()) if row[1] not in ("right", "wrong")]
-        ax.legend(*zip(*rows), **LEGEND_OUTSIDE)
+        entries = zip(*ax.get_legend_handles_labels())
+        entries = [entry for entry in entries if entry[1] not in ("right", "wrong")]
+        ax.legend(*zip(*entries), **LEGEND_OUTSIDE)
         return figure
 
-    return explore(draw, checkpoint=list(pools), samples=(2, most), em_steps=(1, 60), truth=True)
+    return explore(
+        draw, checkpoint=list(pools), samples=(2, smallest), em_steps=(1, 60), truth=True
+    )
