@@ -533,7 +533,7 @@ def draw_consistency(x: float, width: float) -> str:
 def main() -> None:
     """Draw every picture."""
     PICTURES.mkdir(exist_ok=True)
-    (PICTURES / "hero.png").write_bytes(png(draw_hero(), dpi=gallery.SHARPNESS))
+    (PICTURES / "hero.png").write_bytes(png(draw_hero(), dpi=gallery.PNG_DPI))
     (PICTURES / "method.svg").write_text(draw_method(), encoding="utf-8")
     curves = read(RECORDED / "ablation_curves.jsonl")
     (PICTURES / "training.png").write_bytes(png(plot_training(curves), dpi=200))

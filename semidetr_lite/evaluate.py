@@ -1,12 +1,14 @@
-"""How good detections are: COCO's twelve figures, and box by box what is a hit, a false alarm or a miss.
+"""How good detections are: COCO's twelve figures, Pascal VOC's AP, and the errors box by box.
 
-The figures are pycocotools' own, so that a number from here may stand beside a published one. A detection is right at
-an IoU threshold t when it overlaps a truth box of its class, not yet taken by a higher score, by IoU >= t. AP is the
-area under the precision-recall curve, averaged over the classes and over t = 0.50, 0.55 ... 0.95; AR is the recall
-reached with at most 1, 10 or 100 detections of a class in an image, averaged the same way. Small boxes have an area
-under 32 x 32 pixels, medium ones under 96 x 96.
+COCO's figures come from pycocotools, so that a number from here may stand beside a published one. A
+detection is right at an IoU threshold t if it overlaps a truth box of its class by IoU >= t and no
+detection with a higher score has taken this box. AP is the area under the precision-recall curve,
+averaged over the classes and over t = 0.50, 0.55 ... 0.95. AR is the recall of at most 1, 10 or 100
+detections per class and image, averaged the same way. Small boxes have an area under 32 x 32
+pixels, medium ones under 96 x 96.
 
-A crowd region ("crowd") is truth nobody has to find: detections inside it are neither right nor wrong.
+A crowd region ("crowd") is truth that need not be found: detections inside it are neither right nor
+wrong.
 """
 
 import io
@@ -25,67 +27,108 @@ FIGURES = (
     *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
     *("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large"),
 )
-TOP = 100  # detections per image that are looked at
+TOP = 100  # detections per image that count, those with the highest scores
 
 
-def evaluate(detections, targets) -> dict[str, float]:
+def evaluate(
+    detections: list[dict] | str | os.PathLike, targets: list[dict] | str | os.PathLike
+) -> dict[str, float]:
     """COCO's twelve figures, each in 0..1, nan where there is no truth to measure it on.
 
-    `detections` and `targets` are lists of dicts in the same order, one per image, boxes in pixels of the same image.
-    The `TOP` highest scores of an image are looked at; a detection that is not finite is none. A truth box without
-    "area" has its own. Or they are the paths of two json files, COCO results and COCO ground truth, whose contents
-    reach pycocotools as they are; detections on images that the ground truth does not list are passed over.
-    Raises UserError for a file that cannot be used, ValueError for lists of unequal length.
+    Args:
+        detections: one dict per image, of which the `TOP` highest scores count; or the path of a
+            COCO results file. Detections that are not finite are ignored, and so are those on
+            images that the ground truth does not list.
+        targets: one dict per image, in the same order and in pixels of the same image; or the path
+            of a COCO ground truth file. A box without "area" has the area of its sides.
+
+    Raises:
+        UserError: a file that cannot be used.
+        ValueError: lists of unequal length.
     """
     if isinstance(detections, str | os.PathLike) and isinstance(targets, str | os.PathLike):
         truth = read_coco(targets)
-        found = _detections_of_file(detections, truth)
-    else:
-        if len(detections) != len(targets):
-            raise ValueError(f"{len(detections)} detections for {len(targets)} targets: one dict per image in each")
-        truth, found = _truth_of_dicts(targets), _detections_of_dicts(detections)
-    return _figures(truth, found)
+        return _figures(truth, _detections_of_file(detections, truth))
+    _check_lengths(detections, targets)
+    return _figures(_truth_of_dicts(targets), _detections_of_dicts(detections))
+
+
+def _check_lengths(detections: list[dict], targets: list[dict]) -> None:
+    if len(detections) != len(targets):
+        counts = f"{len(detections)} detections for {len(targets)} targets"
+        raise ValueError(f"{counts}: one dict per image in each")
 
 
 def evaluate_voc(detections: list[dict], targets: list[dict]) -> dict:
-    """Pascal VOC's AP at an IoU of 0.5: {"AP50_11point", "AP50_allpoint", "per_class" {label: the two and "boxes"}}.
+    """Pascal VOC's AP at an IoU of 0.5, all detections counted, by score over all images.
 
-    `AP50_11point` averages the best precision at recall >= 0, 0.1 ... 1 (VOC 2007), `AP50_allpoint` is the area under
-    the precision made monotone (VOC 2010 on). A detection goes to the truth box of its class that it overlaps most,
-    taken or not: the first one there is right, a later one wrong. On a box marked "difficult" or "crowd" it is neither,
-    and nobody has to find such a box. All detections count, by score over all images. Values in 0..1, averaged over the
-    classes with a box to find ("boxes" of them), nan without any. Boxes in pixels, width x2 - x1: what voc_to_coco.py
-    makes of inclusive corners, so that IoUs are the official ones. Source: the VOC development kit, VOCevaldet.m.
+    A detection goes to the truth box of its class that it overlaps most, whether taken or not: the
+    first one there is right, a later one wrong. On a box marked "difficult" or "crowd" it is
+    neither, and such a box need not be found.
+
+    Args:
+        detections, targets: one dict per image in each. Boxes are in pixels, width x2 - x1: what
+            voc_to_coco.py makes of inclusive corners, so that IoUs are the official ones.
+
+    Returns:
+        {"AP50_11point", "AP50_allpoint", "per_class" {label: the two and "boxes"}}. The first
+        averages the best precision at recall >= 0, 0.1 ... 1 (VOC 2007), the second is the area
+        under the precision made monotone (VOC 2010 on). Values are in 0..1, averaged over the
+        classes that have "boxes" to find, nan without any.
+
+    Raises:
+        ValueError: lists of unequal length.
+
+    Source: the VOC development kit, VOCevaldet.m.
     """
-    if len(detections) != len(targets):
-        raise ValueError(f"{len(detections)} detections for {len(targets)} targets: one dict per image in each")
+    _check_lengths(detections, targets)
     ignored = [_marked(target, "difficult") | _marked(target, "crowd") for target in targets]
     verdicts = [_voc_verdicts(*image) for image in zip(detections, targets, ignored)]
     labels, scores, right = np.concatenate([np.zeros((3, 0)), *verdicts], axis=1)
-    wanted = [target["labels"].cpu()[~ignore] for target, ignore in zip(targets, ignored)]
+    to_find = [target["labels"].cpu()[~ignore] for target, ignore in zip(targets, ignored)]
+    to_find = np.concatenate([np.zeros(0, dtype=int), *to_find])
     per_class = {}
-    for label, boxes in zip(*np.unique(np.concatenate([np.zeros(0, dtype=int), *wanted]), return_counts=True)):
+    for label, boxes in zip(*np.unique(to_find, return_counts=True)):
         order = np.argsort(-scores[labels == label], kind="stable")
-        hits = right[labels == label][order].cumsum()
-        recall, precision = hits / boxes, hits / np.arange(1, len(hits) + 1)
-        best = np.maximum.accumulate(precision[::-1])[::-1]  # at this recall or a higher one
-        eleven = float(np.mean([best[recall >= step / 10].max(initial=0) for step in range(11)]))
-        area = float((np.diff(recall, prepend=0) * best).sum())
-        per_class[int(label)] = {"AP50_11point": eleven, "AP50_allpoint": area, "boxes": int(boxes)}
-    rows = [[found["AP50_11point"], found["AP50_allpoint"]] for found in per_class.values()] or [[np.nan, np.nan]]
-    eleven, area = np.mean(rows, axis=0).tolist()
-    return {"AP50_11point": eleven, "AP50_allpoint": area, "per_class": per_class}
+        eleven_point, all_point = _voc_average_precision(right[labels == label][order], boxes)
+        per_class[int(label)] = {
+            "AP50_11point": eleven_point,
+            "AP50_allpoint": all_point,
+            "boxes": int(boxes),
+        }
+    means = {
+        name: float(np.mean([row[name] for row in per_class.values()])) if per_class else np.nan
+        for name in ("AP50_11point", "AP50_allpoint")
+    }
+    return {**means, "per_class": per_class}
+
+
+def _voc_average_precision(right: np.ndarray, boxes: int) -> tuple[float, float]:
+    """The 11-point and the all-point AP of a class.
+
+    `right` (N,) says whether each detection is right, by falling score; `boxes` are to be found.
+    """
+    hits = right.cumsum()
+    recall, precision = hits / boxes, hits / np.arange(1, len(hits) + 1)
+    best = np.maximum.accumulate(precision[::-1])[::-1]  # at this recall or a higher one
+    at_levels = [best[recall >= level / 10].max(initial=0) for level in range(11)]
+    area = (np.diff(recall, prepend=0) * best).sum()
+    return float(np.mean(at_levels)), float(area)
 
 
 def _voc_verdicts(detection: dict, target: dict, ignored: torch.Tensor) -> np.ndarray:
-    """(3, N): label, score and whether it is right, of the detections of one image that count, by falling score."""
+    """Label, score and whether it is right (3, N), of the detections of one image that count.
+
+    They come by falling score; those on `ignored` (T,) boxes do not count.
+    """
     boxes, labels, scores = (detection[key].double().cpu() for key in ("boxes", "labels", "scores"))
     order = scores.argsort(descending=True, stable=True)
     order = order[(boxes.isfinite().all(1) & scores.isfinite())[order]]
     boxes, labels, scores = boxes[order], labels[order], scores[order]
     same = labels[:, None] == target["labels"].cpu()
     overlap = (box_iou(boxes, target["boxes"].double().cpu()) * same).numpy()
-    overlap = np.pad(overlap, ((0, 0), (0, 1)))  # (N, T + 1): a box that nothing overlaps, for images without truth
+    # (N, T + 1): one more box that nothing overlaps, for images without truth
+    overlap = np.pad(overlap, ((0, 0), (0, 1)))
     best = overlap.argmax(1)
     hit = overlap.max(1) >= 0.5
     first = np.zeros(len(best), dtype=bool)
@@ -96,26 +139,40 @@ def _voc_verdicts(detection: dict, target: dict, ignored: torch.Tensor) -> np.nd
 
 def _marked(target: dict, name: str) -> torch.Tensor:
     """The marks `name` of a target's boxes, (T,) bool; none where the target has no such field."""
-    return target[name].cpu().bool() if name in target else torch.zeros(len(target["boxes"]), dtype=torch.bool)
+    if name in target:
+        return target[name].cpu().bool()
+    return torch.zeros(len(target["boxes"]), dtype=torch.bool)
 
 
-def to_coco_json(detections: list[dict], image_ids: list[int], categories: list[dict]) -> list[dict]:
-    """Detections as a COCO results file has them: [{"image_id", "category_id", "bbox" [x, y, width, height], "score"}].
+def to_coco_json(
+    detections: list[dict], image_ids: list[int], categories: list[dict]
+) -> list[dict]:
+    """Detections as the rows of a COCO results file.
 
-    One detection dict per image id; `categories` [{"id", "name"}] in the order of the labels. Boxes are in pixels,
-    rounded to a thousandth.
+    Args:
+        detections: one dict per image id.
+        image_ids: in the same order.
+        categories: [{"id", "name"}] in the order of the labels.
+
+    Returns:
+        [{"image_id", "category_id", "bbox" [x, y, width, height], "score"}], boxes in pixels,
+        rounded to a thousandth.
     """
     rows = []
-    for image_id, found in zip(image_ids, detections, strict=True):
-        for row in _rows(image_id, found["labels"], found["boxes"].double(), score=found["scores"].double()):
+    for image_id, detection in zip(image_ids, detections, strict=True):
+        boxes, scores = detection["boxes"].double(), detection["scores"].double()
+        for row in _rows(image_id, detection["labels"], boxes, score=scores):
             row["category_id"] = categories[row["category_id"]]["id"]
-            box, score = [round(value, 3) for value in row["bbox"]], round(row["score"], 6)
-            rows.append({**row, "bbox": box, "score": score})
+            row["bbox"] = [round(value, 3) for value in row["bbox"]]
+            row["score"] = round(row["score"], 6)
+            rows.append(row)
     return rows
 
 
-def _rows(image_id, labels: torch.Tensor, boxes: torch.Tensor, **fields: torch.Tensor) -> list[dict]:
-    """Boxes (N, 4) xyxy of one image, their labels and further fields (N,), as the rows of a COCO file."""
+def _rows(
+    image_id: int, labels: torch.Tensor, boxes: torch.Tensor, **fields: torch.Tensor
+) -> list[dict]:
+    """Boxes (N, 4) xyxy of an image, their labels and more fields (N,), as rows of a COCO file."""
     xywh = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)
     columns = {"category_id": labels, "bbox": xywh, **fields}
     values = zip(*(column.tolist() for column in columns.values()))
@@ -123,12 +180,15 @@ def _rows(image_id, labels: torch.Tensor, boxes: torch.Tensor, **fields: torch.T
 
 
 def box_errors(detection: dict, truth: dict, iou: float = 0.5) -> dict[str, torch.Tensor]:
-    """Which boxes of one image are right: "hits" and "false_alarms" index `detection`, "misses" index `truth`.
+    """Which boxes of an image are hits, false alarms and misses.
 
-    From the highest score down, a detection takes the free truth box of its label that it overlaps best, if by at
-    least `iou`. One that finds none but lies in a crowd region of its label (the share `iou` of its own area at least)
-    is left out of both lists, and a crowd region is never missed. Hits and false alarms come by falling score, misses
-    in the order of the truth; all are int64 on the CPU.
+    From the highest score down, a detection takes the free truth box of its label that it overlaps
+    best, if by at least `iou`. One that finds none but lies in a crowd region of its label, with at
+    least the fraction `iou` of its own area, is left out. A crowd region is never missed.
+
+    Returns:
+        {"hits", "false_alarms"}: indices of `detection`, by falling score; "misses": indices of
+        `truth`, in its order. All are int64 on the CPU.
     """
     boxes, labels = detection["boxes"].double().cpu(), detection["labels"].cpu()
     true_boxes, true_labels = truth["boxes"].double().cpu(), truth["labels"].cpu()
@@ -148,12 +208,15 @@ def box_errors(detection: dict, truth: dict, iou: float = 0.5) -> dict[str, torc
         elif not in_crowd[index]:
             false_alarms.append(index)
     misses = np.flatnonzero(free & ~crowd.numpy()).tolist()
-    lists = {"hits": hits, "false_alarms": false_alarms, "misses": misses}
-    return {name: torch.tensor(indices, dtype=torch.int64) for name, indices in lists.items()}
+    return {
+        "hits": torch.tensor(hits, dtype=torch.int64),
+        "false_alarms": torch.tensor(false_alarms, dtype=torch.int64),
+        "misses": torch.tensor(misses, dtype=torch.int64),
+    }
 
 
 def _covered(boxes: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
-    """The share of each box (N, 4) that lies inside each region (T, 4): (N, T)."""
+    """The fraction of each box (N, 4) that lies inside each region (T, 4): (N, T)."""
     corner = torch.maximum(boxes[:, None, :2], regions[None, :, :2])
     opposite = torch.minimum(boxes[:, None, 2:], regions[None, :, 2:])
     inside = (opposite - corner).clamp(min=0).prod(-1)
@@ -161,13 +224,15 @@ def _covered(boxes: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
 
 
 def _truth_of_dicts(targets: list[dict]) -> dict:
-    """Our targets as one COCO ground truth; images are numbered by their place, labels are the category ids."""
+    """Targets as one COCO ground truth; an image id is an index, a category id is a label."""
     rows = []
     for image_id, target in enumerate(targets):
         boxes = target["boxes"].double().cpu()
         area = target["area"].double() if "area" in target else box_area(boxes)
-        rows += _rows(image_id, target["labels"], boxes, iscrowd=_marked(target, "crowd").int(), area=area)
-    return {"images": [{"id": image_id} for image_id in range(len(targets))], "annotations": rows}
+        crowd = _marked(target, "crowd").int()
+        rows += _rows(image_id, target["labels"], boxes, iscrowd=crowd, area=area)
+    images = [{"id": image_id} for image_id in range(len(targets))]
+    return {"images": images, "annotations": rows}
 
 
 def _detections_of_dicts(detections: list[dict]) -> list[dict]:
@@ -176,50 +241,60 @@ def _detections_of_dicts(detections: list[dict]) -> list[dict]:
     for image_id, detection in enumerate(detections):
         scores, boxes = detection["scores"].double().cpu(), detection["boxes"].double().cpu()
         finite = (boxes.isfinite().all(1) & scores.isfinite()).nonzero()[:, 0]
-        chosen = finite[scores[finite].argsort(descending=True, stable=True)[:TOP]]
-        rows += _rows(image_id, detection["labels"].cpu()[chosen], boxes[chosen], score=scores[chosen])
+        top = finite[scores[finite].argsort(descending=True, stable=True)[:TOP]]
+        labels = detection["labels"].cpu()[top]
+        rows += _rows(image_id, labels, boxes[top], score=scores[top])
     return rows
 
 
-def _detections_of_file(path, truth: dict) -> list[dict]:
-    """The rows of a COCO results file. Those on images without truth may stay: pycocotools never asks for them."""
+def _detections_of_file(path: str | os.PathLike, truth: dict) -> list[dict]:
+    """The rows of a COCO results file. Rows on images without truth may stay: they are not used.
+
+    Raises UserError for a file that holds no detections, or none on an image of the truth.
+    """
     rows = read_json(path)
     if not isinstance(rows, list):
         raise UserError(f"{path}: not a COCO results file: it holds no list of detections")
     keys = ("bbox", "image_id", "category_id", "score")
-    known = {category["id"] for category in truth["categories"]}
-    for place, row in enumerate(rows, 1):
+    category_ids = {category["id"] for category in truth["categories"]}
+    for number, row in enumerate(rows, 1):
         box, *others = [row.get(key) if isinstance(row, dict) else None for key in keys]
+        here = f"{path}: detection number {number}"
         if not is_numbers(box, 4) or not is_numbers(others, 3):
-            raise UserError(f'{path}: detection number {place} needs a "bbox" of 4 numbers and numbers as {keys[1:]}')
-        if row["category_id"] not in known:
-            raise UserError(f"{path}: detection number {place} has a category_id unknown to the truth, {others[1]}")
-    listed = {image["id"] for image in truth["images"]}
-    if rows and not any(row["image_id"] in listed for row in rows):
-        raise UserError(f"{path}: none of its {len(rows):,} detections is on an image of the truth; another data set?")
+            raise UserError(f'{here} needs a "bbox" of 4 numbers and numbers as {keys[1:]}')
+        if row["category_id"] not in category_ids:
+            raise UserError(f"{here} has a category_id unknown to the truth, {others[1]}")
+    image_ids = {image["id"] for image in truth["images"]}
+    if rows and not any(row["image_id"] in image_ids for row in rows):
+        fault = f"none of its {len(rows):,} detections is on an image of the truth"
+        raise UserError(f"{path}: {fault}; another data set?")
     return [{key: row[key] for key in keys} for row in rows]
 
 
-def _figures(truth: dict, found: list[dict]) -> dict[str, float]:
-    """Ask pycocotools, in silence. It is imported here, so that machines without it can still train and detect."""
+def _figures(truth: dict, detections: list[dict]) -> dict[str, float]:
+    """The figures of pycocotools, without what it prints.
+
+    It is imported here, so that machines without it can still train and detect.
+    """
     from pycocotools.cocoeval import COCOeval
 
     # A class without truth has no AP and would only cost time.
-    measured = sorted({row["category_id"] for row in truth["annotations"]})
-    if not measured:
+    category_ids = sorted({row["category_id"] for row in truth["annotations"]})
+    if not category_ids:
         return dict.fromkeys(FIGURES, float("nan"))
     with redirect_stdout(io.StringIO()):
-        indexed = [_index(truth["images"], measured, rows) for rows in (truth["annotations"], found)]
-        judge = COCOeval(*indexed, iouType="bbox")
-        judge.evaluate()
-        judge.accumulate()
-        judge.summarize()
-    values = [float(value) if value >= 0 else float("nan") for value in judge.stats]
+        truth_index = _index(truth["images"], category_ids, truth["annotations"])
+        detection_index = _index(truth["images"], category_ids, detections)
+        evaluation = COCOeval(truth_index, detection_index, iouType="bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    values = [float(value) if value >= 0 else float("nan") for value in evaluation.stats]
     return dict(zip(FIGURES, values))
 
 
-def _index(images: list[dict], categories: list, rows: list[dict]):
-    """pycocotools' view of some rows, which are completed in place where they say nothing of crowd and area."""
+def _index(images: list[dict], category_ids: list, rows: list[dict]):
+    """pycocotools' index of some rows, which get an id, and crowd and area where they lack them."""
     from pycocotools.coco import COCO
 
     for number, row in enumerate(rows, 1):
@@ -227,6 +302,7 @@ def _index(images: list[dict], categories: list, rows: list[dict]):
         row.setdefault("iscrowd", 0)
         row.setdefault("area", row["bbox"][2] * row["bbox"][3])
     coco = COCO()
-    coco.dataset = {"images": images, "categories": [{"id": category} for category in categories], "annotations": rows}
+    categories = [{"id": category_id} for category_id in category_ids]
+    coco.dataset = {"images": images, "categories": categories, "annotations": rows}
     coco.createIndex()
     return coco

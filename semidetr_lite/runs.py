@@ -1,10 +1,11 @@
-"""Finished runs, read from their folders to be compared: logs, figures, names, who is best.
+"""Finished runs to compare, read from their folders: logs, figures, names, and which is best.
 
 A run folder holds config.json, log.jsonl, pseudo_boxes.jsonl and weights; a weights file alone is a
 run without a log. Its figures on the test split stand in the log, or are measured.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from semidetr_lite.training import presets
 from semidetr_lite.training.checkpoint import read_config
 from semidetr_lite.training.measure import measure
 
-SAME_TIME = 2  # supervised steps that take no longer than one semi-supervised step
+STEPS_OF_SAME_TIME = 2  # supervised steps that take no longer than one semi-supervised step
 METHODS = {
     "supervised": "supervised",
     "mean-teacher": "mean teacher",
@@ -25,8 +26,8 @@ METHODS = {
     "soft-teacher": "Soft Teacher",
     "dense-teacher": "Dense Teacher",
 }
-DIGITS = {"data": "digits", "percent": 10, "fold": 1}  # to load the embedded data
-DATA_KEYS = ("data", "validation", "categories")  # in which compared runs agree
+DIGITS = {"data": "digits", "percent": 10, "fold": 1, "recipe": {}}  # to load the embedded data
+DATA_KEYS = ("data", "validation", "categories")  # settings in which compared runs must agree
 
 
 @dataclass
@@ -67,19 +68,26 @@ class Record:
 # ---- reading ---------------------------------------------------------------------------------
 
 
-def read_runs(paths, names: dict | None = None) -> list[Record]:
-    """Run folders and weights files, checked to be on the same data, with a name each.
+def read_runs(
+    paths: Sequence[str | os.PathLike], names: dict[str, str] | None = None
+) -> list[Record]:
+    """Read run folders and weights files, check that they are on the same data, and name them.
 
-    `names` maps the name of a folder or file to the name of its run. Raises UserError for a folder
-    that is no run, a damaged file, a run given twice, or runs on different data.
+    Args:
+        paths: run folders or .safetensors files.
+        names: {name of a folder or file: name of its run}.
+
+    Raises:
+        UserError: a folder that is no run, a damaged file, a run given twice, or runs on different
+            data.
     """
     runs = [read_run(path) for path in paths]
     if not runs:
         raise UserError("no run to report on: give at least one run folder")
-    places = [run.path.resolve() for run in runs]
+    resolved = [run.path.resolve() for run in runs]
     folders = [run for run in runs if run.data]
     for position, run in enumerate(runs):
-        if places[position] in places[:position]:
+        if resolved[position] in resolved[:position]:
             raise UserError(f"{run.path}: given twice; give every run once")
         _check_data(run, folders[0] if folders else runs[0])
         if not folders and run.config["categories"] != digits.CATEGORIES:
@@ -92,7 +100,7 @@ def read_runs(paths, names: dict | None = None) -> list[Record]:
     return runs
 
 
-def read_run(path) -> Record:
+def read_run(path: str | os.PathLike) -> Record:
     """The run in a folder, or a weights file. Raises UserError for none, or for a damaged file."""
     path = Path(path)
     if path.is_file() or path.suffix == ".safetensors":
@@ -102,25 +110,26 @@ def read_run(path) -> Record:
         burn_in_name, burn_in = _burn_in(path, config)
     log = _lines(path / "log.jsonl", burn_in)
     pseudo_lines = _lines(path / "pseudo_boxes.jsonl", burn_in)
-    kinds = ("teacher", "student")
-    weights = [which for which in kinds if (path / f"{which}.safetensors").is_file()]
+    networks = ("teacher", "student")
+    weights = [name for name in networks if (path / f"{name}.safetensors").is_file()]
     return Record(path, config, log, pseudo_lines, weights, burn_in, burn_in_name, data=config)
 
 
 def _read_weights(path: Path) -> Record:
-    """A weights file as a run without a log; a file named like a method is of it."""
+    """A weights file as a run without a log; its name may say the method."""
     detector = semidetr_lite.load_detector(path, weights="teacher")
-    kinds = {kind: name for name, kind in presets.DETECTORS.items()}
+    detector_names = {kind: name for name, kind in presets.DETECTORS.items()}
     method = path.stem.lower().replace("_", "-")
     config = {
         "method": method if method in METHODS else None,
-        "detector": kinds.get(type(detector)),
+        "detector": detector_names.get(type(detector)),
         "categories": detector.categories,
     }
     return Record(path, config, [], [], ["teacher"])
 
 
 def _check_data(run: Record, first: Record) -> None:
+    """Raise UserError unless two runs are on the same data."""
     for key in DATA_KEYS if run.data else ("categories",):
         if _data_setting(run.config, key) != _data_setting(first.config, key):
             where = "of config.json" if run.data else "of the weights"
@@ -135,27 +144,29 @@ def _data_setting(config: dict, key: str):
 
 
 def _burn_in(folder: Path, config: dict) -> tuple[str, list[dict]]:
-    """Name and log of the run this one went on from, with those before; none if not on disk."""
-    named = Path(config.get("burn_in") or folder)
-    for place in (named, folder.parent / named.name):
-        if config.get("burn_in") and (place / "config.json").is_file():
-            own = read_config(place)
-            before = _burn_in(place, own)[1]
-            method = str(own.get("method", ""))
+    """Name and log of the run this one continued, and of those before; empty if not on disk."""
+    if not config.get("burn_in"):
+        return "", []
+    recorded = Path(config["burn_in"])
+    for burn_in in (recorded, folder.parent / recorded.name):  # they may have moved together
+        if (burn_in / "config.json").is_file():
+            burn_in_config = read_config(burn_in)
+            _, earlier = _burn_in(burn_in, burn_in_config)
+            method = str(burn_in_config.get("method", ""))
             name = f"{METHODS.get(method, method)} burn-in"
-            return name, before + _lines(place / "log.jsonl", before)
+            return name, earlier + _lines(burn_in / "log.jsonl", earlier)
     return "", []
 
 
-def _lines(path: Path, before: list[dict]) -> list[dict]:
-    """The lines of a log, counted from the end of the log before it."""
+def _lines(path: Path, earlier: list[dict]) -> list[dict]:
+    """The lines of a log, steps and seconds counted from the start of the earlier log."""
     lines = read_jsonl(path, unfinished=True)
-    start = {"step": last(before, "step") or 0, "seconds": last(before, "seconds") or 0.0}
+    start = {"step": last(earlier, "step") or 0, "seconds": last(earlier, "seconds") or 0.0}
     counted = []
     with as_user_error(path, "not the log of a run"):
         for line in lines:
-            known = [key for key in start if line.get(key) is not None]
-            counted.append(line | {key: line[key] + start[key] for key in known})
+            logged = [key for key in start if line.get(key) is not None]
+            counted.append(line | {key: line[key] + start[key] for key in logged})
     return counted
 
 
@@ -165,43 +176,45 @@ def _lines(path: Path, before: list[dict]) -> list[dict]:
 def _name_runs(runs: list[Record], names: dict) -> None:
     """Names as given, else by method; with the folder's name where two would be equal."""
     for run in runs:
-        place = run.path.resolve()
-        given = [names[key] for key in (place.name, place.stem) if key in names]
+        path = run.path.resolve()
+        given = [names[key] for key in (path.name, path.stem) if key in names]
         run.name = str(given[0]) if given else default_name(run, runs)
-    known, paths = [run.name for run in runs], [run.path.resolve().parts for run in runs]
-    shared = -1  # of a path all but the folder's name goes without saying
+    taken = [run.name for run in runs]
+    paths = [run.path.resolve().parts for run in runs]
+    shared = -1  # parts of the paths that need not be said: all but the folder's name
     if len({path[-1] for path in paths}) < len(paths):
         shared = len(os.path.commonprefix([path[:-1] for path in paths]))
     for run, path in zip(runs, paths):
-        if known.count(run.name) > 1:
+        if taken.count(run.name) > 1:
             run.name += f" ({'/'.join(path[shared:])})"
 
 
 def default_name(run: Record, runs: list[Record]) -> str:
     """A run's name among others by its method, or by its folder or file where that is not known."""
-    place = run.path.resolve()
-    if place.stem in ("teacher", "student") and place.is_file():  # one of a run folder's
-        return f"{place.parent.name} {place.stem}"
-    name = METHODS.get(run.method, run.method or place.stem.replace("_", " "))
+    path = run.path.resolve()
+    if path.stem in ("teacher", "student") and path.is_file():  # one of a run folder's
+        return f"{path.parent.name} {path.stem}"
+    name = METHODS.get(run.method, run.method or path.stem.replace("_", " "))
     return f"{name}, same time" if same_time(run, runs) else name
 
 
 def same_time(run: Record, runs: list[Record]) -> bool:
     """Whether a supervised run trains about as long as the others, from the same burn-in on.
 
-    Decided by steps: it has at least SAME_TIME times those of every semi-supervised run from there.
+    Decided by steps: it has at least STEPS_OF_SAME_TIME times those of every semi-supervised run
+    from there.
     """
     start, steps = run.config.get("burn_in"), run.config.get("steps")
     if run.method != "supervised" or not start or not isinstance(steps, int):
         return False
-    others = [other.config for other in runs if other.method not in ("", "supervised")]
-    others = [config.get("steps") for config in others if config.get("burn_in") == start]
-    others = [other for other in others if isinstance(other, int)]
-    return bool(others) and all(steps >= SAME_TIME * other for other in others)
+    configs = [other.config for other in runs if other.method not in ("", "supervised")]
+    same_start = [config.get("steps") for config in configs if config.get("burn_in") == start]
+    lengths = [length for length in same_start if isinstance(length, int)]
+    return bool(lengths) and steps >= STEPS_OF_SAME_TIME * max(lengths)
 
 
 def as_training(run: Record, runs: list[Record]) -> str:
-    """A run in a sentence: "supervised training of the same time", not "supervised, same time"."""
+    """A run's name in a sentence: "supervised training" for a run that is called "supervised"."""
     if run.method != "supervised" or run.name != default_name(run, runs):
         return run.name
     return "supervised training" + " of the same time" * same_time(run, runs)
@@ -223,12 +236,12 @@ def fill_figures(run: Record, splits: Splits | None = None) -> None:
     elif run.weights:
         test = (splits or splits_of(run)).test
         run.live = len(test) > 0
-        for which in run.weights if run.live else ():
-            detector = semidetr_lite.load_detector(run.path, weights=which)
-            run.figures[which] = measure(detector, test)
+        for network in run.weights if run.live else ():
+            detector = semidetr_lite.load_detector(run.path, weights=network)
+            run.figures[network] = measure(detector, test)
 
 
-def is_measured(value) -> bool:
+def is_measured(value: float | None) -> bool:
     """Whether a figure exists: COCO marks a class of objects that does not occur by nan or -1."""
     return value is not None and value >= 0
 
@@ -239,18 +252,18 @@ def last(log: list[dict], key: str):
 
 
 def best_sentence(runs: list[Record]) -> str:
-    """Who has the highest AP on the test split, and how far that is from the first run's.
+    """Which run has the highest AP on the test split, and its difference to the first run.
 
-    Where the first run is the best, how far it is above the best of the others. AP that are equal
-    at one decimal are a tie.
+    Where the first run is the best, the difference to the best of the others. AP that are equal at
+    one decimal are a tie.
     """
-    base, known = runs[0], [run for run in runs if run.ap is not None]
-    if not known:
+    base, measured = runs[0], [run for run in runs if run.ap is not None]
+    if not measured:
         return "No AP on the test split yet"
-    top = max(run.ap for run in known)
+    top = max(run.ap for run in measured)
     reached, first = f"{top:.1f} AP on the test split", as_training(base, runs)
-    best = [run for run in known if f"{run.ap:.1f}" == f"{top:.1f}"]
-    others = [run for run in known if run is not base]
+    best = [run for run in measured if f"{run.ap:.1f}" == f"{top:.1f}"]
+    others = [run for run in measured if run is not base]
     if base in best and len(best) > 1:
         equal = listed([as_training(run, runs) for run in best])
         return capital(f"a tie: {equal} reach {reached}")
@@ -269,9 +282,10 @@ def best_sentence(runs: list[Record]) -> str:
 
 
 def listed(words: list[str]) -> str:
-    """Words as a list in a sentence."""
+    """Words in a sentence: "a, b and c"."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def capital(sentence: str) -> str:
+    """A sentence with a capital first letter."""
     return sentence[:1].upper() + sentence[1:]

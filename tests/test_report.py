@@ -369,7 +369,7 @@ def test_all_dropped_boxes_are_shown_only_when_asked_for(tmp_path):
     assert [len(shown), len(hidden)] == [6, 6]  # of six steps
     assert all(path.count("M") == visualize.BEST_DROPPED for path in shown)
     assert all(path.count("M") == 9 - visualize.BEST_DROPPED for path in hidden)
-    scale = report.NARROW / 32
+    scale = report.TIMELINE_WIDTH / 32
     assert shown[0].startswith(f"M{4 * scale:.1f} ")  # the best five begin with the fifth
     # A box to tick, before the timeline and inside the same part, is all that the style sheet needs.
     assert [found["id"] for found in page.all("input", type="checkbox")] == [

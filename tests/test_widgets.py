@@ -1,4 +1,4 @@
-"""Explorers: a value changed in Python changes the picture, soon; a saved notebook keeps the first picture."""
+"""Explorers: a changed value soon changes the picture; a saved notebook keeps the first one."""
 
 import io
 import re
@@ -59,7 +59,7 @@ CHANGES = {
     "consistency": {"scene": 1, "object": 1, "layer": 1},
     "mixture": {"checkpoint": "late", "samples": 3, "em_steps": 1, "truth": False},
     "attention": {"scene": 1, "query": 5, "layer": 3},
-    "denoising": {"scene": 1, "box_noise": 1.0, "questions": 40, "seed": 1},
+    "denoising": {"scene": 1, "box_noise": 1.0, "queries": 40, "seed": 1},
     "run": {"image": 0, "start": 200, "truth": False},
     "detectors": {"detector": "supervised", "score_threshold": 0.9, "truth": False},
     "recorded": {
@@ -288,6 +288,13 @@ def test_a_higher_cut_keeps_fewer_boxes(explorers):
         )
     explorer.controls["score_threshold"].value = 0.4
     assert counts == sorted(counts, reverse=True) and np.ptp(counts) > 0
+
+
+def test_a_scene_without_an_object_has_no_denoising_queries(scenes):
+    image, target = scenes[0]
+    none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    (figure,) = explore_denoising([(image, target | none)]).figures()
+    assert "no denoising query" in figure.get_suptitle().replace("\n", " ")
 
 
 def test_a_dense_map_lies_over_each_image(scenes):

@@ -62,7 +62,8 @@ CONTROL_WIDTH, LABEL_WIDTH = "330px", "90px"
 class Explorer(ipywidgets.VBox):
     """Controls over pictures, redrawn in place.
 
-    `controls` {name: widget}; the figures of `draw` at their present values are in `picture`, an HTML widget.
+    `controls` is {name: widget}; `picture` is an HTML widget with the figures of `draw` at the
+    present values.
     """
 
     def __init__(self, draw: Callable, controls: dict[str, ipywidgets.Widget]):
@@ -101,8 +102,8 @@ def explore(draw: Callable, **controls) -> Explorer:
         draw: returns a Picture, or a tuple of them.
         controls: what ipywidgets.interactive takes: (low, high) or (low, high, step) for a slider,
             of whole numbers if these are; a list, or a dict {label: value}, for a choice; True or
-            False for a tick box; or a widget. A slider or choice begins at `draw`'s default, without
-            one at its lowest or first value.
+            False for a tick box; or a widget. A slider or choice begins at `draw`'s default,
+            without one at its lowest or first value.
 
     Raises:
         UserError: a control that is none of these.
@@ -145,12 +146,15 @@ def _quick_tag(figure: Picture) -> str:
     return f'<img src="data:image/png;base64,{code}" alt="{escape(figure.get_suptitle())}">'
 
 
-# ---- the explorers: one short function each --------------------------------------------------------------------------
+# ---- the explorers: one short function each ------------------------------------------------------
 
 
 @torch.no_grad()
 def explore_matching(detector, scenes: Sequence[tuple], categories=None) -> Explorer:
-    """Who answers for which object, under any weights; `scenes` are pairs (image, target), answered once."""
+    """Which query is matched with which object, under any weights of the cost.
+
+    `scenes` are pairs (image, target), of which the detector's outputs are computed once.
+    """
     outputs = [detector([image]) for image, _ in scenes]
 
     def draw(
@@ -186,7 +190,7 @@ def explore_matching(detector, scenes: Sequence[tuple], categories=None) -> Expl
 
 
 def explore_views(scenes: Sequence[tuple], settings: ViewSettings) -> Explorer:
-    """The weak and the strong view of a scene, its boxes carried from one to the other by the two matrices.
+    """The weak and the strong view of a scene, its boxes mapped by the two matrices.
 
     `settings` are those of strength 1; at 0 only mirror and colour are left.
     """
@@ -231,7 +235,10 @@ def _show_above(
 
 
 def explore_threshold(detector, scenes: Sequence[tuple], categories, nms: float = 0.6) -> Explorer:
-    """Which of a teacher's boxes a score cut keeps, as the student sees them, or beside the truth it never sees."""
+    """Which of a teacher's boxes a score threshold keeps, alone or against the truth.
+
+    The student sees the boxes alone; it never sees the truth.
+    """
     detections = detector.detect([image for image, _ in scenes], nms=nms)
 
     def draw(score_threshold=0.4, truth=True):
@@ -260,7 +267,7 @@ def plot_lines(lines: dict[str, tuple], x: str, y: str, title: str = "") -> Pict
 
 
 def explore_momentum(steps: int = 120) -> Explorer:
-    """What a teacher is made of after some steps, and how it follows a student that learns and trembles."""
+    """The weight of each past student in an EMA teacher, and how it follows a noisy student."""
     time = np.arange(steps + 1)
     student = 1 - np.exp(-time / 25) + np.random.default_rng(0).normal(0, 0.08, steps + 1)
 
@@ -300,9 +307,9 @@ def explore_momentum(steps: int = 120) -> Explorer:
 
 @torch.no_grad()
 def show_dense(images, detector, truths=None, title="") -> Picture:
-    """What FCOS says about images: around each cell its highest class score on any level, the brighter the higher.
+    """The highest class score of FCOS around each cell, on any level; brighter is higher.
 
-    A cell answers for the place `index * stride`, torchvision's point, not for the middle of a tile.
+    A cell predicts for the point `index * stride`, as in torchvision, not for the middle of a tile.
     """
     figure, axes = image_grid(images, 4, title=title)
     fine = detector.strides[0]
@@ -334,7 +341,10 @@ def show_dense(images, detector, truths=None, title="") -> Picture:
 
 @torch.no_grad()
 def cross_attention(detector, image) -> tuple[torch.Tensor, dict]:
-    """Where each query of a DETR reads, (layers, Q, H, W), the mean over the heads; and the outputs for the image."""
+    """Where each query of a DETR attends, and the outputs for the image.
+
+    The maps are (layers, Q, H, W), the mean over the heads.
+    """
     memory = detector.encode([image])
     places, keys, maps = detector.positions.weight[None], memory.tokens + memory.positions, []
     content = torch.zeros_like(places)
@@ -346,7 +356,7 @@ def cross_attention(detector, image) -> tuple[torch.Tensor, dict]:
 
 
 def show_heat(images, maps, targets=None, titles=None, title="", columns=4) -> Picture:
-    """Maps (H, W) over images, the brighter the higher, each with its own scale, and boxes over them."""
+    """Maps (H, W) over images, each with its own scale, brighter is higher; and boxes over them."""
     figure, axes = image_grid(images, columns, titles, title)
     for ax, image, values, target in zip(axes, images, maps, targets or [None] * len(images)):
         draw_boxes(ax, image, target, categories=target and [{"name": ""}] * 99)
@@ -397,7 +407,7 @@ def plot_places(boxes: torch.Tensor, title: str = "") -> Picture:
 def plot_histograms(
     values: dict[str, torch.Tensor], x: str, y: str, title: str = "", bins: int = 25
 ) -> Picture:
-    """Histograms {name: (N,)} over each other, each with its own colour, hatch and mean (a line)."""
+    """Histograms {name: (N,)} in one plot, each with its own colour, hatch and mean (a line)."""
     figure, ax = new_plot(7.5, 2.8)
     together = torch.cat([numbers.flatten() for numbers in values.values()])
     edges = np.linspace(float(together.min()), float(together.max()), bins + 1)
@@ -463,7 +473,10 @@ def explore_consistency(answers: Sequence[dict]) -> Explorer:
 
 @torch.no_grad()
 def sampling_points(detector, image) -> tuple[list, dict]:
-    """Where the deformable attention of each decoder layer reads: [(places (Q, M, L, P, 2), shares (Q, M, L, P))]."""
+    """Where the deformable attention of each decoder layer reads, and the outputs for the image.
+
+    A list of (locations (Q, M, L, P, 2), weights (Q, M, L, P)), one per layer.
+    """
     seen, read = [], deformable.deformable_attention
 
     def note(value, shapes, places, shares):
@@ -476,7 +489,10 @@ def sampling_points(detector, image) -> tuple[list, dict]:
 
 
 def show_points(image, target, places, shares, title="") -> Picture:
-    """Places (L, P, 2) in [0, 1] on an image, the larger the more they count, a colour and a mark for each level."""
+    """Sampling locations (L, P, 2) in [0, 1] on an image, a colour and a mark for each level.
+
+    A location is the larger, the higher its share (L, P) is.
+    """
     figure, (ax,) = image_grid([image], 1, ["levels"], title, cell=3.4)
     draw_boxes(ax, image, target, categories=[{"name": ""}] * 99)
     height, width = image.shape[-2:]
@@ -527,31 +543,26 @@ def explore_points(detector, scenes: Sequence[tuple]) -> Explorer:
 def explore_denoising(scenes: Sequence[tuple]) -> Explorer:
     """One denoising group on a scene, its positives and negatives, and the mask of all groups."""
 
-    def draw(scene, box_noise=0.4, questions=20, seed=0):
+    def draw(scene, box_noise=0.4, queries=20, seed=0):
         image, target = scenes[scene]
         padded = pad_targets([target])
-        maker = Denoising(10, 1, questions, box_noise=box_noise)
-        made = maker(*padded, [np.random.default_rng(seed)])
+        make_queries = Denoising(10, 1, queries, box_noise=box_noise)
+        made = make_queries(*padded, [np.random.default_rng(seed)])
         if made is None:
-            return show_targets([image], [target], title="No object, so there is nothing to ask")
-        (_, boxes, copies, _), count = made[0], len(target["labels"])
+            title = "No object: no denoising query"
+            return show_targets([image], [target], None, title=title)
+        _, boxes, copies, _ = made[0]
+        count = len(target["labels"])
         labels = padded.labels[0].repeat(2)
-        asked = {"boxes": to_pixels(boxes[0, : 2 * count], target["size"]), "labels": labels}
-        figure, (ax,) = image_grid(
-            [image], 1, title=f"{count} positives, {count} negatives", cell=3.4
-        )
-        draw_boxes(
-            ax,
-            image,
-            asked,
-            target,
-            [{"name": ""}] * 99,
-            ["prediction"] * count + ["dropped"] * count,
-        )
+        noised = {"boxes": to_pixels(boxes[0, : 2 * count], target["size"]), "labels": labels}
+        title = f"{count} positives, {count} negatives"
+        figure, (ax,) = image_grid([image], 1, title=title, cell=3.4)
+        styles = ["prediction"] * count + ["dropped"] * count
+        draw_boxes(ax, image, noised, target, [{"name": ""}] * 99, styles)
         return figure, plot_attention_mask(group_mask([2 * count] * copies, 8), 8)
 
     return explore(
-        draw, scene=(0, len(scenes) - 1), box_noise=(0.0, 2.0, 0.1), questions=(1, 60), seed=(0, 30)
+        draw, scene=(0, len(scenes) - 1), box_noise=(0.0, 2.0, 0.1), queries=(1, 60), seed=(0, 30)
     )
 
 
@@ -587,7 +598,10 @@ def explore_run(folder, frames: int = 4) -> Explorer:
 
 
 def explore_detectors(detectors: dict, scenes: Sequence[tuple], categories) -> Explorer:
-    """What each of several detectors {name: detector} finds, beside the truth or alone, over a score cut."""
+    """The detections of several detectors {name: detector} above a score threshold.
+
+    They are shown against the truth or alone.
+    """
     answers = {
         name: detector.detect([image for image, _ in scenes])
         for name, detector in detectors.items()
@@ -610,10 +624,11 @@ QUANTITIES |= {"duplicates": "boxes too many for an object found, without NMS"}
 
 
 def explore_recorded(lines: Sequence[dict]) -> Explorer:
-    """Curves of an ablation, from the lines of its ablation_curves.jsonl: the rows that are ticked, mean of the seeds.
+    """Curves of an ablation: for each row that is ticked the mean over its seeds.
 
-    Over the time spent, in supervised steps, from the end of the burn-in on; a semi-supervised step takes longer. Runs
-    of another detector, preset or length are rows of their own; those of the main table are ticked at first.
+    The x axis is the time spent after the burn-in, in supervised steps; a semi-supervised step
+    takes longer. Runs of another detector, preset or length are rows of their own. At first the
+    rows of the main table are ticked. `lines` are those of ablation_curves.jsonl.
     """
     rows: dict[str, dict] = {}
     lengths: dict[tuple, int] = {}
@@ -625,9 +640,8 @@ def explore_recorded(lines: Sequence[dict]) -> Explorer:
         if line["method"] != "supervised":
             time = before + STEP_RATIO * time
         if time >= before:
-            rows.setdefault(_row_name(line, lengths), {}).setdefault(
-                (line["percent"], time), []
-            ).append(line)
+            seeds_of = rows.setdefault(_row_name(line, lengths), {})
+            seeds_of.setdefault((line["percent"], time), []).append(line)
 
     def draw(percent, quantity, **ticked):
         factor = 100 if quantity in FRACTIONS else 1
@@ -641,7 +655,8 @@ def explore_recorded(lines: Sequence[dict]) -> Explorer:
                     means[time] = factor * np.mean(values)
             if means:
                 curves[row] = (list(means), list(means.values()))
-        title = f"{len(curves)} {'row' if len(curves) == 1 else 'rows'} with {percent:g} % of the labels"
+        count = f"{len(curves)} {'row' if len(curves) == 1 else 'rows'}"
+        title = f"{count} with {percent:g} % of the labels"
         figure = plot_lines(curves, "time, in supervised steps", QUANTITIES[quantity], title)
         figure.axes[0].autoscale(axis="y")
         return figure
@@ -660,7 +675,7 @@ def explore_recorded(lines: Sequence[dict]) -> Explorer:
 
 
 def _row_name(line: dict, lengths: dict[tuple, int]) -> str:
-    """The row of a line, with what sets it apart: detector, preset, and the steps of a run that is not the shortest."""
+    """The row of a line, with what sets it apart: detector, preset, and steps if not the fewest."""
     row, detector, preset, steps = (line[key] for key in ("row", "detector", "preset", "steps"))
     usual = ROWS[row].detector if row in ROWS else None
     named = [row] + [detector] * (detector != (usual or "dino")) + [preset] * (preset != "digits")
