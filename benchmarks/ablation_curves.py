@@ -2,8 +2,10 @@
 
     python benchmarks/ablation_curves.py --out benchmarks/results/ablation_curves.png
 
-and gap_closed.png beside it: the share of the gap between the supervised run and all labels (both of 4,750 steps, last
-step) that a teacher has closed. Reads notebooks/recorded/ablation_curves.jsonl, what `semidetr ablate` measured while
+and gap_closed.png beside it: the share of the gap between the supervised run and all labels (both
+of 4,750 steps, last
+step) that a teacher has closed. Reads notebooks/recorded/ablation_curves.jsonl, what `semidetr
+ablate` measured while
 it trained. Seed 0.
 """
 
@@ -25,7 +27,9 @@ QUANTITIES = {
 
 def chosen(lines: list[dict], **same) -> list[dict]:
     """The lines of one run, seed 0."""
-    return [line for line in lines if ({"seed": 0, "detector": "dino"} | same).items() <= line.items()]
+    return [
+        line for line in lines if ({"seed": 0, "detector": "dino"} | same).items() <= line.items()
+    ]
 
 
 def gap_closed(lines: list[dict]) -> Figure:
@@ -33,19 +37,34 @@ def gap_closed(lines: list[dict]) -> Figure:
     figure = Figure(figsize=(7, 3.4), dpi=100, layout="constrained")
     ax, ends = figure.subplots(), {}
     for percent in (5, 10, 100):
-        ends[percent] = chosen(lines, row="supervised", percent=percent, steps=4750)[-1]["AP_teacher"]
+        ends[percent] = chosen(lines, row="supervised", percent=percent, steps=4750)[-1][
+            "AP_teacher"
+        ]
     for percent, marker in ((5, "o"), (10, "s")):
         for arm, (colour, name) in LOOKS.items():
             for steps, dashes in ((1500, "-"), (3000, "--")):
                 found = chosen(lines, row=arm, percent=percent, steps=steps)
-                shares = [(line["AP_teacher"] - ends[percent]) / (ends[100] - ends[percent]) for line in found]
+                shares = [
+                    (line["AP_teacher"] - ends[percent]) / (ends[100] - ends[percent])
+                    for line in found
+                ]
                 label = f"{name}, {percent} %, {steps:,} steps"
                 steps_there = [line["step"] for line in found]
-                ax.plot(steps_there, [100 * x for x in shares], dashes, color=colour, marker=marker, ms=4, label=label)
+                ax.plot(
+                    steps_there,
+                    [100 * x for x in shares],
+                    dashes,
+                    color=colour,
+                    marker=marker,
+                    ms=4,
+                    label=label,
+                )
     ax.axhline(0, color="#888888", linewidth=1)
     ax.set(xlabel="step after the 1,000-step supervised run", ylabel="gap closed, %, tune scenes")
     said = "More steps help with 10 % of the labels, little or not with 5 % (seed 0);\nthe dips at 1,250: "
-    ax.set_title(f"{said}duplicates after the switch at 1,200, where NMS ends", fontsize=9.5, loc="left")
+    ax.set_title(
+        f"{said}duplicates after the switch at 1,200, where NMS ends", fontsize=9.5, loc="left"
+    )
     ax.grid(alpha=0.3)
     ax.legend(fontsize=7.5, bbox_to_anchor=(1.01, 1), loc="upper left")
     return figure
@@ -62,10 +81,16 @@ def main() -> None:
         for ax, (quantity, title) in zip(row, QUANTITIES.items()):
             for arm, (colour, name) in LOOKS.items():
                 for steps, dashes in ((1500, "-"), (3000, "--")):
-                    found = [line for line in chosen(lines, row=arm, percent=percent, steps=steps) if quantity in line]
+                    found = [
+                        line
+                        for line in chosen(lines, row=arm, percent=percent, steps=steps)
+                        if quantity in line
+                    ]
                     values = [100 * line[quantity] for line in found]
                     label = f"{name}, {steps:,} steps"
-                    ax.plot([line["step"] for line in found], values, dashes, color=colour, label=label)
+                    ax.plot(
+                        [line["step"] for line in found], values, dashes, color=colour, label=label
+                    )
             ax.set_title(f"{percent} % of the labels: {title}", fontsize=8.5)
             ax.grid(alpha=0.3)
         row[0].set_ylim(0, 70)
@@ -76,7 +101,8 @@ def main() -> None:
     axes[0][0].legend(fontsize=7.5)
     said = "With 5 % of the labels the mean teacher finds few objects and declines; with 10 % both end alike (seed 0)"
     figure.suptitle(
-        f"{said}\nThe dips of Semi-DETR at 1,250: duplicates after its switch at 1,200, where NMS ends", fontsize=11
+        f"{said}\nThe dips of Semi-DETR at 1,250: duplicates after its switch at 1,200, where NMS ends",
+        fontsize=11,
     )
     figure.savefig(out)
     gap_closed(lines).savefig(out.with_name("gap_closed.png"))

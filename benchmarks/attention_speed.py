@@ -1,9 +1,12 @@
-"""Deformable attention on a GPU: the Triton kernel beside the formula in deformable.py, and their errors.
+"""Deformable attention on a GPU: the Triton kernel beside the formula in deformable.py, and their
+errors.
 
     python benchmarks/attention_speed.py --out benchmarks/results/attention_speed.jsonl
 
-5 images of 800 x 1216 pixels, 8 heads of 32 channels, 4 levels, 4 points; queries are all 20,197 tokens (encoder) or
-1,100 (decoder with denoising). Medians of milliseconds; errors are |x - y| / |y| against float64, forward and for the
+5 images of 800 x 1216 pixels, 8 heads of 32 channels, 4 levels, 4 points; queries are all 20,197
+tokens (encoder) or
+1,100 (decoder with denoising). Medians of milliseconds; errors are |x - y| / |y| against float64,
+forward and for the
 gradients of values, locations and weights.
 """
 
@@ -23,7 +26,9 @@ SMALL = [(20, 31), (10, 16), (5, 8), (3, 4)]
 
 
 def inputs(shapes, queries: int | None, images: int, dtype=torch.float32) -> tuple:
-    """value, locations, weights, gradient; without `queries` the tokens sample around their own positions."""
+    """value, locations, weights, gradient; without `queries` the tokens sample around their own
+    positions.
+    """
     tokens, levels = sum(height * width for height, width in shapes), len(shapes)
     if queries is None:
         centres = deformable._token_references(shapes, torch.ones(images, levels, 2, device="cuda"))

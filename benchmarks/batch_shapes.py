@@ -1,9 +1,12 @@
-"""How often a batch of the COCO recipe has a shape that was there before, without and with rounding of its sides.
+"""How often a batch of the COCO recipe has a shape that was there before, without and with
+rounding of its sides.
 
     python benchmarks/batch_shapes.py --parts 8 2 1
 
-cuDNN prepares a convolution for each shape of its input, and PyTorch keeps the newest 10,000 of these plans. No image
-is read: sizes are drawn like those of data_scripts/make_coco_sized.py, steps and short sides like those of training.
+cuDNN prepares a convolution for each shape of its input, and PyTorch keeps the newest 10,000 of
+these plans. No image
+is read: sizes are drawn like those of data_scripts/make_coco_sized.py, steps and short sides like
+those of training.
 One line for each number of parts and each multiple that sides are rounded up to (1: as they are):
 
     shapes  different ones, of as many batches of teacher and student
@@ -28,7 +31,10 @@ from semidetr_lite.data.views import resized
 from semidetr_lite.training.engine import micro_batches
 from semidetr_lite.training.settings import new_config
 
-PLANS = {"teacher": 25, "student": 63}  # different convolutions of ResNet-50 and projections, and their gradients
+PLANS = {
+    "teacher": 25,
+    "student": 63,
+}  # different convolutions of ResNet-50 and projections, and their gradients
 KEPT = 10_000
 
 
@@ -60,10 +66,14 @@ def batches(steps: int, parts: int, splits: Splits):
     for step in range(steps):
         shape, turn = drawn.shape_and_draw_index(step)
         labelled = [splits.labelled.sizes[index] for index in drawn.labelled.draw(shape, turn)]
-        unlabelled = [splits.unlabelled.sizes[index] for index in drawn.unlabelled.draw(shape, turn)]
+        unlabelled = [
+            splits.unlabelled.sizes[index] for index in drawn.unlabelled.draw(shape, turn)
+        ]
         batch = {}
         for name, sizes in {"labelled": labelled, "weak": unlabelled, "strong": unlabelled}.items():
-            seen = [resized(size, int(rng.choice(sides.short_sides)), sides.long_side) for size in sizes]
+            seen = [
+                resized(size, int(rng.choice(sides.short_sides)), sides.long_side) for size in sizes
+            ]
             batch[name] = (seen, seen)  # in place of images and targets
         for part in micro_batches(batch, parts):
             yield "teacher", part["weak"][0]
@@ -92,7 +102,9 @@ def known_shapes(shapes: list[tuple]) -> float:
 
 def main(argv=None) -> int:
     """Print a line for each number of parts and each multiple."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parts", type=int, nargs="+", default=[8, 2, 1])
     parser.add_argument("--steps", type=int, default=2000)
     options = parser.parse_args(argv)

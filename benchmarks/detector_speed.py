@@ -1,7 +1,10 @@
-"""One training step and one inference of our Deformable DETR beside the one in `transformers`, paired in one process.
+"""One training step and one inference of our Deformable DETR beside the one in `transformers`,
+paired in one process.
 
-Both: ResNet-50 (random weights, frozen BatchNorm, stem and first stage not trained), two-stage with box refinement,
-auxiliary losses, 6 + 6 layers, 300 queries, 256 channels, batch 2. A step is forward, matching, loss and backward;
+Both: ResNet-50 (random weights, frozen BatchNorm, stem and first stage not trained), two-stage
+with box refinement,
+auxiliary losses, 6 + 6 layers, 300 queries, 256 channels, batch 2. A step is forward, matching,
+loss and backward;
 ours is Supervised without denoising. The two take turns, and ratios are of medians.
 
     python benchmarks/detector_speed.py --rounds 5
@@ -94,7 +97,8 @@ class Theirs:
         self.pixels = torch.stack(list(images))
         self.mask = torch.ones(len(images), *images[0].shape[1:], dtype=torch.long)
         self.labels = [
-            {"class_labels": target["labels"], "boxes": to_model(target["boxes"], target["size"])} for target in targets
+            {"class_labels": target["labels"], "boxes": to_model(target["boxes"], target["size"])}
+            for target in targets
         ]
 
     def step(self):
@@ -139,7 +143,9 @@ def paired(size: tuple[int, int], rounds: int) -> dict:
     clocks = {
         "ours": Clock(backbone=ours.backbone, encoder=ours.encoder, decoder=ours.decoder),
         "theirs": Clock(
-            backbone=theirs.model.backbone, encoder=theirs.model.encoder.layers, decoder=theirs.model.decoder.layers
+            backbone=theirs.model.backbone,
+            encoder=theirs.model.encoder.layers,
+            decoder=theirs.model.decoder.layers,
         ),
     }
     for one in both.values():
@@ -152,15 +158,23 @@ def paired(size: tuple[int, int], rounds: int) -> dict:
         for name, one in both.items():
             found[name]["step"].append(seconds(one.step))
     split = {
-        name: {part: round(spent / rounds, 3) for part, spent in clock.spent.items()} for name, clock in clocks.items()
+        name: {part: round(spent / rounds, 3) for part, spent in clock.spent.items()}
+        for name, clock in clocks.items()
     }
     for _ in range(rounds):
         for name, one in both.items():
             found[name]["infer"].append(seconds(one.infer))
-    medians = {name: {what: statistics.median(times) for what, times in row.items()} for name, row in found.items()}
+    medians = {
+        name: {what: statistics.median(times) for what, times in row.items()}
+        for name, row in found.items()
+    }
     return {
         "size": f"{size[0]}x{size[1]}",
-        **{f"{name}_{what}_s": round(value, 3) for name, row in medians.items() for what, value in row.items()},
+        **{
+            f"{name}_{what}_s": round(value, 3)
+            for name, row in medians.items()
+            for what, value in row.items()
+        },
         "step_ratio": round(medians["theirs"]["step"] / medians["ours"]["step"], 2),
         "infer_ratio": round(medians["theirs"]["infer"] / medians["ours"]["infer"], 2),
         "forward_split_s": split,
@@ -171,7 +185,9 @@ def _peak(which: str, size: tuple[int, int], queue) -> None:
     one = {"ours": Ours, "theirs": Theirs}[which]()
     one.prepare(torch.rand(2, 3, *size), targets_of(7, [size] * 2))
     one.step(), one.step()
-    status = Path("/proc/self/status").read_text()  # of this process alone; getrusage would inherit its parent's
+    status = Path(
+        "/proc/self/status"
+    ).read_text()  # of this process alone; getrusage would inherit its parent's
     queue.put(int(status.split("VmHWM:")[1].split()[0]) / 1024)
 
 
@@ -195,8 +211,14 @@ def main() -> None:
     options.out.parent.mkdir(exist_ok=True)
     for text in options.sizes:
         size = tuple(int(side) for side in text.split("x"))
-        row = paired(size, options.rounds) | {f"{who}_peak_MB": peak(who, size) for who in ("ours", "theirs")}
-        row |= {"date": str(date.today()), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        row = paired(size, options.rounds) | {
+            f"{who}_peak_MB": peak(who, size) for who in ("ours", "theirs")
+        }
+        row |= {
+            "date": str(date.today()),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
         row |= {"machine": f"{platform.machine()}, {platform.system()}", "rounds": options.rounds}
         print(json.dumps(row, indent=1))
         with open(options.out, "a") as file:

@@ -1,27 +1,42 @@
-"""What a step of the COCO recipe costs: seconds, memory, the wait for data, and where the time goes.
+"""What a step of the COCO recipe costs: seconds, memory, the wait for data, and where the time
+goes.
 
     python benchmarks/gpu_step.py --data data/coco-sized --out benchmarks/results/gpu_step.jsonl
-    python benchmarks/gpu_step.py --setups bfloat16:8 bfloat16:4:checkpointing bfloat16:8:channels_last:compile
-    python benchmarks/gpu_step.py --setups float32:1 --mix 1 4 --short-side 320 --steps 3      what a CPU can hold
-    python benchmarks/gpu_step.py --toy                                         every line of it, on a CPU, in seconds
+    python benchmarks/gpu_step.py --setups bfloat16:8 bfloat16:4:checkpointing
+    bfloat16:8:channels_last:compile
+    python benchmarks/gpu_step.py --setups float32:1 --mix 1 4 --short-side 320 --steps 3
+    what a CPU can hold
+    python benchmarks/gpu_step.py --toy                                         every line of it,
+    on a CPU, in seconds
 
-8 labelled and 32 unlabelled images with the recipe's own resize draw, DINO with ResNet-50, 4 levels and 900 queries, 80
-classes, random weights; data are generated if none are given (data_scripts/make_coco_sized.py). A setup is
-PRECISION:PARTS and any of checkpointing, channels_last, compile. A teacher of random weights is sure of nothing, so
+8 labelled and 32 unlabelled images with the recipe's own resize draw, DINO with ResNet-50, 4
+levels and 900 queries, 80
+classes, random weights; data are generated if none are given (data_scripts/make_coco_sized.py). A
+setup is
+PRECISION:PARTS and any of checkpointing, channels_last, compile. A teacher of random weights is
+sure of nothing, so
 `--pseudo` boxes of each image count, whatever their score. For each setup and stage one JSON line:
 
-    seconds       a step, median, without the wait for data; "hours" are those of 120,000 such steps with the wait
+    seconds       a step, median, without the wait for data; "hours" are those of 120,000 such
+    steps with the wait
     wait          share of the time spent waiting for data, with --workers processes that load
-    passes_alone  seconds of the forward and backward passes of the same images and nothing else; "ratio": a step to it,
+    passes_alone  seconds of the forward and backward passes of the same images and nothing else;
+    "ratio": a step to it,
                   median over --watched pairs in turn
     waits         how often a step waits for the GPU, in all parts
-    memory_gb     the highest allocation of the device; rehearsal_gb that of the largest step there can be
-    operations    calls of a step that compute something, views left out, and of the passes alone: about the kernels a
-                  GPU would start, whatever the size of the images; deformable attention is one, as it is there
-    parts         seconds of a step by part, each less those named inside it, measured in further steps in which the
-                  device is waited for at every border; layers that checkpointing runs again count as backward
+    memory_gb     the highest allocation of the device; rehearsal_gb that of the largest step
+    there can be
+    operations    calls of a step that compute something, views left out, and of the passes alone:
+    about the kernels a
+                  GPU would start, whatever the size of the images; deformable attention is one,
+                  as it is there
+    parts         seconds of a step by part, each less those named inside it, measured in further
+    steps in which the
+                  device is waited for at every border; layers that checkpointing runs again count
+                  as backward
 
-A setup that does not fit into the memory says so in its line. One process; works without pycocotools.
+A setup that does not fit into the memory says so in its line. One process; works without
+pycocotools.
 """
 
 import argparse
@@ -51,7 +66,14 @@ from semidetr_lite.training.memory import raise_if_out_of_memory
 from semidetr_lite.training.presets import load_splits
 from semidetr_lite.training.settings import DetectorKwargs, new_config
 
-SETUPS = ["float32:8", "tf32:8", "bfloat16:8", "bfloat16:4", "bfloat16:4:checkpointing", "bfloat16:8:channels_last"]
+SETUPS = [
+    "float32:8",
+    "tf32:8",
+    "bfloat16:8",
+    "bfloat16:4",
+    "bfloat16:4:checkpointing",
+    "bfloat16:8:channels_last",
+]
 STAGES = {"one-to-many": 1.0, "one-to-one": 0.0}
 TOY = {
     "detector_kwargs": DetectorKwargs(
@@ -72,7 +94,9 @@ TOY = {
 
 
 class Clock:
-    """Adds up the seconds spent in named parts, those of inner parts not counted in the outer ones."""
+    """Adds up the seconds spent in named parts, those of inner parts not counted in the outer
+    ones.
+    """
 
     def __init__(self, device: torch.device):
         self.device, self.total, self.inner = device, {}, [0.0]
@@ -110,12 +134,16 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         returns, name = func._schema.returns, func._schema.name
         view = any(each.alias_info is not None and not each.alias_info.is_write for each in returns)
-        self.count += not (view or "empty" in name or name in ("aten::_unsafe_view", "aten::_local_scalar_dense"))
+        self.count += not (
+            view or "empty" in name or name in ("aten::_unsafe_view", "aten::_local_scalar_dense")
+        )
         return func(*args, **(kwargs or {}))
 
 
 class OneKernel(torch.autograd.Function):
-    """Zeros of deformable attention's shape: counts one operation, as its kernel, and one for each gradient."""
+    """Zeros of deformable attention's shape: counts one operation, as its kernel, and one for
+    each gradient.
+    """
 
     @staticmethod
     def forward(ctx, value, shapes, locations, weights):
@@ -130,7 +158,10 @@ class OneKernel(torch.autograd.Function):
 
 def operations(work, batch: dict) -> int:
     """What `work(batch)` counts; what it computes means nothing."""
-    with mock.patch.object(deformable, "_faster_way", lambda *_: OneKernel.apply), Operations() as counting:
+    with (
+        mock.patch.object(deformable, "_faster_way", lambda *_: OneKernel.apply),
+        Operations() as counting,
+    ):
         work(batch)
     return counting.count
 
@@ -149,8 +180,14 @@ def watched(run: Run, clock: Clock):
     places += [(semi_detr, name, "matching") for name in matching]
     for who in ("student", "teacher"):
         detector = getattr(method, who)
-        places += [(detector, "_project", f"{who} backbone"), (detector, "encode", f"{who} encoder")]
-        places += [(detector, "decode", f"{who} decoder"), (detector, "decode_groups", f"{who} decoder, groups")]
+        places += [
+            (detector, "_project", f"{who} backbone"),
+            (detector, "encode", f"{who} encoder"),
+        ]
+        places += [
+            (detector, "decode", f"{who} decoder"),
+            (detector, "decode_groups", f"{who} decoder, groups"),
+        ]
     places += [(mean_teacher, "select_pseudo_boxes", "pseudo-boxes")]
     places += [(query_consistency, "consistency_loss", "losses")]
     places += [(semi_detr, name, "losses") for name in ("detection_losses", "denoising_losses")]
@@ -227,7 +264,9 @@ def measure(run: Run, options) -> dict:
     found["hours"] = round(120_000 / 3600 * (sum(waits) + sum(seconds)) / len(seconds), 1)
     found["pseudo_per_image"] = run.method.stats["pseudo_per_image"]
     works = run.train_step, functools.partial(passes_alone, run)
-    pairs = [[seconds_of(clock, work, batch) for work in works] for batch in kept]  # the same images, in turn
+    pairs = [
+        [seconds_of(clock, work, batch) for work in works] for batch in kept
+    ]  # the same images, in turn
     found["passes_alone"] = round(statistics.median(alone for _, alone in pairs), 4)
     found["ratio"] = round(statistics.median(step / alone for step, alone in pairs), 3)
     found["waits"] = waits(run.train_step, kept[-1]) if cuda else None
@@ -239,7 +278,10 @@ def measure(run: Run, options) -> dict:
     if not run.config.runtime.compile:
         found["operations"] = [operations(work, kept[-1]) for work in works]
     rest = whole - sum(clock.total.values())
-    parts = {**dict(sorted(clock.total.items(), key=lambda item: -item[1])), "everything else": rest}
+    parts = {
+        **dict(sorted(clock.total.items(), key=lambda item: -item[1])),
+        "everything else": rest,
+    }
     return found | {"parts": {name: round(spent / len(kept), 4) for name, spent in parts.items()}}
 
 
@@ -247,7 +289,10 @@ def make_run(setup: str, stage: str, data: str, splits, options) -> Run:
     """A run of the recipe in one setup and stage."""
     precision, parts, *flags = setup.split(":")
     changes = {"precision": precision, "accumulate": int(parts), "one_to_many_share": STAGES[stage]}
-    changes |= dict.fromkeys(flags, True) | {"score_threshold": 0.0, "max_pseudo_boxes": options.pseudo}
+    changes |= dict.fromkeys(flags, True) | {
+        "score_threshold": 0.0,
+        "max_pseudo_boxes": options.pseudo,
+    }
     if options.mix:
         changes |= {"batch_size": options.mix[0], "unlabelled_batch_size": options.mix[1]}
     if options.short_side:
@@ -258,33 +303,55 @@ def make_run(setup: str, stage: str, data: str, splits, options) -> Run:
         changes["backbone_weights"] = None
     config = new_config("coco-10pct", data=data, steps=1000, **changes)
     return Run(
-        config, Path(tempfile.gettempdir()) / "never-written", splits=splits, workers=options.workers, quiet=True
+        config,
+        Path(tempfile.gettempdir()) / "never-written",
+        splits=splits,
+        workers=options.workers,
+        quiet=True,
     )
 
 
 def main(argv=None) -> int:
     """Measure each setup in each stage."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", help="a COCO tree; one is generated if not given")
     parser.add_argument("--images", type=int, default=600, help="how many to generate")
     parser.add_argument("--setups", nargs="+", default=None, help=f"by default {' '.join(SETUPS)}")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--warm-up", type=int, default=4)
-    parser.add_argument("--watched", type=int, default=4, help="of these steps, in which the parts are timed")
+    parser.add_argument(
+        "--watched", type=int, default=4, help="of these steps, in which the parts are timed"
+    )
     parser.add_argument("--pseudo", type=int, default=10, help="pseudo-boxes an image")
     parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--mix", type=int, nargs=2, help="labelled and unlabelled images a step, if not 8 and 32")
-    parser.add_argument("--short-side", type=int, help="of all images, instead of the recipe's draw")
+    parser.add_argument(
+        "--mix", type=int, nargs=2, help="labelled and unlabelled images a step, if not 8 and 32"
+    )
+    parser.add_argument(
+        "--short-side", type=int, help="of all images, instead of the recipe's draw"
+    )
     parser.add_argument("--out", type=Path, help="a JSON-lines file to append to")
-    parser.add_argument("--toy", action="store_true", help="small images and a small model, three steps")
+    parser.add_argument(
+        "--toy", action="store_true", help="small images and a small model, three steps"
+    )
     options = parser.parse_args(argv)
     if options.toy:
-        options.images, options.steps, options.warm_up, options.watched, options.workers = 100, 2, 1, 1, 0
+        options.images, options.steps, options.warm_up, options.watched, options.workers = (
+            100,
+            2,
+            1,
+            1,
+            0,
+        )
     with tempfile.TemporaryDirectory() as folder:
         data = options.data or str(generate(Path(folder) / "coco", options.images))
         splits = load_splits(new_config("coco-10pct", data=data))
-        for setup in options.setups or (["float32:2", "bfloat16:1:checkpointing"] if options.toy else SETUPS):
+        for setup in options.setups or (
+            ["float32:2", "bfloat16:1:checkpointing"] if options.toy else SETUPS
+        ):
             for stage in options.stages:
                 print(json.dumps(line := one_line(setup, stage, data, splits, options)), flush=True)
                 if options.out:
@@ -305,12 +372,25 @@ def generate(folder: Path, images: int) -> Path:
 def one_line(setup: str, stage: str, data: str, splits, options) -> dict:
     """The line of one setup and stage, with the machine it is measured on."""
     cuda = torch.cuda.is_available()
-    machine = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    line = {"setup": setup, "stage": stage, "toy": options.toy, "machine": machine, "torch": torch.__version__}
+    machine = (
+        torch.cuda.get_device_name()
+        if cuda
+        else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
+    line = {
+        "setup": setup,
+        "stage": stage,
+        "toy": options.toy,
+        "machine": machine,
+        "torch": torch.__version__,
+    }
     line |= {"workers": options.workers, "steps": options.steps, "short_side": options.short_side}
     run = make_run(setup, stage, data, splits, options)
     try:
-        line |= {"images": [run.config.optimizer.batch_size, run.unlabelled], **measure(run, options)}
+        line |= {
+            "images": [run.config.optimizer.batch_size, run.unlabelled],
+            **measure(run, options),
+        }
     except torch.OutOfMemoryError as problem:
         try:
             raise_if_out_of_memory(problem, run.config.runtime, run.engine.precision)

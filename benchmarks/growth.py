@@ -1,8 +1,11 @@
-"""Time and memory of a forward pass against image side and number of queries, for the three detectors at paper size.
+"""Time and memory of a forward pass against image side and number of queries, for the three
+detectors at paper size.
 
-    python benchmarks/growth.py     some 5 minutes on 2 cores; writes growth.jsonl and growth.png to benchmarks/results
+    python benchmarks/growth.py     some 5 minutes on 2 cores; writes growth.jsonl and growth.png
+    to benchmarks/results
 
-Each point is a process of its own: one pass to warm up, the best of five, and the peak resident memory less what the
+Each point is a process of its own: one pass to warm up, the best of five, and the peak resident
+memory less what the
 built detector takes.
 """
 
@@ -28,7 +31,11 @@ def make(name: str, queries: int):
 
     if name == "DETR":
         return DETR(91, queries)
-    return DINO(91, queries) if name == "DINO" else DeformableDETR(91, queries, with_box_refine=True, two_stage=True)
+    return (
+        DINO(91, queries)
+        if name == "DINO"
+        else DeformableDETR(91, queries, with_box_refine=True, two_stage=True)
+    )
 
 
 def memory() -> float:
@@ -48,10 +55,14 @@ def measure(name: str, side: int, queries: int, queue) -> None:
 
 
 def points() -> list[tuple[str, int, int]]:
-    """(detector, side, queries): growth in sides at the paper's queries, growth in queries at one side."""
+    """(detector, side, queries): growth in sides at the paper's queries, growth in queries at one
+    side.
+    """
     own = {"DETR": 100, "Deformable DETR": 300, "DINO": 900}
     found = [(name, side, queries) for name, queries in own.items() for side in SIDES]
-    return found + [(name, SIDE, queries) for name in own for queries in QUERIES if queries != own[name]]
+    return found + [
+        (name, SIDE, queries) for name in own for queries in QUERIES if queries != own[name]
+    ]
 
 
 def picture(rows: list[dict], file: Path) -> None:
@@ -61,17 +72,32 @@ def picture(rows: list[dict], file: Path) -> None:
     own = {"DETR": 100, "Deformable DETR": 300, "DINO": 900}
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
     for color, (name, queries) in zip(("#0072B2", "#E69F00", "#009E73"), own.items(), strict=True):
-        by_side = sorted((r["side"], r) for r in rows if r["detector"] == name and r["queries"] == queries)
-        by_queries = sorted((r["queries"], r) for r in rows if r["detector"] == name and r["side"] == SIDE)
+        by_side = sorted(
+            (r["side"], r) for r in rows if r["detector"] == name and r["queries"] == queries
+        )
+        by_queries = sorted(
+            (r["queries"], r) for r in rows if r["detector"] == name and r["side"] == SIDE
+        )
         for row, key in enumerate(("seconds", "MB")):
             axes[row, 0].plot(
-                [s * s / 1e6 for s, _ in by_side], [r[key] for _, r in by_side], "o-", color=color, label=name
+                [s * s / 1e6 for s, _ in by_side],
+                [r[key] for _, r in by_side],
+                "o-",
+                color=color,
+                label=name,
             )
             axes[row, 1].plot(
-                [q for q, _ in by_queries], [r[key] for _, r in by_queries], "o-", color=color, label=name
+                [q for q, _ in by_queries],
+                [r[key] for _, r in by_queries],
+                "o-",
+                color=color,
+                label=name,
             )
             axes[row, 0].set_ylabel(key)
-    axes[0, 0].set_title("A forward pass against pixels"), axes[0, 1].set_title(f"against queries, {SIDE} x {SIDE}")
+    (
+        axes[0, 0].set_title("A forward pass against pixels"),
+        axes[0, 1].set_title(f"against queries, {SIDE} x {SIDE}"),
+    )
     axes[1, 0].set_xlabel("million pixels"), axes[1, 1].set_xlabel("queries"), axes[0, 0].legend()
     for axis in axes.flat:
         axis.set_ylim(bottom=0), axis.grid(alpha=0.3)
@@ -82,7 +108,11 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     RESULTS.mkdir(exist_ok=True)
     context, rows = get_context("spawn"), []
-    where = {"date": str(date.today()), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    where = {
+        "date": str(date.today()),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     where["machine"] = f"{platform.machine()}, {platform.system()}"
     for name, side, queries in points():
         queue = context.Queue()
@@ -90,9 +120,18 @@ def main() -> None:
         process.start()
         seconds, megabytes = queue.get()
         process.join()
-        row = {"detector": name, "side": side, "queries": queries, "seconds": round(seconds, 3), "MB": round(megabytes)}
+        row = {
+            "detector": name,
+            "side": side,
+            "queries": queries,
+            "seconds": round(seconds, 3),
+            "MB": round(megabytes),
+        }
         rows.append(row | where)
-        print(f"{name:<16} {side:>5} px {queries:>5} queries {seconds:8.3f} s {megabytes:7.0f} MB", flush=True)
+        print(
+            f"{name:<16} {side:>5} px {queries:>5} queries {seconds:8.3f} s {megabytes:7.0f} MB",
+            flush=True,
+        )
     (RESULTS / "growth.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     picture(rows, RESULTS / "growth.png")
 

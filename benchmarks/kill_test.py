@@ -1,11 +1,16 @@
-"""Kill a training run at random moments and resume it each time; the end must be that of a run nobody touched.
+"""Kill a training run at random moments and resume it each time; the end must be that of a run
+nobody touched.
 
     python benchmarks/kill_test.py --kills 50
 
-Two runs of `semidetr_lite.training.loop.Run` on the digits, small detector, one process with one worker that loads
-data, a checkpoint every second step: one whole, the other killed with SIGKILL. Of the kills a fifth comes within the
-first seconds after a start, two fifths while a file is being written (it waits for one to appear), the rest at a random
-moment of a random step. Then weights, optimizer, logs (times apart) and AP of both are compared, bit for bit.
+Two runs of `semidetr_lite.training.loop.Run` on the digits, small detector, one process with one
+worker that loads
+data, a checkpoint every second step: one whole, the other killed with SIGKILL. Of the kills a
+fifth comes within the
+first seconds after a start, two fifths while a file is being written (it waits for one to
+appear), the rest at a random
+moment of a random step. Then weights, optimizer, logs (times apart) and AP of both are compared,
+bit for bit.
 """
 
 import argparse
@@ -37,8 +42,15 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="of the run; ten for each kill if not given")
     parser.add_argument("--method", default="semi-detr")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
-    parser.add_argument("--out", type=Path, default=Path("runs/kill_test"), help="folder of both runs; emptied first")
-    parser.add_argument("--record", type=Path, help="JSON-lines file that the result is appended to")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/kill_test"),
+        help="folder of both runs; emptied first",
+    )
+    parser.add_argument(
+        "--record", type=Path, help="JSON-lines file that the result is appended to"
+    )
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)  # what the child process does
     given = parser.parse_args()
     given.steps = given.steps or 10 * given.kills
@@ -52,7 +64,13 @@ def main() -> int:
     while start(killed, given).wait():
         raise SystemExit("the killed run does not resume; its message stands above")
     wrong = differences(given.out / "whole", killed)
-    line = {"method": given.method, "steps": given.steps, "seed": given.seed, **found, "differences": wrong}
+    line = {
+        "method": given.method,
+        "steps": given.steps,
+        "seed": given.seed,
+        **found,
+        "differences": wrong,
+    }
     line["seconds"] = round(time.time() - began)
     print(json.dumps(line, indent=1))
     if given.record:
@@ -74,19 +92,33 @@ def train(folder: Path, method: str, steps: int) -> int:
 
 def start(folder: Path, given) -> subprocess.Popen:
     """The training process."""
-    words = ["--train", folder, "--kills", given.kills, "--steps", given.steps, "--method", given.method]
+    words = [
+        "--train",
+        folder,
+        "--kills",
+        given.kills,
+        "--steps",
+        given.steps,
+        "--method",
+        given.method,
+    ]
     return subprocess.Popen([sys.executable, __file__, *map(str, words)])
 
 
 def kill(folder: Path, given) -> dict:
-    """Kill the run `given.kills` times, the k-th time in the k-th part of its steps; counts of what was hit."""
+    """Kill the run `given.kills` times, the k-th time in the k-th part of its steps; counts of
+    what was hit.
+    """
     rng, found = (
         random.Random(given.seed),
         {"kills": 0, "before a new line in the log": 0, "while a file was written": 0},
     )
     began = step_of(folder)
     while found["kills"] < given.kills:
-        process, kind = start(folder, given), rng.choice(("start", "write", "write", "step", "step"))
+        process, kind = (
+            start(folder, given),
+            rng.choice(("start", "write", "write", "step", "step")),
+        )
         if kind == "start":
             time.sleep(rng.uniform(0, 8))
         else:
@@ -121,7 +153,9 @@ def step_of(folder: Path) -> int:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What is not the same in two run folders: weights and checkpoint bit for bit, logs, names of files."""
+    """What is not the same in two run folders: weights and checkpoint bit for bit, logs, names of
+    files.
+    """
     names = [sorted(path.name for path in folder.iterdir()) for folder in (one, other)]
     wrong = [] if names[0] == names[1] else [f"files: {names[0]} and {names[1]}"]
     states = [flat(torch.load(folder / "last.pt", weights_only=True)) for folder in (one, other)]
@@ -130,7 +164,9 @@ def differences(one: Path, other: Path) -> list[str]:
         state["/config"] = {**json.loads(state["/config"]), "command": None, "commit": None}
     if states[0].keys() != states[1].keys():
         wrong.append("last.pt: keys")
-    wrong += [f"last.pt: {key}" for key, value in states[0].items() if not same(value, states[1].get(key))]
+    wrong += [
+        f"last.pt: {key}" for key, value in states[0].items() if not same(value, states[1].get(key))
+    ]
     for name in ("student.safetensors", "teacher.safetensors"):
         if (one / name).read_bytes() != (other / name).read_bytes():
             wrong.append(name)
@@ -141,14 +177,19 @@ def differences(one: Path, other: Path) -> list[str]:
 def lines(file: Path) -> list[dict]:
     """The lines of a log, times apart."""
     rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-    return [{key: value for key, value in row.items() if key not in ("seconds", "images_per_second")} for row in rows]
+    return [
+        {key: value for key, value in row.items() if key not in ("seconds", "images_per_second")}
+        for row in rows
+    ]
 
 
 def flat(value, name: str = "") -> dict:
     """A nested dict or list as one dict."""
     if isinstance(value, dict | list):
         rows = value.items() if isinstance(value, dict) else enumerate(value)
-        return {key: leaf for inner, one in rows for key, leaf in flat(one, f"{name}/{inner}").items()}
+        return {
+            key: leaf for inner, one in rows for key, leaf in flat(one, f"{name}/{inner}").items()
+        }
     return {name: value}
 
 

@@ -2,9 +2,12 @@
 
     python benchmarks/open_coco.py [--images 118287] [--folder FOLDER]
 
-Writes instances_train2017.json with random outlines (about 450 MB, as COCO's own) and empty image files into a
-temporary folder, opens it in a fresh process as training does, and prints the time, the memory at its height and the
-memory held afterwards (Linux). The headers of a folder of unlabelled images are timed beside it, on small JPEG files.
+Writes instances_train2017.json with random outlines (about 450 MB, as COCO's own) and empty image
+files into a
+temporary folder, opens it in a fresh process as training does, and prints the time, the memory at
+its height and the
+memory held afterwards (Linux). The headers of a folder of unlabelled images are timed beside it,
+on small JPEG files.
 """
 
 import argparse
@@ -49,15 +52,32 @@ def write_json(path: Path, images: int) -> None:
                 "file_name": f"{image:012d}.jpg",
                 "coco_url": f"http://images.example/{image:012d}.jpg",
             }
-            row |= {"height": 480, "width": 640, "date_captured": "2013-11-14 11:18:45", "id": image + 1}
+            row |= {
+                "height": 480,
+                "width": 640,
+                "date_captured": "2013-11-14 11:18:45",
+                "id": image + 1,
+            }
             file.write(", " * (image > 0) + json.dumps(row))
         file.write('], "annotations": [')
         for image in range(images):
             for _ in range(min(int(rng.expovariate(1 / BOXES) + 0.5), 60)):
-                x, y, w, h = (round(rng.uniform(*limits), 2) for limits in ((0, 500), (0, 400), (4, 139), (4, 79)))
+                x, y, w, h = (
+                    round(rng.uniform(*limits), 2)
+                    for limits in ((0, 500), (0, 400), (4, 139), (4, 79))
+                )
                 outline = [round(rng.uniform(0, 640), 2) for _ in range(2 * rng.randint(4, 41))]
-                row = {"segmentation": [outline], "area": w * h / 2, "iscrowd": 0, "image_id": image + 1}
-                row |= {"bbox": [x, y, w, h], "category_id": rng.choice(CATEGORIES)["id"], "id": number + 1}
+                row = {
+                    "segmentation": [outline],
+                    "area": w * h / 2,
+                    "iscrowd": 0,
+                    "image_id": image + 1,
+                }
+                row |= {
+                    "bbox": [x, y, w, h],
+                    "category_id": rng.choice(CATEGORIES)["id"],
+                    "id": number + 1,
+                }
                 file.write(", " * (number > 0) + json.dumps(row))
                 number += 1
         file.write(f'], "categories": {json.dumps(CATEGORIES)}}}')
@@ -67,7 +87,9 @@ def main() -> None:
     """Write, open, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=118_287)
-    parser.add_argument("--folder", type=Path, help="keep the files here, and take them if they are there")
+    parser.add_argument(
+        "--folder", type=Path, help="keep the files here, and take them if they are there"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)

@@ -1,10 +1,14 @@
-"""What running a step in parts changes: losses and gradient of 1, 2, 4 and 8 parts of the same 16 + 16 digits scenes.
+"""What running a step in parts changes: losses and gradient of 1, 2, 4 and 8 parts of the same 16
++ 16 digits scenes.
 
     python benchmarks/parts_difference.py
 
-From the weights of notebooks/checkpoints/supervised.safetensors, in both stages, the mean over ten steps: the largest
-relative difference of a loss and the cosine between the gradients. One-to-one matching and denoising are divided by
-the boxes of the whole step, so that only rounding is left; one-to-many matching, consistency and the mixture over
+From the weights of notebooks/checkpoints/supervised.safetensors, in both stages, the mean over
+ten steps: the largest
+relative difference of a loss and the cosine between the gradients. One-to-one matching and
+denoising are divided by
+the boxes of the whole step, so that only rounding is left; one-to-many matching, consistency and
+the mixture over
 costs are those of a part.
 """
 
@@ -34,8 +38,12 @@ def main() -> None:
             for step, batch in zip(STEPS, run._loader(), strict=False):
                 values, gradient = step_of(run.engine, batch, step)
                 first = whole.setdefault(step, (values, gradient))
-                losses.append(max(abs(values[name] / first[0][name] - 1) for name in values if first[0][name]))
-                angles.append(torch.nn.functional.cosine_similarity(gradient, first[1], dim=0).item())
+                losses.append(
+                    max(abs(values[name] / first[0][name] - 1) for name in values if first[0][name])
+                )
+                angles.append(
+                    torch.nn.functional.cosine_similarity(gradient, first[1], dim=0).item()
+                )
             figures = f"{sum(losses) / len(losses):.2e}, cosine {sum(angles) / len(angles):.6f}"
             print(f"{stage:<12} {parts} parts: largest difference of a loss {figures}", flush=True)
 
@@ -46,7 +54,10 @@ def step_of(engine: Engine, batch: dict, step: int) -> tuple[dict[str, float], t
     values: dict[str, float] = {}
     for losses, found in engine.losses(batch, step):
         sum(losses.values()).backward()
-        values = {name: values.get(name, 0.0) + value for name, value in zip(losses, found.tolist(), strict=True)}
+        values = {
+            name: values.get(name, 0.0) + value
+            for name, value in zip(losses, found.tolist(), strict=True)
+        }
     named = engine.method.named_parameters()
     return values, torch.cat([p.grad.flatten().double() for _, p in named if p.grad is not None])
 

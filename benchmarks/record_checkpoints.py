@@ -2,8 +2,10 @@
 
     python benchmarks/record_checkpoints.py --out runs/checkpoints [--only detr fcos]
 
-trains what has no finished run yet (seed 0; about an hour and a half on 2 CPU cores) and writes the averaged
-weights to notebooks/checkpoints/NAME.safetensors and the AP of each on the first 100 tune scenes to recorded.json.
+trains what has no finished run yet (seed 0; about an hour and a half on 2 CPU cores) and writes
+the averaged
+weights to notebooks/checkpoints/NAME.safetensors and the AP of each on the first 100 tune scenes
+to recorded.json.
 """
 
 import argparse
@@ -40,17 +42,29 @@ class Made(NamedTuple):
 MADE = {
     "early": Made({"method": "supervised", "steps": 400}),
     "supervised": Made({"method": "supervised", "steps": 1000}),
-    # supervised for as long as "supervised" and "semi_detr" take together, for pictures beside Semi-DETR
+    # supervised for as long as "supervised" and "semi_detr" take together, for pictures beside
+    # Semi-DETR
     "supervised_same_time": Made({"method": "supervised", "steps": 4750}),
     "semi_detr": Made({"method": "semi-detr", "steps": 1500}, "supervised"),
     # begins from the backbone alone; 12 queries, of which each is matched often enough to learn
     "detr": Made(
-        {"method": "supervised", "detector": "detr", "percent": 100, "steps": 6000, "num_queries": 12},
+        {
+            "method": "supervised",
+            "detector": "detr",
+            "percent": 100,
+            "steps": 6000,
+            "num_queries": 12,
+        },
         "semi_detr",
     ),
     # a smaller box head: the file must stay under 2 MB
     "faster_rcnn": Made(
-        {"method": "supervised", "detector": "faster-rcnn", "steps": 1000, "representation_size": 48}
+        {
+            "method": "supervised",
+            "detector": "faster-rcnn",
+            "steps": 1000,
+            "representation_size": 48,
+        }
     ),
     "fcos": Made({"method": "supervised", "detector": "fcos", "steps": 1000}),
 }
@@ -61,7 +75,9 @@ def train(name: str, out: Path) -> Path:
     made, folder = MADE[name], out / name
     start = made.start and str(train(made.start, out))
     whole = name != "detr"
-    config = new_config(**{"seed": 0, "percent": 10, **made.settings}, burn_in=start if whole else None)
+    config = new_config(
+        **{"seed": 0, "percent": 10, **made.settings}, burn_in=start if whole else None
+    )
     if whole:
         train_or_resume(config, folder)
     elif not (folder / "teacher.safetensors").exists():
@@ -75,7 +91,10 @@ def ship(name: str, run: Path) -> dict:
     detector, file = load_detector(run), CHECKPOINTS / f"{name}.safetensors"
     arguments = config["detector_kwargs"]
     save_weights(file, detector, config["detector"], arguments, config["categories"], torch.float16)
-    keep = {key: config[key] for key in ("method", "detector", "percent", "seed", "steps", "commit", "machine")}
+    keep = {
+        key: config[key]
+        for key in ("method", "detector", "percent", "seed", "steps", "commit", "machine")
+    }
     return {**find_ap(file), **keep, "MB": round(file.stat().st_size / 1e6, 2)}
 
 
@@ -94,7 +113,9 @@ def train_detr(config: Config, start: Path, out: Path) -> None:
         valid = padded.valid.numpy()
         assignment = match_layers(layers, padded, "one_to_one", costs=costs, valid=valid)
         losses = detection_loss(layers, padded, assignment, "one_to_one")
-        optimizer.param_groups[0]["lr"] = 5e-4 * min(1, (step + 1) / 100, 3 * (steps - step) / steps)
+        optimizer.param_groups[0]["lr"] = 5e-4 * min(
+            1, (step + 1) / 100, 3 * (steps - step) / steps
+        )
         optimizer.zero_grad()
         sum(losses.values()).backward()
         torch.nn.utils.clip_grad_norm_(detector.parameters(), 0.5)
@@ -107,11 +128,16 @@ def train_detr(config: Config, start: Path, out: Path) -> None:
 
 
 def find_ap(file: Path) -> dict:
-    """Of a file of weights, in %, on the first scenes of the tune split: AP, and AP50 of boxes whatever their class."""
+    """Of a file of weights, in %, on the first scenes of the tune split: AP, and AP50 of boxes
+    whatever their class.
+    """
     tune = digits.load(percent=10, fold=1).tune
     images, truths = zip(*(tune[index] for index in range(SCENES)))
     found = load_detector(file).detect(images)
-    one_class = ([{**one, "labels": torch.zeros_like(one["labels"])} for one in part] for part in (found, truths))
+    one_class = (
+        [{**one, "labels": torch.zeros_like(one["labels"])} for one in part]
+        for part in (found, truths)
+    )
     values = {"AP": evaluate(found, truths)["AP"], "AP50_any_class": evaluate(*one_class)["AP50"]}
     return {key: round(100 * value, 2) for key, value in values.items()}
 
@@ -127,7 +153,11 @@ def main() -> None:
         line = ship(name, train(name, options.out))
         print(name, line)
         lines = json.loads(record.read_text()) if record.exists() else {}
-        lines = {key: line if key == name else lines.get(key) for key in MADE if key == name or key in lines}
+        lines = {
+            key: line if key == name else lines.get(key)
+            for key in MADE
+            if key == name or key in lines
+        }
         record.write_text(json.dumps(lines, indent=1) + "\n")
 
 

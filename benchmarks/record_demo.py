@@ -2,9 +2,12 @@
 
     python benchmarks/record_demo.py --seeds 0 1 2 --out runs/recorded [--plateau 4000]
 
-For each seed: supervised (the burn-in), then from it Semi-DETR, the plain mean teacher and the control (supervised for
-the same wall time). Runs that are finished are not run again. `--plateau` also trains with all labels, for the upper
-end of the gap. Logs go to notebooks/recorded/demo, and one line a run to notebooks/recorded/demo.jsonl. `--only` picks
+For each seed: supervised (the burn-in), then from it Semi-DETR, the plain mean teacher and the
+control (supervised for
+the same wall time). Runs that are finished are not run again. `--plateau` also trains with all
+labels, for the upper
+end of the gap. Logs go to notebooks/recorded/demo, and one line a run to
+notebooks/recorded/demo.jsonl. `--only` picks
 arms, so that two processes can share the work.
 """
 
@@ -28,7 +31,10 @@ def line_of(run: Path, arm: str) -> dict:
     config = json.loads((run / "config.json").read_text())
     last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
     test = last["test"]["teacher"]
-    keep = {key: config[key] for key in ("method", "detector", "data", "percent", "fold", "seed", "steps")}
+    keep = {
+        key: config[key]
+        for key in ("method", "detector", "data", "percent", "fold", "seed", "steps")
+    }
     figures = {
         "AP": round(test["AP"], 4),
         "AP50": round(test["AP50"], 4),
@@ -60,12 +66,16 @@ def collect(out: Path) -> None:
     means = {arm: [line["AP"] for line in lines if line["row"] == arm] for arm in ORDER}
     for arm, values in means.items():
         if values:
-            error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+            error = (
+                statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+            )
             minutes = statistics.mean(line["seconds"] for line in lines if line["row"] == arm) / 60
             text = f"{arm:<14} AP {100 * statistics.mean(values):5.1f} +- {100 * error:.1f}   {minutes:.1f} min"
             if means["all-labels"] and means["control"] and arm in ("mean-teacher", "semi-detr"):
                 low, high = statistics.mean(means["control"]), statistics.mean(means["all-labels"])
-                text += f"   gap closed {100 * (statistics.mean(values) - low) / (high - low):.0f} %"
+                text += (
+                    f"   gap closed {100 * (statistics.mean(values) - low) / (high - low):.0f} %"
+                )
             print(text)
 
 
@@ -83,7 +93,14 @@ def main() -> None:
         for arm in options.only:
             train_demo_run(arm, options.out / f"seed{seed}", seed)
     if options.plateau:
-        train_demo_run("supervised", options.out / "all", 0, folder="all-labels", percent=100, steps=options.plateau)
+        train_demo_run(
+            "supervised",
+            options.out / "all",
+            0,
+            folder="all-labels",
+            percent=100,
+            steps=options.plateau,
+        )
     collect(options.out)
 
 

@@ -1,11 +1,16 @@
-"""Train for an hour on small images and watch whether memory, open files or the cost of a step creep up (Linux).
+"""Train for an hour on small images and watch whether memory, open files or the cost of a step
+creep up (Linux).
 
     python benchmarks/soak.py --minutes 60 --record benchmarks/results/soak.jsonl
 
-A Semi-DETR run (small detector, digits, one worker that loads data, a checkpoint every 50 steps, measured every 200) in
-a process of its own; this one looks at it twice a minute: resident memory and open files of it and its worker together,
-and the CPU time that its steps took since the last look, which other programs disturb less than seconds. At the end it
-is sent SIGTERM. Drift is the straight line through the figures after the first tenth, over the time it covers.
+A Semi-DETR run (small detector, digits, one worker that loads data, a checkpoint every 50 steps,
+measured every 200) in
+a process of its own; this one looks at it twice a minute: resident memory and open files of it
+and its worker together,
+and the CPU time that its steps took since the last look, which other programs disturb less than
+seconds. At the end it
+is sent SIGTERM. Drift is the straight line through the figures after the first tenth, over the
+time it covers.
 """
 
 import argparse
@@ -29,8 +34,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--every", type=float, default=30, help="seconds between two looks")
-    parser.add_argument("--out", type=Path, default=Path("runs/soak"), help="folder of the run; emptied first")
-    parser.add_argument("--record", type=Path, help="JSON-lines file that the result is appended to")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/soak"), help="folder of the run; emptied first"
+    )
+    parser.add_argument(
+        "--record", type=Path, help="JSON-lines file that the result is appended to"
+    )
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)  # what the child process does
     given = parser.parse_args()
     if given.train:
@@ -77,15 +86,21 @@ def look(pid: int, folder: Path) -> dict[str, float]:
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     for each in (str(pid), *children):
         place = Path("/proc") / each
-        found["MB"] += int((place / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+        found["MB"] += (
+            int((place / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+        )
         found["files"] += len(list((place / "fd").iterdir()))
-        found["cpu"] += sum(map(int, (place / "stat").read_text().rpartition(")")[2].split()[11:13]))
+        found["cpu"] += sum(
+            map(int, (place / "stat").read_text().rpartition(")")[2].split()[11:13])
+        )
     found["cpu"] /= os.sysconf("SC_CLK_TCK")
     return found
 
 
 def drift(looks: list[dict]) -> dict:
-    """Figures at the beginning (the first tenth left out) and the end, and what changed by a straight line."""
+    """Figures at the beginning (the first tenth left out) and the end, and what changed by a
+    straight line.
+    """
     looks = looks[max(1, len(looks) // 10) :]
     if len(looks) < 4:
         return {"looks": len(looks)}
@@ -94,9 +109,16 @@ def drift(looks: list[dict]) -> dict:
     for name in ("MB", "files"):
         values = [one[name] for one in looks]
         changed = float(np.polyfit(times, values, 1)[0] * times[-1])
-        found[name] = {"first": round(values[0], 1), "last": round(values[-1], 1), "drift": round(changed, 1)}
+        found[name] = {
+            "first": round(values[0], 1),
+            "last": round(values[-1], 1),
+            "drift": round(changed, 1),
+        }
     steps, cpu = (np.array([one[name] for one in looks]) for name in ("step", "cpu"))
-    halves = [(cpu[b] - cpu[a]) / max(steps[b] - steps[a], 1) for a, b in ((0, len(cpu) // 2), (len(cpu) // 2, -1))]
+    halves = [
+        (cpu[b] - cpu[a]) / max(steps[b] - steps[a], 1)
+        for a, b in ((0, len(cpu) // 2), (len(cpu) // 2, -1))
+    ]
     found["CPU ms a step"] = {
         "first half": round(1000 * float(halves[0]), 1),
         "second half": round(1000 * float(halves[1]), 1),

@@ -2,7 +2,8 @@
 
     python benchmarks/step_cost.py [--steps 20] [--threads 2]
 
-Each step loads its batch in this process, so that data loading and views are counted. Prints medians, the ratio of
+Each step loads its batch in this process, so that data loading and views are counted. Prints
+medians, the ratio of
 each pair's median, and seconds spent in matching, costs and losses (forward) inside a step.
 """
 
@@ -77,7 +78,10 @@ def main() -> None:
     runs, loaders, times, shares = {}, {}, {}, {}
     for name, (method, changes) in stages.items():
         runs[name] = Run(
-            new_config(method=method, steps=10_000, score_threshold=0.05, **changes), "unused", quiet=True, workers=0
+            new_config(method=method, steps=10_000, score_threshold=0.05, **changes),
+            "unused",
+            quiet=True,
+            workers=0,
         )
         config = runs[name].config
         loaders[name] = Batches(
@@ -98,15 +102,21 @@ def main() -> None:
             if step >= 3:
                 times[name].append(time.perf_counter() - began)
                 shares[name].append(spent["seconds"] / times[name][-1])
-    print(f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}, {options.steps} steps in turn")
+    print(
+        f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}, {options.steps} steps in turn"
+    )
     base = statistics.median(times["supervised"])
     for name in stages:
-        ratio = statistics.median([a / b for a, b in zip(times[name], times["supervised"], strict=True)])
+        ratio = statistics.median(
+            [a / b for a, b in zip(times[name], times["supervised"], strict=True)]
+        )
         print(
             f"{name:<12} {statistics.median(times[name]):.3f} s a step, {ratio:.2f} x supervised, "
             f"matching and loss {100 * statistics.median(shares[name]):.1f} %"
         )
-    print(f"pseudo-boxes asked for an image: {runs['one-to-many'].method.stats} (supervised median {base:.3f} s)")
+    print(
+        f"pseudo-boxes asked for an image: {runs['one-to-many'].method.stats} (supervised median {base:.3f} s)"
+    )
 
 
 if __name__ == "__main__":

@@ -2,9 +2,12 @@
 
     python benchmarks/views_speed.py [--images 60] [--short-side 800]
 
-A photograph of 640 x 480 pixels as a JPEG file (quality 92) becomes a weak and a strong view at the short side given,
-as training does it, on one thread. Prints images a second by the clock and by the processor's own time (which other
-programs on the machine disturb less), for the median image, and a table in processor time: one row for each part of the
+A photograph of 640 x 480 pixels as a JPEG file (quality 92) becomes a weak and a strong view at
+the short side given,
+as training does it, on one thread. Prints images a second by the clock and by the processor's own
+time (which other
+programs on the machine disturb less), for the median image, and a table in processor time: one
+row for each part of the
 work, timed on its own on the same images.
 """
 
@@ -61,16 +64,30 @@ def main() -> None:
             image = timed("decode", read_image, path)
             size = tuple(image.shape[1:])
             weak, size, _ = timed("weak: resize", views._resized_image, image, size, rng, settings)
-            timed("weak: mirror", views.warp, weak, views._matrix([-1, 0, size[1]], [0, 1, 0]), size)
-            strong = timed("strong: resize", views._resized_image, image, tuple(image.shape[1:]), rng, settings)[0]
-            moved = timed("strong: geometry", views.warp, strong, views._strong_matrix(size, rng, settings), size)
+            timed(
+                "weak: mirror", views.warp, weak, views._matrix([-1, 0, size[1]], [0, 1, 0]), size
+            )
+            strong = timed(
+                "strong: resize", views._resized_image, image, tuple(image.shape[1:]), rng, settings
+            )[0]
+            moved = timed(
+                "strong: geometry",
+                views.warp,
+                strong,
+                views._strong_matrix(size, rng, settings),
+                size,
+            )
             coloured = timed("strong: colour", views.color_augment, moved, rng)
             timed("strong: erase", views.random_erase, coloured, rng, settings)
 
-    print(f"{platform.machine()}, one thread, torch {torch.__version__}, 640 x 480 to short side {options.short_side}")
+    print(
+        f"{platform.machine()}, one thread, torch {torch.__version__}, 640 x 480 to short side {options.short_side}"
+    )
     for name, spent in (("by the clock", clock), ("of processor time", times.pop("all"))):
         each = statistics.median(spent)
-        print(f"{1 / each:5.1f} images a second {name}, weak and strong view each ({1e3 * each:.1f} ms)")
+        print(
+            f"{1 / each:5.1f} images a second {name}, weak and strong view each ({1e3 * each:.1f} ms)"
+        )
     for name, spent in times.items():
         median, mean = 1e3 * statistics.median(spent), 1e3 * statistics.fmean(spent)
         print(f"  {name:<18} median {median:5.1f} ms, mean {mean:5.1f} ms")

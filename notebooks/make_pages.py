@@ -1,6 +1,8 @@
-"""`make site` and `make slides`: the notebooks as pages that need no kernel. Nothing is run; saved outputs are shown.
+"""`make site` and `make slides`: the notebooks as pages that need no kernel. Nothing is run;
+saved outputs are shown.
 
-Formulas become MathML and pictures are inside, so a page of the site loads nothing from anywhere. Slides load reveal.js
+Formulas become MathML and pictures are inside, so a page of the site loads nothing from anywhere.
+Slides load reveal.js
 when they are shown, from a public address or from a copy of yours.
 """
 
@@ -23,7 +25,9 @@ HERE = Path(__file__).parent
 REVEAL = "https://unpkg.com/reveal.js@4.6.1"
 PRIORITY = ["text/html", "text/markdown", "image/png", "text/plain"]
 SAVED = Config({"NbConvertBase": {"display_data_priority": PRIORITY}})  # no widgets
-MATHS = re.compile(r"(?P<code>(`+).*?\2)|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+?)\$", re.DOTALL)
+MATHS = re.compile(
+    r"(?P<code>(`+).*?\2)|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+?)\$", re.DOTALL
+)
 LINES = 28  # that fit on a slide
 SITE = """
 {%- extends 'lab/index.html.j2' -%}
@@ -70,7 +74,9 @@ Reveal.initialize({width: 1280, height: 760, margin: 0.02, center: false, hash: 
 
 
 def read(path: Path) -> nbformat.NotebookNode:
-    """A notebook, or a markdown file as a notebook of one cell, ready for a page; its title is the first heading."""
+    """A notebook, or a markdown file as a notebook of one cell, ready for a page; its title is
+    the first heading.
+    """
     if path.suffix == ".md":
         text = path.read_text(encoding="utf-8")
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)])
@@ -81,15 +87,21 @@ def read(path: Path) -> nbformat.NotebookNode:
     headings = re.findall(r"^# (.+)$", "\n".join(cell.source for cell in texts), re.MULTILINE)
     notebook.metadata.title = headings[0] if headings else path.stem
     for cell in texts:
-        cell.source = re.sub(r"\]\(([\w./-]+)\.ipynb(#[^)]*)?\)", r"](\1.html\2)", MATHS.sub(_mathml, cell.source))
+        cell.source = re.sub(
+            r"\]\(([\w./-]+)\.ipynb(#[^)]*)?\)", r"](\1.html\2)", MATHS.sub(_mathml, cell.source)
+        )
     return notebook
 
 
 def _mathml(found: re.Match) -> str:
     if found["code"]:
         return found[0]
-    maths = convert(found["block"] or found["inline"], display="block" if found["block"] else "inline")
-    return re.sub(r"(?<=>)[*_](?=<)", lambda sign: f"&#{ord(sign[0])};", maths)  # markdown would take them as its own
+    maths = convert(
+        found["block"] or found["inline"], display="block" if found["block"] else "inline"
+    )
+    return re.sub(
+        r"(?<=>)[*_](?=<)", lambda sign: f"&#{ord(sign[0])};", maths
+    )  # markdown would take them as its own
 
 
 def write(exporter: HTMLExporter, notebook: nbformat.NotebookNode, path: Path) -> None:
@@ -97,9 +109,14 @@ def write(exporter: HTMLExporter, notebook: nbformat.NotebookNode, path: Path) -
 
 
 def make_site(folder: Path, out: Path, repository: str | None = None) -> None:
-    """A page for each notebook, and index.html from README.md; with links to Colab where the repository is known."""
+    """A page for each notebook, and index.html from README.md; with links to Colab where the
+    repository is known.
+    """
     exporter = HTMLExporter(config=SAVED, raw_template=SITE)
-    index, pages = read(folder / "README.md"), {path.stem: read(path) for path in sorted(folder.glob("*.ipynb"))}
+    index, pages = (
+        read(folder / "README.md"),
+        {path.stem: read(path) for path in sorted(folder.glob("*.ipynb"))},
+    )
     index.metadata.links = []
     write(exporter, index, out / "index.html")
     names = list(pages)
@@ -110,12 +127,16 @@ def make_site(folder: Path, out: Path, repository: str | None = None) -> None:
                 title = pages[names[other]].metadata.title
                 page.metadata.links.append((arrow.format(title), f"{names[other]}.html"))
         if repository:
-            page.metadata.links.append(("Open in Colab", colab.colab_address(repository, f"{name}.ipynb")))
+            page.metadata.links.append(
+                ("Open in Colab", colab.colab_address(repository, f"{name}.ipynb"))
+            )
         write(exporter, page, out / f"{name}.html")
 
 
 def make_slides(folder: Path, out: Path, reveal: str = REVEAL) -> None:
-    """reveal.js slides of each notebook, and index.html with their titles; a copy of reveal.js is taken along."""
+    """reveal.js slides of each notebook, and index.html with their titles; a copy of reveal.js is
+    taken along.
+    """
     if Path(reveal, "dist").is_dir():
         for part in ("dist", "plugin"):
             shutil.copytree(Path(reveal, part), out / "reveal.js" / part, dirs_exist_ok=True)
@@ -134,7 +155,8 @@ def make_slides(folder: Path, out: Path, reveal: str = REVEAL) -> None:
 
 
 def add_slide_types(notebook: nbformat.NotebookNode) -> None:
-    """For cells without one: a heading begins a slide; below it begins what would not fit, and what answers a guess.
+    """For cells without one: a heading begins a slide; below it begins what would not fit, and
+    what answers a guess.
 
     A cell with a heading further down is cut there.
     """
@@ -145,7 +167,11 @@ def add_slide_types(notebook: nbformat.NotebookNode) -> None:
         if cell.cell_type == "markdown" and re.match("##? ", cell.source):
             kind = "slide"
         else:
-            kind = "subslide" if guess or filled + lines > LINES or cell.source.startswith("###") else "-"
+            kind = (
+                "subslide"
+                if guess or filled + lines > LINES or cell.source.startswith("###")
+                else "-"
+            )
         kind = cell.metadata.setdefault("slideshow", {}).setdefault("slide_type", kind)
         if kind not in ("skip", "notes"):
             filled = lines if kind in ("slide", "subslide") else filled + lines
@@ -165,8 +191,14 @@ def _lines(cell) -> float:
     for output in cell.get("outputs", []):
         html = output.get("data", {}).get("text/html", "")
         for code in re.findall(r"data:image/png;base64,([\w+/]{32})", html):
-            lines += int.from_bytes(base64.b64decode(code)[20:24], "big") / 17  # its height in pixels
-        lines += 0 if html else _wrapped(output.get("text") or output.get("data", {}).get("text/plain", ""))
+            lines += (
+                int.from_bytes(base64.b64decode(code)[20:24], "big") / 17
+            )  # its height in pixels
+        lines += (
+            0
+            if html
+            else _wrapped(output.get("text") or output.get("data", {}).get("text/plain", ""))
+        )
     return lines
 
 
@@ -180,7 +212,9 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder for the pages")
     copy = "address of reveal.js 4, or the folder of a copy of yours (%(default)s)"
     parser.add_argument("--reveal-prefix", default=REVEAL, help=copy)
-    parser.add_argument("--owner", default="", help="who hosts the repository on GitHub, for links to Colab")
+    parser.add_argument(
+        "--owner", default="", help="who hosts the repository on GitHub, for links to Colab"
+    )
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
     if chosen.what == "site":

@@ -1,10 +1,12 @@
-"""semidetr-lite: a teaching and reproduction kit for Semi-DETR, semi-supervised object detection with detection
+"""semidetr-lite: a teaching and reproduction kit for Semi-DETR, semi-supervised object detection
+with detection
 transformers.
 """
 
 import os
 
-# Threads that wait for work sleep instead of spinning. Torch reads this when it is loaded, so it stands before anything
+# Threads that wait for work sleep instead of spinning. Torch reads this when it is loaded, so it
+# stands before anything
 # else; beside other jobs, spinning threads make a training step many times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

@@ -16,7 +16,9 @@ from semidetr_lite.training.settings import change, differences
 from semidetr_lite.visualize import plot_ablation, png
 from tests.test_cli import FEW, SMALL, coco_folder
 
-FIELDS = "table row method detector data percent fold seed steps AP AP50 seconds commit machine".split()
+FIELDS = (
+    "table row method detector data percent fold seed steps AP AP50 seconds commit machine".split()
+)
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +37,9 @@ def command(monkeypatch, *words) -> int:
     return cli.main()
 
 
-def test_rows_percents_and_seeds_are_run_once_and_only_what_is_missing_later(monkeypatch, tmp_path, capsys):
+def test_rows_percents_and_seeds_are_run_once_and_only_what_is_missing_later(
+    monkeypatch, tmp_path, capsys
+):
     words = ["--out", tmp_path, "--percents", 50, 100, "--rows", "supervised", "+SHM", "--steps", 1]
     assert command(monkeypatch, *words, "--seeds", 3) == 0
     lines = read_jsonl(tmp_path / "ablation.jsonl")
@@ -44,9 +48,13 @@ def test_rows_percents_and_seeds_are_run_once_and_only_what_is_missing_later(mon
         ("+SHM", 50, 1),
         ("supervised", 100, 3),
     ]
-    assert all(set(FIELDS) <= set(line) and line["table"] == "main" and line["seed"] == 3 for line in lines)
+    assert all(
+        set(FIELDS) <= set(line) and line["table"] == "main" and line["seed"] == 3 for line in lines
+    )
     assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((tmp_path / "dino/50pct/seed3/+SHM/config.json").read_text())["burn_in"].endswith("burn-in")
+    assert json.loads((tmp_path / "dino/50pct/seed3/+SHM/config.json").read_text())[
+        "burn_in"
+    ].endswith("burn-in")
     runs = []
     monkeypatch.setattr(Run, "run", lambda run: runs.append(run.out.name))
     assert command(monkeypatch, *words, "--seeds", 3) == 0 and not runs
@@ -59,24 +67,39 @@ def test_a_run_counts_in_every_table_that_names_it(tmp_path):
     ablation = Ablation(tmp_path / "runs", tmp_path / "record.jsonl", quiet=True)
     ablation.run(["main", "matching"], ["semi-detr", "stage-wise"], [50], [0])
     lines = read_jsonl(tmp_path / "record.jsonl")
-    assert [(line["table"], line["row"]) for line in lines] == [("main", "semi-detr"), ("matching", "stage-wise")]
-    assert {key: lines[0][key] for key in ("AP", "seconds")} == {key: lines[1][key] for key in ("AP", "seconds")}
-    assert sorted(path.name for path in (tmp_path / "runs/dino/50pct/seed0").iterdir()) == ["burn-in", "semi-detr"]
+    assert [(line["table"], line["row"]) for line in lines] == [
+        ("main", "semi-detr"),
+        ("matching", "stage-wise"),
+    ]
+    assert {key: lines[0][key] for key in ("AP", "seconds")} == {
+        key: lines[1][key] for key in ("AP", "seconds")
+    }
+    assert sorted(path.name for path in (tmp_path / "runs/dino/50pct/seed0").iterdir()) == [
+        "burn-in",
+        "semi-detr",
+    ]
 
 
 def test_a_run_of_another_table_is_not_made_again(tmp_path):
     """On whatever machine it was made: its folder need not be here."""
     record = tmp_path / "record.jsonl"
     Ablation(tmp_path / "there", record, quiet=True).run(["main"], ["semi-detr"], [50], [0])
-    Ablation(tmp_path / "here", record, quiet=True).run(["matching", "boxes"], ["stage-wise", "union"], [50], [0])
+    Ablation(tmp_path / "here", record, quiet=True).run(
+        ["matching", "boxes"], ["stage-wise", "union"], [50], [0]
+    )
     first, *others = read_jsonl(record)
-    assert [(line["table"], line["row"]) for line in others] == [("matching", "stage-wise"), ("boxes", "union")]
+    assert [(line["table"], line["row"]) for line in others] == [
+        ("matching", "stage-wise"),
+        ("boxes", "union"),
+    ]
     assert all({**line, "table": "main", "row": "semi-detr"} == first for line in others)
     assert not (tmp_path / "here").exists()
 
 
 def test_an_unfinished_run_goes_on(monkeypatch, tmp_path):
-    ablation = Ablation(tmp_path, tmp_path / "record.jsonl", preset(steps=2, log_every=1), quiet=True)
+    ablation = Ablation(
+        tmp_path, tmp_path / "record.jsonl", preset(steps=2, log_every=1), quiet=True
+    )
     step = Run.train_step
 
     def stopped(run, batch):
@@ -88,16 +111,23 @@ def test_an_unfinished_run_goes_on(monkeypatch, tmp_path):
         patch.setattr(Run, "train_step", stopped)
         ablation.run(["main"], ["mean-teacher"], [50], [0])
     steps = []
-    monkeypatch.setattr(Run, "train_step", lambda run, batch: steps.append(run.step) or step(run, batch))
+    monkeypatch.setattr(
+        Run, "train_step", lambda run, batch: steps.append(run.step) or step(run, batch)
+    )
     ablation.run(["main"], ["mean-teacher"], [50], [0])
     assert steps == [1] and len(read_jsonl(tmp_path / "record.jsonl")) == 1
 
 
 def test_every_row_runs_on_coco_data(tmp_path):
     data, names = coco_folder(tmp_path / "data"), [name for name in ROWS if not ROWS[name].detector]
-    ablation = Ablation(tmp_path, tmp_path / "record.jsonl", preset(steps=1, data=str(data)), quiet=True)
+    ablation = Ablation(
+        tmp_path, tmp_path / "record.jsonl", preset(steps=1, data=str(data)), quiet=True
+    )
     ablation.run(
-        list(TABLES), [row for table in TABLES.values() for row, name in table.items() if name in names], [50], [0]
+        list(TABLES),
+        [row for table in TABLES.values() for row, name in table.items() if name in names],
+        [50],
+        [0],
     )
     lines = read_jsonl(tmp_path / "record.jsonl")
     assert len(lines) == sum(name in names for table in TABLES.values() for name in table.values())
@@ -138,25 +168,41 @@ def test_bad_input_gets_one_line(monkeypatch, tmp_path, capsys, words, said):
 def test_a_folder_of_other_runs_is_refused(tmp_path):
     Ablation(tmp_path, tmp_path / "a.jsonl", quiet=True).run(["main"], ["supervised"], [50], [0])
     with pytest.raises(UserError, match="holds a run with another steps; choose another --out"):
-        Ablation(tmp_path, tmp_path / "a.jsonl", preset(steps=3)).run(["main"], ["supervised"], [50], [0])
+        Ablation(tmp_path, tmp_path / "a.jsonl", preset(steps=3)).run(
+            ["main"], ["supervised"], [50], [0]
+        )
     (tmp_path / "a.jsonl").write_text("{")
     with pytest.raises(UserError, match="not JSON lines"):
         read_jsonl(tmp_path / "a.jsonl")
 
 
 def made(row: str, percent: float, values, table="main") -> list[dict]:
-    same = {"table": table, "row": row, "preset": "digits", "detector": "dino", "percent": percent, "seconds": 60}
+    same = {
+        "table": table,
+        "row": row,
+        "preset": "digits",
+        "detector": "dino",
+        "percent": percent,
+        "seconds": 60,
+    }
     return [{**same, "AP": value / 100, "AP50": value / 50} for value in values]
 
 
 def test_mean_error_and_gap_are_the_closed_forms():
-    lines = made("supervised", 10, [40, 42]) + made("supervised", 100, [71]) + made("semi-detr", 10, [55, 57, 62])
+    lines = (
+        made("supervised", 10, [40, 42])
+        + made("supervised", 100, [71])
+        + made("semi-detr", 10, [55, 57, 62])
+    )
     rows = {(row.row, row.percent): row for row in summarise(lines)}
     best = rows["semi-detr", 10]
     assert best.mean == pytest.approx(58) and best.ap50 == pytest.approx(116) and best.minutes == 1
     assert best.error == pytest.approx(math.sqrt((9 + 1 + 16) / 2 / 3))
     assert best.gap == pytest.approx(100 * (58 - 41) / (71 - 41))
-    assert rows["supervised", 10].gap == 0 and rows["supervised", 100].error != rows["supervised", 100].error
+    assert (
+        rows["supervised", 10].gap == 0
+        and rows["supervised", 100].error != rows["supervised", 100].error
+    )
     text = "\n".join(markdown(list(rows.values())))
     assert "| semi-detr | 3 | 58.0 ± 2.1 | 116.0 | 57 % | 1 |" in text
     lonely = summarise(made("semi-detr", 5, [50]))
@@ -165,31 +211,49 @@ def test_mean_error_and_gap_are_the_closed_forms():
 
 def test_runs_of_several_lengths_are_rows_of_their_own():
     lines = [
-        *({**line, "steps": 4750} for line in made("supervised", 10, [40]) + made("supervised", 100, [70])),
+        *(
+            {**line, "steps": 4750}
+            for line in made("supervised", 10, [40]) + made("supervised", 100, [70])
+        ),
         *({**line, "steps": 8500} for line in made("supervised", 10, [45])),
         *({**line, "steps": 1500} for line in made("semi-detr", 10, [55, 57])),
         *({**line, "steps": 3000} for line in made("semi-detr", 10, [60])),
     ]
     rows = {(row.row, row.percent): row for row in summarise(lines)}
     assert rows["semi-detr", 10].mean == pytest.approx(56)
-    assert rows["semi-detr", 10].gap == pytest.approx(100 * 16 / 30)  # 3,750 supervised steps: the run of 4,750
-    assert rows["semi-detr, 3,000 steps", 10].gap == pytest.approx(100 * 15 / 25)  # 7,500: that of 8,500
+    assert rows["semi-detr", 10].gap == pytest.approx(
+        100 * 16 / 30
+    )  # 3,750 supervised steps: the run of 4,750
+    assert rows["semi-detr, 3,000 steps", 10].gap == pytest.approx(
+        100 * 15 / 25
+    )  # 7,500: that of 8,500
     assert rows["supervised, 8,500 steps", 10].gap == 0
 
 
 def test_the_picture_says_the_finding():
-    lines = made("supervised", 10, [40, 42]) + made("supervised", 100, [71]) + made("semi-detr", 10, [55, 57, 62])
+    lines = (
+        made("supervised", 10, [40, 42])
+        + made("supervised", 100, [71])
+        + made("semi-detr", 10, [55, 57, 62])
+    )
     figure = plot_ablation(summarise(lines + made("mined", 10, [50], "boxes")))
     assert figure.get_suptitle() == "semi-detr closes 57 % of the gap at 10 % of the labels"
     assert [len(ax.get_yticks()) for ax in figure.axes] == [2, 1, 1] and png(figure)
-    assert {ax.get_xlim() for ax in figure.axes} == {(38, 73)}  # one axis: two panels can be compared
+    assert {ax.get_xlim() for ax in figure.axes} == {
+        (38, 73)
+    }  # one axis: two panels can be compared
     longer = [line | {"steps": 3000} for line in made("semi-detr", 10, [65])]
-    assert "closes 57 %" in plot_ablation(summarise(lines + longer)).get_suptitle()  # its supervised run is shorter
+    assert (
+        "closes 57 %" in plot_ablation(summarise(lines + longer)).get_suptitle()
+    )  # its supervised run is shorter
     assert png(plot_ablation(summarise(made("mined", 10, [50], "boxes"))))
 
 
 def test_other_data_has_tables_of_its_own():
-    ours, theirs = made("semi-detr", 10, [50]), [line | {"data": "x.json"} for line in made("semi-detr", 10, [60])]
+    ours, theirs = (
+        made("semi-detr", 10, [50]),
+        [line | {"data": "x.json"} for line in made("semi-detr", 10, [60])],
+    )
     assert [(row.preset, row.values) for row in summarise(ours + theirs)] == [
         ("digits", [50]),
         ("preset digits on x.json", [60]),
@@ -197,22 +261,45 @@ def test_other_data_has_tables_of_its_own():
 
 
 def test_rows_that_nothing_tells_apart_are_named_together():
-    lines = made("supervised", 10, [40]) + made("supervised", 100, [70]) + made("mean-teacher", 10, [50])
-    figure = plot_ablation(summarise([*lines, *made("+SHM", 10, [49.7]), *made("semi-detr", 10, [45])]))
-    assert figure.get_suptitle() == "mean-teacher and +SHM close 32 to 33 % of the gap at 10 % of the labels"
+    lines = (
+        made("supervised", 10, [40])
+        + made("supervised", 100, [70])
+        + made("mean-teacher", 10, [50])
+    )
+    figure = plot_ablation(
+        summarise([*lines, *made("+SHM", 10, [49.7]), *made("semi-detr", 10, [45])])
+    )
+    assert (
+        figure.get_suptitle()
+        == "mean-teacher and +SHM close 32 to 33 % of the gap at 10 % of the labels"
+    )
 
 
 def test_options_of_the_data_reach_every_run(tmp_path):
-    ablation = Ablation(tmp_path, tmp_path / "record.jsonl", preset(data="x.json", folds="f", flip=False))
-    for config in (ablation.config("semi-detr", 10, 0)[0], ablation.config("semi-detr", 10, 0, burn_in=True)[0]):
+    ablation = Ablation(
+        tmp_path, tmp_path / "record.jsonl", preset(data="x.json", folds="f", flip=False)
+    )
+    for config in (
+        ablation.config("semi-detr", 10, 0)[0],
+        ablation.config("semi-detr", 10, 0, burn_in=True)[0],
+    ):
         assert (config.data_files.folds, config.views.flip) == ("f", False)
 
 
 def test_what_was_measured_during_training_is_kept_once(tmp_path):
     ablation = Ablation(
-        tmp_path, tmp_path / "record.jsonl", preset(steps=2, log_every=1, evaluate_every=1), quiet=True
+        tmp_path,
+        tmp_path / "record.jsonl",
+        preset(steps=2, log_every=1, evaluate_every=1),
+        quiet=True,
     )
     ablation.run(["main", "matching"], ["semi-detr", "stage-wise"], [50], [0])
     lines = read_jsonl(tmp_path / "record_curves.jsonl")
     assert [(line["row"], line["step"]) for line in lines] == [("semi-detr", 1), ("semi-detr", 2)]
-    assert {"AP_teacher", "pseudo_precision", "pseudo_recall", "duplicates", "duplicates_nms"} <= set(lines[0])
+    assert {
+        "AP_teacher",
+        "pseudo_precision",
+        "pseudo_recall",
+        "duplicates",
+        "duplicates_nms",
+    } <= set(lines[0])

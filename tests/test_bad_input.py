@@ -219,7 +219,9 @@ def check(folder: Path, *words, kept: bool = True) -> int:
 @pytest.fixture(scope="module", autouse=True)
 def small():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(presets.PRESETS, "digits", change(presets.PRESETS["digits"], **SMALL, steps=2))
+        patch.setitem(
+            presets.PRESETS, "digits", change(presets.PRESETS["digits"], **SMALL, steps=2)
+        )
         patch.setattr(digits, "COUNTS", FEW)
         yield
 
@@ -396,7 +398,10 @@ def test_config_of_a_run(work, command, count, monkeypatch):
     monkeypatch.setattr(Run, "_loader", lambda self: [])
     go = Run.run
     monkeypatch.setattr(Run, "run", lambda self: {"test": {}, **go(self)})
-    more = {"compare": ["--out", work.parent / "page", "--images", 1], "train": ["--resume", "--out", work / "run"]}
+    more = {
+        "compare": ["--out", work.parent / "page", "--images", 1],
+        "train": ["--resume", "--out", work / "run"],
+    }
     words = [command, *([] if command == "train" else [work / "run"]), *more.get(command, [])]
     if command == "train":  # which reads config.json only where there is no checkpoint yet
         (work / "run/last.pt").unlink()

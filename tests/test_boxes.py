@@ -66,10 +66,14 @@ def test_overlaps_broadcast_over_leading_dimensions():
     for layer in range(2):
         for image in range(3):
             assert torch.allclose(iou[layer, image], box_iou(a[layer, image], b[image]), atol=1e-6)
-            assert torch.allclose(giou[layer, image], generalized_box_iou(a[layer, image], b[image]), atol=1e-6)
+            assert torch.allclose(
+                giou[layer, image], generalized_box_iou(a[layer, image], b[image]), atol=1e-6
+            )
 
 
-@pytest.mark.parametrize("empty", [[5.0, 5, 5, 5], [5.0, 5, 5, 9], [8.0, 8, 2, 2]])  # a point, a line, corners swapped
+@pytest.mark.parametrize(
+    "empty", [[5.0, 5, 5, 5], [5.0, 5, 5, 9], [8.0, 8, 2, 2]]
+)  # a point, a line, corners swapped
 def test_empty_boxes_overlap_by_nothing_and_have_finite_gradients(empty):
     a = torch.tensor([empty], requires_grad=True)
     b = torch.tensor([[0.0, 0, 10, 10], empty])

@@ -1,4 +1,6 @@
-"""What a real browser does: JupyterLab's Run All with a slider that redraws its picture; the report page."""
+"""What a real browser does: JupyterLab's Run All with a slider that redraws its picture; the
+report page.
+"""
 
 import json
 import os
@@ -19,13 +21,16 @@ from semidetr_lite.report import write_report
 pytest.importorskip("selenium", reason="selenium is not installed: pip install -e '.[dev]'")
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService, Keys
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 DRIVER = shutil.which("chromedriver")
 if not (BROWSER and DRIVER):
     pytest.skip("no chromium with its chromedriver on the PATH", allow_module_level=True)
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-NO_NEWS = "settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"  # it would ask the network
+# it would ask the network
+NO_NEWS = "settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
 
 
 def wait(ready, seconds: float, what: str):
@@ -44,16 +49,38 @@ def lab(tmp_path):
     folder.mkdir()
     shutil.copy(NOTEBOOKS / "01_data.ipynb", folder)
     (tmp_path / NO_NEWS).parent.mkdir(parents=True)
-    (tmp_path / NO_NEWS).write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}), encoding="utf-8")
+    (tmp_path / NO_NEWS).write_text(
+        json.dumps({"fetchNews": "false", "checkForUpdates": False}), encoding="utf-8"
+    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    names = ("JUPYTER_CONFIG", "JUPYTER_DATA", "JUPYTER_RUNTIME", "JUPYTERLAB_SETTINGS", "JUPYTERLAB_WORKSPACES")
+    names = (
+        "JUPYTER_CONFIG",
+        "JUPYTER_DATA",
+        "JUPYTER_RUNTIME",
+        "JUPYTERLAB_SETTINGS",
+        "JUPYTERLAB_WORKSPACES",
+    )
     homes = {f"{name}_DIR": str(tmp_path / name.split("_")[1].lower()) for name in names}
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser"]
-    command += [f"--notebook-dir={folder}", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0"]
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        "--expose-app-in-browser",
+    ]
+    command += [
+        f"--notebook-dir={folder}",
+        "--ip=127.0.0.1",
+        f"--port={port}",
+        "--ServerApp.port_retries=0",
+    ]
     command += ["--IdentityProvider.token="]
-    environment = os.environ | homes | {"IPYTHONDIR": str(tmp_path / "ipython"), "OMP_NUM_THREADS": "1"}
+    environment = (
+        os.environ | homes | {"IPYTHONDIR": str(tmp_path / "ipython"), "OMP_NUM_THREADS": "1"}
+    )
     with log.open("w", encoding="utf-8") as output:
         server = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
 
@@ -89,7 +116,9 @@ def browser(tmp_path):
 
 def test_a_slider_redraws_its_picture_after_run_all(lab, browser):
     def lab_says(script):
-        return browser.execute_script(f"const app = window.jupyterapp, page = app?.shell?.currentWidget; {script}")
+        return browser.execute_script(
+            f"const app = window.jupyterapp, page = app?.shell?.currentWidget; {script}"
+        )
 
     def pictures():
         return browser.find_elements("css selector", ".jp-OutputArea .widget-html img")
@@ -101,32 +130,51 @@ def test_a_slider_redraws_its_picture_after_run_all(lab, browser):
 
     lab_says("app.commands.execute('notebook:run-all-cells').then(() => window.allRan = true)")
     wait(lambda: lab_says("return window.allRan"), 60, "Run All")
-    cells = [cell for cell in lab_says("return page.content.model.toJSON().cells") if cell["cell_type"] == "code"]
+    cells = [
+        cell
+        for cell in lab_says("return page.content.model.toJSON().cells")
+        if cell["cell_type"] == "code"
+    ]
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
-    assert not [output for cell in cells for output in cell["outputs"] if output["output_type"] == "error"]
+    assert not [
+        output for cell in cells for output in cell["outputs"] if output["output_type"] == "error"
+    ]
 
     [picture] = wait(pictures, 10, "the explorer's picture")
     before = picture.get_attribute("src")
     assert before.startswith("data:image/png;base64,") and picture.get_attribute("alt")
     handle = browser.find_element("css selector", ".jp-OutputArea .widget-slider .noUi-handle")
-    browser.execute_script("arguments[0].scrollIntoView({block: 'center'}); arguments[0].focus()", handle)
+    browser.execute_script(
+        "arguments[0].scrollIntoView({block: 'center'}); arguments[0].focus()", handle
+    )
     handle.send_keys(Keys.ARROW_RIGHT)
     # in one script: a picture may be replaced between being found and being asked
     sources = "return [...document.querySelectorAll('.jp-OutputArea .widget-html img')].map(one => one.src)"
-    wait(lambda: [one for one in browser.execute_script(sources) if one != before], 10, "another picture")
+    wait(
+        lambda: [one for one in browser.execute_script(sources) if one != before],
+        10,
+        "another picture",
+    )
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Path:
-    """A report on a run of Semi-DETR with the shipped weights, two recorded steps and nine dropped boxes."""
+    """A report on a run of Semi-DETR with the shipped weights, two recorded steps and nine
+    dropped boxes.
+    """
     run = tmp_path_factory.mktemp("page") / "semi-detr"
     run.mkdir()
     config = {"method": "semi-detr", "detector": "dino", "data": "digits", "percent": 10, "fold": 1}
     config |= {"seed": 0, "steps": 200, "recipe": {}, "categories": digits.CATEGORIES}
     (run / "config.json").write_text(json.dumps(config))
     shutil.copy(NOTEBOOKS / "checkpoints" / "semi_detr.safetensors", run / "teacher.safetensors")
-    figures = {part: {"AP": ap, "AP50": ap + 0.1} for part, ap in (("teacher", 0.5), ("student", 0.4))}
-    lines = [{"step": step, "seconds": 1.0 * step, "AP_teacher": 0.4, "AP_student": 0.3} for step in (100, 200)]
+    figures = {
+        part: {"AP": ap, "AP50": ap + 0.1} for part, ap in (("teacher", 0.5), ("student", 0.4))
+    }
+    lines = [
+        {"step": step, "seconds": 1.0 * step, "AP_teacher": 0.4, "AP_student": 0.3}
+        for step in (100, 200)
+    ]
     lines[-1] |= {"test": figures, "losses": {"class": 1.0}, "pseudo_per_image": 1.0}
     (run / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     boxes = [[5.0 * place, 5, 5.0 * place + 20, 30] for place in range(10)]
@@ -171,11 +219,15 @@ def test_the_page_fits_its_window(page, browser, width):
     script = "return [...document.querySelectorAll(arguments[0])].map(one => one.getBoundingClientRect().toJSON())"
     rows = browser.execute_script(script, ".card")
     pictures = browser.execute_script(script, ".card svg.picture")
-    assert len(pictures) == 6 and all(box["width"] >= 140 and box["height"] >= 100 for box in pictures)
+    assert len(pictures) == 6 and all(
+        box["width"] >= 140 and box["height"] >= 100 for box in pictures
+    )
     right = max(box["right"] for box in rows)
     shown = browser.execute_script("return document.documentElement.clientWidth")  # no scroll bar
     assert shown - right < 0.05 * width  # the cards use the whole width
     if width == 1280:
         assert pictures[0]["bottom"] < 900  # the first row is on the first screen
-    drawn = browser.execute_script("return getComputedStyle(document.querySelector('.hit path:last-child')).stroke")
+    drawn = browser.execute_script(
+        "return getComputedStyle(document.querySelector('.hit path:last-child')).stroke"
+    )
     assert drawn == "rgb(86, 180, 233)"

@@ -1,4 +1,6 @@
-"""The commands as a user types them: they work on COCO-format data, and bad input gets one line and status 2."""
+"""The commands as a user types them: they work on COCO-format data, and bad input gets one line
+and status 2.
+"""
 
 import json
 import os
@@ -23,11 +25,17 @@ FEW = {"train": 8, "tune": 3, "test": 3}
 
 
 def coco_folder(root, count=8, sizes=((40, 60), (64, 48))):
-    """Images of rectangles with two categories (ids 3 and 7), one crowd region, one image without boxes."""
+    """Images of rectangles with two categories (ids 3 and 7), one crowd region, one image without
+    boxes.
+    """
     rng = np.random.default_rng(0)
     (root / "images").mkdir(parents=True)
     for split, images in (("train", count), ("val", 3)):
-        document = {"images": [], "annotations": [], "categories": [{"id": 3, "name": "box"}, {"id": 7, "name": "bar"}]}
+        document = {
+            "images": [],
+            "annotations": [],
+            "categories": [{"id": 3, "name": "box"}, {"id": 7, "name": "bar"}],
+        }
         for number in range(images):
             height, width = sizes[number % 2]
             name = f"{split} {number}.png"
@@ -42,7 +50,9 @@ def coco_folder(root, count=8, sizes=((40, 60), (64, 48))):
                     "category_id": 3 + 4 * (number % 2),
                 }
                 document["annotations"].append({"id": number, **row})
-            document["images"].append({"id": number, "file_name": name, "height": height, "width": width})
+            document["images"].append(
+                {"id": number, "file_name": name, "height": height, "width": width}
+            )
             Image.fromarray(pixels).save(root / "images" / name)
         (root / f"instances_{split}.json").write_text(json.dumps(document))
     return root
@@ -64,7 +74,9 @@ def run(monkeypatch, *words) -> int:
 def trained(tmp_path_factory):
     """A run on COCO-format data with a folder of unlabelled images."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(presets.PRESETS, "digits", change(presets.PRESETS["digits"], **SMALL, steps=2))
+        patch.setitem(
+            presets.PRESETS, "digits", change(presets.PRESETS["digits"], **SMALL, steps=2)
+        )
         root = tmp_path_factory.mktemp("trained")
         data = coco_folder(root / "data")
         coco_folder(root / "more", 4)
@@ -88,7 +100,9 @@ def test_demo_trains_all_prints_the_table_and_writes_the_page(monkeypatch, tmp_p
     short = {name: one._replace(steps=2) for name, one in demo.DEMO_RUNS.items()}
     monkeypatch.setattr(demo, "DEMO_RUNS", short)
 
-    def one_after_the_other(names, out, seed, **changes):  # other processes would not know the small preset
+    def one_after_the_other(
+        names, out, seed, **changes
+    ):  # other processes would not know the small preset
         return [demo.train_demo_run(name, out, seed, **changes) for name in names]
 
     monkeypatch.setattr(demo, "train_side_by_side", one_after_the_other)
@@ -100,13 +114,17 @@ def test_demo_trains_all_prints_the_table_and_writes_the_page(monkeypatch, tmp_p
     assert run(monkeypatch, "demo", "--out", tmp_path) == 0  # finished runs are not run again
     assert (tmp_path / "semi-detr/student.safetensors").stat().st_mtime_ns == before
     assert run(monkeypatch, "demo", "--out", tmp_path, "--seed", "1") == 2
-    assert "supervised: holds a run with another seed; choose another --out" in capsys.readouterr().err
+    assert (
+        "supervised: holds a run with another seed; choose another --out" in capsys.readouterr().err
+    )
 
 
 def test_training_on_coco_data_keeps_its_categories(trained):
     config = json.loads((trained / "run/config.json").read_text())
     assert config["categories"] == [{"id": 3, "name": "box"}, {"id": 7, "name": "bar"}]
-    lines = [json.loads(line) for line in (trained / "run/pseudo_boxes.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (trained / "run/pseudo_boxes.jsonl").read_text().splitlines()
+    ]
     assert lines and all(line["step"] == 2 for line in lines)
 
 
@@ -124,17 +142,39 @@ def test_predict_writes_pictures_and_coco_json(monkeypatch, trained, tmp_path, c
     assert run(monkeypatch, *words) == 0
     rows = json.loads((tmp_path / "detections.json").read_text())
     listed = json.loads((tmp_path / "images.json").read_text())["images"]
-    assert len(listed) == 12 and {row["category_id"] for row in rows} <= {3, 7} and len(rows[0]["bbox"]) == 4
+    assert (
+        len(listed) == 12
+        and {row["category_id"] for row in rows} <= {3, 7}
+        and len(rows[0]["bbox"]) == 4
+    )
     pictures = list(tmp_path.glob("*.png"))
     assert len(pictures) == 12 and all(Image.open(picture).width >= 320 for picture in pictures)
     (tmp_path / "broken.png").write_bytes(b"no picture")
     large = tmp_path / "large.png"
     Image.new("RGB", (1000, 500)).save(large)
-    assert run(monkeypatch, "predict", trained / "run", large, tmp_path / "broken.png", "--out", tmp_path / "b") == 2
+    assert (
+        run(
+            monkeypatch,
+            "predict",
+            trained / "run",
+            large,
+            tmp_path / "broken.png",
+            "--out",
+            tmp_path / "b",
+        )
+        == 2
+    )
     said = capsys.readouterr().err
-    assert "broken.png: not a readable image" in said and "1 of 2 images are left out, the others are done" in said
-    assert Image.open(tmp_path / "b/00000_large.png").width == pytest.approx(1000, abs=30)  # and a border
-    assert [row["id"] for row in json.loads((tmp_path / "b/images.json").read_text())["images"]] == [0]
+    assert (
+        "broken.png: not a readable image" in said
+        and "1 of 2 images are left out, the others are done" in said
+    )
+    assert Image.open(tmp_path / "b/00000_large.png").width == pytest.approx(
+        1000, abs=30
+    )  # and a border
+    assert [
+        row["id"] for row in json.loads((tmp_path / "b/images.json").read_text())["images"]
+    ] == [0]
 
 
 @pytest.mark.parametrize(
@@ -142,18 +182,32 @@ def test_predict_writes_pictures_and_coco_json(monkeypatch, trained, tmp_path, c
     [
         (["predict", "RUN", "--out", "OUT"], "give images or folders"),
         (["predict", "RUN", "IMAGES", "--out", "OUT", "--score", "2"], "--score 2: not in 0..1"),
-        (["evaluate", "RUN", "--truth", "x.json"], "give a run folder (with --voc if you like), or --truth"),
+        (
+            ["evaluate", "RUN", "--truth", "x.json"],
+            "give a run folder (with --voc if you like), or --truth",
+        ),
         (["train", "--out", "OUT", "--unlabelled", "x"], "--unlabelled x goes with --data"),
         (["train", "--out", "OUT", "--workers", "-1"], "--workers must be at least 0, got -1"),
-        (["train", "--out", "OUT", "--seed", "-1"], "--seed: input should be greater than or equal to 0, got -1"),
-        (["train", "--out", "OUT", "--accumulate", "99"], "a step cannot be run in 99 micro-batches; lower"),
+        (
+            ["train", "--out", "OUT", "--seed", "-1"],
+            "--seed: input should be greater than or equal to 0, got -1",
+        ),
+        (
+            ["train", "--out", "OUT", "--accumulate", "99"],
+            "a step cannot be run in 99 micro-batches; lower",
+        ),
         (["train", "--out", "OUT", "--burn-in", "x"], "x: no run to start from, it has no last.pt"),
-        (["train", "--out", "OUT", "--backbone-weights", "x.pth"], "the backbone tiny is no ResNet"),
+        (
+            ["train", "--out", "OUT", "--backbone-weights", "x.pth"],
+            "the backbone tiny is no ResNet",
+        ),
         (["train", "--out", "OUT", "--level", "1"], "dino has no level: leave out --level"),
         (["doctor", "--data", "IMAGES", "--out", "x.jpg"], "x.jpg: the picture is a .png file"),
     ],
 )
-def test_options_that_do_not_go_together_get_one_line(monkeypatch, trained, tmp_path, capsys, words, said):
+def test_options_that_do_not_go_together_get_one_line(
+    monkeypatch, trained, tmp_path, capsys, words, said
+):
     places = {"RUN": trained / "run", "OUT": tmp_path / "out", "IMAGES": trained / "data/images"}
     assert run(monkeypatch, *(places.get(word, word) for word in words)) == 2
     error = capsys.readouterr().err
@@ -183,20 +237,34 @@ def test_a_burn_in_on_other_labels_is_told(monkeypatch, trained, tmp_path, capsy
     assert run(monkeypatch, *words, "--percent", 100, "--out", tmp_path / "a") == 0
     assert "warning" not in capsys.readouterr().err
     assert run(monkeypatch, *words, "--percent", 50, "--out", tmp_path / "b") == 0
-    assert "run was trained with percent 100.0: what it learned may come from labels" in capsys.readouterr().err
+    assert (
+        "run was trained with percent 100.0: what it learned may come from labels"
+        in capsys.readouterr().err
+    )
 
 
 def test_evaluate_measures_runs_and_json_files(monkeypatch, trained, tmp_path, capsys):
     assert run(monkeypatch, "evaluate", trained / "run", "--weights", "student") == 0
     assert "AP_small" in capsys.readouterr().out
     truth = trained / "data/instances_val.json"
-    rows = [{**a, "score": 1.0} for a in json.loads(truth.read_text())["annotations"] if not a["iscrowd"]]
+    rows = [
+        {**a, "score": 1.0}
+        for a in json.loads(truth.read_text())["annotations"]
+        if not a["iscrowd"]
+    ]
     (tmp_path / "found.json").write_text(json.dumps(rows))
-    assert run(monkeypatch, "evaluate", "--truth", truth, "--detections", tmp_path / "found.json") == 0
+    assert (
+        run(monkeypatch, "evaluate", "--truth", truth, "--detections", tmp_path / "found.json") == 0
+    )
     assert "AP         1.0000000000" in capsys.readouterr().out
     (tmp_path / "found.json").write_text(json.dumps([{**row, "image_id": 77} for row in rows]))
-    assert run(monkeypatch, "evaluate", "--truth", truth, "--detections", tmp_path / "found.json") == 2
-    assert "found.json: none of its 1 detections is on an image of the truth" in capsys.readouterr().err
+    assert (
+        run(monkeypatch, "evaluate", "--truth", truth, "--detections", tmp_path / "found.json") == 2
+    )
+    assert (
+        "found.json: none of its 1 detections is on an image of the truth"
+        in capsys.readouterr().err
+    )
 
 
 def test_compare_writes_a_page(monkeypatch, trained, tmp_path):
@@ -205,7 +273,9 @@ def test_compare_writes_a_page(monkeypatch, trained, tmp_path):
 
 
 def broken(root, kind):
-    """The same data with one thing wrong; returns further words for the command line and what the line must name."""
+    """The same data with one thing wrong; returns further words for the command line and what the
+    line must name.
+    """
     data = coco_folder(root / "data")
     file = data / "instances_train.json"
     document = json.loads(file.read_text())
@@ -233,7 +303,11 @@ def broken(root, kind):
         return ["--data", data, "--resume", *out], "last.pt"
     if kind in ("label not in categories", "zero size box", "box outside"):
         file.write_text(json.dumps(document))
-    return ["--data", data, *out], "instances_train.json" if "json" not in kind or kind == "malformed json" else ""
+    return [
+        "--data",
+        data,
+        *out,
+    ], "instances_train.json" if "json" not in kind or kind == "malformed json" else ""
 
 
 KINDS = [
@@ -260,12 +334,19 @@ def test_a_resumed_run_takes_memory_options_and_no_other(monkeypatch, tmp_path, 
         interrupt(patch, Run, "train_step", 1, act=lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert run(patch, *words, "--steps", 3) == 143
     config = json.loads((tmp_path / "run/config.json").read_text())
-    for option, there in {"--steps 9": 3, "--seed 1": 0, "--method supervised": "semi-detr"}.items():
+    for option, there in {
+        "--steps 9": 3,
+        "--seed 1": 0,
+        "--method supervised": "semi-detr",
+    }.items():
         assert run(monkeypatch, *words, "--resume", *option.split()) == 2
         fault = f"{option} does not go with --resume: the run there has {there}; leave it out"
         assert fault in capsys.readouterr().err
     assert json.loads((tmp_path / "run/config.json").read_text()) == config
-    assert run(monkeypatch, *words, "--steps", 3, "--resume", "--accumulate", 2, "--checkpointing") == 0
+    assert (
+        run(monkeypatch, *words, "--steps", 3, "--resume", "--accumulate", 2, "--checkpointing")
+        == 0
+    )
     changed = {**config["runtime"], "accumulate": 2, "checkpointing": True}
     assert json.loads((tmp_path / "run/config.json").read_text()) == {**config, "runtime": changed}
     assert load_state(tmp_path / "run/last.pt")["step"] == 3
@@ -294,7 +375,9 @@ def test_doctor_tells_what_a_data_set_and_a_weights_file_are(monkeypatch, tmp_pa
     assert run(monkeypatch, "doctor", "--data", data) == 2
     out, err = capsys.readouterr()
     assert "train 3.png" in out and "listed above" in err and err.count("\n") == 1
-    torch.save({"model": {"class_labels_classifier.weight": torch.zeros(92, 256)}}, tmp_path / "w.pth")
+    torch.save(
+        {"model": {"class_labels_classifier.weight": torch.zeros(92, 256)}}, tmp_path / "w.pth"
+    )
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     for words in ([], ["--weights", tmp_path / "none.pth"], ["--weights", tmp_path / "other.pth"]):
         assert run(monkeypatch, "doctor", *words) == 2
@@ -309,6 +392,16 @@ def test_voc_figures_stand_beside_cocos(trained, monkeypatch, capsys):
 
 def test_folds_from_disk_decide_what_is_labelled(monkeypatch, tmp_path, capsys):
     data = coco_folder(tmp_path / "data")
-    words = ["train", "--data", data, "--folds", tmp_path / "folds", "--steps", 1, "--out", tmp_path / "run"]
+    words = [
+        "train",
+        "--data",
+        data,
+        "--folds",
+        tmp_path / "folds",
+        "--steps",
+        1,
+        "--out",
+        tmp_path / "run",
+    ]
     assert run(monkeypatch, *words) == 2
     assert "folds: cannot be read" in capsys.readouterr().err

@@ -71,16 +71,39 @@ def test_a_folder_in_use_and_impossible_counts_are_refused(tree, tmp_path, capsy
 
 
 def test_the_coco_recipe_runs_on_it_end_to_end(tree, tmp_path, monkeypatch):
-    """80 classes, the resize draw, parts with the mix of both kinds, both stages; all of it small."""
+    """80 classes, the resize draw, parts with the mix of both kinds, both stages; all of it
+    small.
+    """
     for name in ("pseudo_quality", "pseudo_box_log"):  # of few images, which they take as they are
         monkeypatch.setattr(loop, name, functools.partial(getattr(loop, name), images=2))
-    small = {"num_queries": 20, "dim": 16, "heads": 2, "dim_feedforward": 16, "encoder_layers": 1, "decoder_layers": 1}
+    small = {
+        "num_queries": 20,
+        "dim": 16,
+        "heads": 2,
+        "dim_feedforward": 16,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+    }
     arguments = {**small, "backbone": "resnet18", "test_size": (48, 80)}
-    few = {"batch_size": 2, "unlabelled_batch_size": 8, "accumulate": 2, "log_every": 1, "evaluate_every": 9}
-    few |= {"short_sides": (32, 40, 48), "long_side": 80, "detector_kwargs": DetectorKwargs(**arguments)}
+    few = {
+        "batch_size": 2,
+        "unlabelled_batch_size": 8,
+        "accumulate": 2,
+        "log_every": 1,
+        "evaluate_every": 9,
+    }
+    few |= {
+        "short_sides": (32, 40, 48),
+        "long_side": 80,
+        "detector_kwargs": DetectorKwargs(**arguments),
+    }
     config = new_config("coco-10pct", data=str(tree), steps=2, **few)
     run = Run(config, tmp_path / "run", quiet=True, workers=0)
-    assert (len(run.splits.labelled), len(run.splits.unlabelled), run.engine.num_micro_batches) == (16, 144, 2)
+    assert (len(run.splits.labelled), len(run.splits.unlabelled), run.engine.num_micro_batches) == (
+        16,
+        144,
+        2,
+    )
     last = run.run()
     assert last["step"] == 2 and all(math.isfinite(value) for value in last["losses"].values())
     assert set(last["test"]) == {"student", "teacher"}

@@ -1,4 +1,6 @@
-"""The mixture against scikit-learn's own and against the rule in words; costs and their queue against loops."""
+"""The mixture against scikit-learn's own and against the rule in words; costs and their queue
+against loops.
+"""
 
 import itertools
 import math

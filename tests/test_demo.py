@@ -1,4 +1,6 @@
-"""The demo: runs side by side end as they would alone, and a stop or a failure of one loses nothing."""
+"""The demo: runs side by side end as they would alone, and a stop or a failure of one loses
+nothing.
+"""
 
 import json
 import os
@@ -39,8 +41,12 @@ def test_runs_side_by_side_are_those_that_each_would_be_alone(changes, tmp_path)
     assert folders == [tmp_path / name for name in NAMES]
     for name in NAMES:
         config = json.loads((tmp_path / name / "config.json").read_text())
-        assert config["runtime"]["threads"] == 1 and config["burn_in"] == str(tmp_path / "supervised")
-        alone = train_demo_run(name, tmp_path, 3, folder=f"{name} alone", quiet=True, threads=1, **changes)
+        assert config["runtime"]["threads"] == 1 and config["burn_in"] == str(
+            tmp_path / "supervised"
+        )
+        alone = train_demo_run(
+            name, tmp_path, 3, folder=f"{name} alone", quiet=True, threads=1, **changes
+        )
         ours, theirs = state(tmp_path / name), state(alone)
         assert all(torch.equal(ours[key], theirs[key]) or ours[key].isnan().any() for key in ours)
         assert "test" in read_jsonl(tmp_path / name / "log.jsonl")[-1]
@@ -73,7 +79,9 @@ def test_a_stop_is_passed_on_and_both_save(changes, tmp_path, number):
     (tmp_path / "program.py").write_text(STOPPED)
     long = {**changes, "steps": 100_000, "log_every": 1, "evaluate_every": 100_000}
     words = [sys.executable, tmp_path / "program.py", tmp_path, repr(long)]
-    program = subprocess.Popen(words, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    program = subprocess.Popen(
+        words, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": os.getcwd()}
+    )
     logs = [tmp_path / name / "log.jsonl" for name in NAMES]
     wait_until(lambda: all(log.exists() and log.stat().st_size for log in logs))
     program.send_signal(number)
@@ -101,12 +109,17 @@ def test_the_plan_names_what_will_be_trained():
 def test_the_control_takes_the_time_of_semi_detr():
     """2.5 supervised steps take as long as one of Semi-DETR."""
     runs = demo.DEMO_RUNS
-    assert runs["control"].steps == 2.5 * runs["semi-detr"].steps and runs["control"].burn_in == "supervised"
+    assert (
+        runs["control"].steps == 2.5 * runs["semi-detr"].steps
+        and runs["control"].burn_in == "supervised"
+    )
 
 
 def test_the_gallery_needs_a_clone(monkeypatch, tmp_path):
     monkeypatch.setattr(gallery, "CHECKPOINTS", tmp_path)
-    with pytest.raises(UserError, match="supervised_same_time.safetensors are not here; run it in a clone"):
+    with pytest.raises(
+        UserError, match="supervised_same_time.safetensors are not here; run it in a clone"
+    ):
         gallery.detect_scenes(1)
 
 

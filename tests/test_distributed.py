@@ -47,7 +47,9 @@ EXACT = {
 
 
 def method_and_batch(kind: str, case: str):
-    """A method, a step and a batch of 4 + 4 images, in which only the first unlabelled image may have pseudo-boxes."""
+    """A method, a step and a batch of 4 + 4 images, in which only the first unlabelled image may
+    have pseudo-boxes.
+    """
     counts, cut = CASES[case]
     if kind == "detr":
         torch.manual_seed(3)
@@ -132,7 +134,9 @@ def run(out, **how) -> dict:
 
 
 def skipping(rank: int, out: Path) -> tuple:
-    """A loss of the second process alone is not finite in the second step: a loss of each, the weights' sum."""
+    """A loss of the second process alone is not finite in the second step: a loss of each, the
+    weights' sum.
+    """
     run = Run(
         small("supervised", steps=3, log_every=9), out, splits=few_digits(), quiet=True, workers=0
     )
@@ -153,7 +157,9 @@ def skipping(rank: int, out: Path) -> tuple:
 
 
 def stopping(rank: int, out: Path) -> tuple:
-    """The second process alone gets SIGTERM in the second step: the step at which each stops, and what it says."""
+    """The second process alone gets SIGTERM in the second step: the step at which each stops, and
+    what it says.
+    """
     run = Run(
         small("supervised", steps=9, log_every=9), out, splits=few_digits(), quiet=True, workers=0
     )

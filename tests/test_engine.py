@@ -1,4 +1,6 @@
-"""How a step is run: every option gives the losses and gradients of the plain step, and says what it must."""
+"""How a step is run: every option gives the losses and gradients of the plain step, and says what
+it must.
+"""
 
 import functools
 

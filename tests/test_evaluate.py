@@ -1,4 +1,6 @@
-"""The twelve figures against a case worked by hand and COCO's published ones; box errors against a double loop."""
+"""The twelve figures against a case worked by hand and COCO's published ones; box errors against
+a double loop.
+"""
 
 import json
 import math
@@ -36,32 +38,50 @@ def same(figures: dict, others: dict) -> None:
 BOX = [10, 10, 50, 50]  # 40 x 40: medium
 THREE_TRUTHS = [truth(BOX), truth(BOX), truth(BOX)]
 # By falling score: right at every threshold; wrong; IoU 32 / 48 = 0.667, so right at 0.50 ... 0.65.
-THREE_FOUND = [found(BOX, scores=[0.9]), found([60, 60, 90, 90], scores=[0.8]), found(shift(BOX, 8), scores=[0.7])]
+THREE_FOUND = [
+    found(BOX, scores=[0.9]),
+    found([60, 60, 90, 90], scores=[0.8]),
+    found(shift(BOX, 8), scores=[0.7]),
+]
 
 
 def test_three_images_by_hand():
     figures = evaluate(THREE_FOUND, THREE_TRUTHS)
-    # Precision is 1 at the 34 recall steps up to 1/3 and, at the four low thresholds, 2/3 at the 33 steps up to 2/3.
+    # Precision is 1 at the 34 recall steps up to 1/3 and, at the four low thresholds, 2/3 at the 33
+    # steps up to 2/3.
     low, high = (34 + 33 * 2 / 3) / 101, 34 / 101
     ap, ar = (4 * low + 6 * high) / 10, (4 * 2 / 3 + 6 * 1 / 3) / 10
     nan = math.nan
-    precision = {"AP": ap, "AP50": low, "AP75": high, "AP_small": nan, "AP_medium": None, "AP_large": nan}
+    precision = {
+        "AP": ap,
+        "AP50": low,
+        "AP75": high,
+        "AP_small": nan,
+        "AP_medium": None,
+        "AP_large": nan,
+    }
     recall = {"AR1": ar, "AR10": ar, "AR100": ar, "AR_small": nan, "AR_medium": ar, "AR_large": nan}
-    # Among the medium boxes the wrong one, 30 x 30 and matched with nothing, does not count: 67 steps at precision 1.
+    # Among the medium boxes the wrong one, 30 x 30 and matched with nothing, does not count: 67
+    # steps at precision 1.
     precision["AP_medium"] = (4 * 67 / 101 + 6 * 34 / 101) / 10
     same(figures, {**precision, **recall})
     assert tuple(figures) == FIGURES
 
 
 def test_one_thing_at_a_time():
-    # a detection of another class is not right, and the AP is the mean over the two classes that have truth
+    # a detection of another class is not right, and the AP is the mean over the two classes that
+    # have truth
     two = [truth(BOX, [60, 60, 90, 90], labels=[0, 4])]
-    assert evaluate([found(BOX, [60, 60, 90, 90], scores=[0.9, 0.8], labels=[0, 3])], two)["AP"] == pytest.approx(0.5)
+    assert evaluate([found(BOX, [60, 60, 90, 90], scores=[0.9, 0.8], labels=[0, 3])], two)[
+        "AP"
+    ] == pytest.approx(0.5)
     # the better score takes the box, the other one is a false alarm that comes after it
     twice = evaluate([found(BOX, BOX, scores=[0.3, 0.6])], [truth(BOX)])
     assert twice["AP"] == pytest.approx(1) and twice["AR1"] == pytest.approx(1)
     # "area" says small where the box is medium
-    assert evaluate([found(BOX, scores=[1.0])], [truth(BOX, area=torch.tensor([50.0]))])["AP_small"] == pytest.approx(1)
+    assert evaluate([found(BOX, scores=[1.0])], [truth(BOX, area=torch.tensor([50.0]))])[
+        "AP_small"
+    ] == pytest.approx(1)
 
 
 def test_crowd_takes_detections_out_of_the_count():
@@ -91,7 +111,11 @@ def test_nothing_found_and_nothing_to_find():
     nothing = found()
     missed = evaluate([nothing, nothing], [truth(BOX), truth()])
     assert missed["AP"] == 0 and missed["AR_medium"] == 0 and math.isnan(missed["AP_large"])
-    for detections, targets in (([], []), ([nothing], [truth()]), ([found(BOX, scores=[0.5])], [truth()])):
+    for detections, targets in (
+        ([], []),
+        ([nothing], [truth()]),
+        ([found(BOX, scores=[0.5])], [truth()]),
+    ):
         assert all(math.isnan(value) for value in evaluate(detections, targets).values())
     only_crowd = truth(BOX, crowd=torch.tensor([True]))
     assert math.isnan(evaluate([found(BOX, scores=[0.5])], [only_crowd])["AP"])
@@ -114,11 +138,17 @@ CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 9, "name": "dog"}]
 
 
 def coco_truth(targets: list[dict]) -> dict:
-    """Targets as a COCO json; ids of images are 10, 20 ... and of annotations 0, 1 ... (pycocotools trips over 0)."""
+    """Targets as a COCO json; ids of images are 10, 20 ... and of annotations 0, 1 ...
+    (pycocotools trips over 0).
+    """
     rows = []
     for image, target in enumerate(targets, 1):
         for (x1, y1, x2, y2), label in zip(target["boxes"].tolist(), target["labels"].tolist()):
-            box = {"image_id": 10 * image, "category_id": CATEGORIES[label]["id"], "bbox": [x1, y1, x2 - x1, y2 - y1]}
+            box = {
+                "image_id": 10 * image,
+                "category_id": CATEGORIES[label]["id"],
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+            }
             rows.append({"id": len(rows), **box})
     images = [{"id": 10 * image} for image in range(1, len(targets) + 1)]
     return {"images": images, "annotations": rows, "categories": CATEGORIES}
@@ -130,16 +160,22 @@ def write(path: Path, content) -> Path:
 
 
 def random_scenes(count: int = 20) -> tuple[list[dict], list[dict]]:
-    """Random truth and detections near it, with duplicates, misses, wrong classes and boxes out of nowhere."""
+    """Random truth and detections near it, with duplicates, misses, wrong classes and boxes out
+    of nowhere.
+    """
     detections, targets = [], []
     for _ in range(count):
         corner, side = torch.rand(6, 2) * 80, torch.rand(6, 2) * 60 + 4
         boxes, labels = torch.cat([corner, corner + side], dim=1), torch.randint(2, (6,))
-        moved = torch.cat([boxes + torch.randn(6, 4), boxes[:3] + torch.randn(3, 4), boxes.flip(0) + 15])
+        moved = torch.cat(
+            [boxes + torch.randn(6, 4), boxes[:3] + torch.randn(3, 4), boxes.flip(0) + 15]
+        )
         names = torch.cat([labels, labels[:3], labels.flip(0)])
         known = int(torch.randint(6, (1,)))
         targets.append({"boxes": boxes[:known], "labels": labels[:known], "size": (150, 150)})
-        detections.append({"boxes": moved, "labels": names, "scores": torch.rand(15), "size": (150, 150)})
+        detections.append(
+            {"boxes": moved, "labels": names, "scores": torch.rand(15), "size": (150, 150)}
+        )
     return detections, targets
 
 
@@ -147,7 +183,12 @@ def test_json_files_and_dicts_agree(tmp_path):
     detections, targets = random_scenes()
     ids = [10 * image for image in range(1, len(targets) + 1)]
     rows = to_coco_json(detections, ids, CATEGORIES)
-    elsewhere = {"image_id": 5, "category_id": 7, "bbox": [0, 0, 9, 9], "score": 1.0}  # of an image without truth
+    elsewhere = {
+        "image_id": 5,
+        "category_id": 7,
+        "bbox": [0, 0, 9, 9],
+        "score": 1.0,
+    }  # of an image without truth
     results = write(tmp_path / "results.json", [elsewhere, *rows])
     figures = evaluate(results, str(write(tmp_path / "truth.json", coco_truth(targets))))
     others = evaluate(detections, targets)
@@ -186,7 +227,9 @@ def test_bad_results_name_their_file(tmp_path, content, words):
 
 
 def test_empty_results_file_is_ap_0(tmp_path):
-    figures = evaluate(write(tmp_path / "no.json", []), write(tmp_path / "truth.json", coco_truth([truth(BOX)])))
+    figures = evaluate(
+        write(tmp_path / "no.json", []), write(tmp_path / "truth.json", coco_truth([truth(BOX)]))
+    )
     assert figures["AP"] == 0 and figures["AR100"] == 0
 
 
@@ -210,7 +253,10 @@ def plain_box_errors(detection: dict, target: dict, iou: float = 0.5) -> tuple[s
             common = overlap(boxes[i], true_boxes[j])
             if crowd[j]:
                 excused |= common / area(boxes[i]) >= iou
-            elif j not in taken.values() and common / (area(boxes[i]) + area(true_boxes[j]) - common) >= best_iou:
+            elif (
+                j not in taken.values()
+                and common / (area(boxes[i]) + area(true_boxes[j]) - common) >= best_iou
+            ):
                 best, best_iou = j, common / (area(boxes[i]) + area(true_boxes[j]) - common)
         if best is not None:
             taken[i] = best
@@ -225,7 +271,9 @@ def test_box_errors_against_a_double_loop():
     for detection, target in zip(*random_scenes(60)):
         target["crowd"] = torch.rand(len(target["boxes"])) < 0.3
         errors = box_errors(detection, target)
-        hits, alarms, misses = (set(errors[name].tolist()) for name in ("hits", "false_alarms", "misses"))
+        hits, alarms, misses = (
+            set(errors[name].tolist()) for name in ("hits", "false_alarms", "misses")
+        )
         assert (hits, alarms, misses) == plain_box_errors(detection, target)
         excused += len(detection["boxes"]) - len(hits) - len(alarms)
     assert excused > 0
@@ -240,7 +288,8 @@ def test_box_errors_agree_with_the_recall_of_pycocotools():
     found_all = sum(len(box_errors(d, t, iou=0.75)["hits"]) for d, t in zip(detections, targets))
     missed = sum(len(box_errors(d, t, iou=0.75)["misses"]) for d, t in zip(detections, targets))
     recalls = [
-        sum(len(box_errors(d, t, iou=x / 100)["hits"]) for d, t in zip(detections, targets)) for x in range(50, 100, 5)
+        sum(len(box_errors(d, t, iou=x / 100)["hits"]) for d, t in zip(detections, targets))
+        for x in range(50, 100, 5)
     ]
     total = sum(len(target["boxes"]) for target in targets)
     assert found_all + missed == total
@@ -250,11 +299,20 @@ def test_box_errors_agree_with_the_recall_of_pycocotools():
 def test_box_errors_one_by_one():
     target = truth(BOX, [60, 60, 90, 90], labels=[0, 1])
     detection = found(
-        BOX, shift(BOX, 2), [60, 60, 90, 90], [0, 80, 9, 89], scores=[0.5, 0.7, 0.6, 0.9], labels=[0, 0, 0, 1]
+        BOX,
+        shift(BOX, 2),
+        [60, 60, 90, 90],
+        [0, 80, 9, 89],
+        scores=[0.5, 0.7, 0.6, 0.9],
+        labels=[0, 0, 0, 1],
     )
     errors = box_errors(detection, target)
     assert errors["hits"].tolist() == [1]  # the better score, though the other overlaps more
-    assert errors["false_alarms"].tolist() == [3, 2, 0]  # by falling score: out of nowhere, another label, a second one
+    assert errors["false_alarms"].tolist() == [
+        3,
+        2,
+        0,
+    ]  # by falling score: out of nowhere, another label, a second one
     assert errors["misses"].tolist() == [1]
 
 
@@ -263,11 +321,15 @@ def test_box_errors_without_boxes():
     assert not any(len(rows) for rows in box_errors(found(), truth()).values())
     assert box_errors(found(), truth(BOX))["misses"].tolist() == [0]
     assert box_errors(one, truth())["false_alarms"].tolist() == [0]
-    flat = found([10, 10, 10, 50], BOX, scores=[0.9, 0.5])  # a box without area is a false alarm like any other
+    flat = found(
+        [10, 10, 10, 50], BOX, scores=[0.9, 0.5]
+    )  # a box without area is a false alarm like any other
     assert box_errors(flat, truth([10, 10, 10, 50], BOX))["hits"].tolist() == [1]
 
 
-@pytest.mark.skipif(not REFERENCE.exists(), reason="COCO's reference detections are not beside this checkout")
+@pytest.mark.skipif(
+    not REFERENCE.exists(), reason="COCO's reference detections are not beside this checkout"
+)
 class TestReference:
     def test_exact_from_the_json_files(self):
         expected = json.loads((REFERENCE / "expected.json").read_text())
@@ -277,18 +339,29 @@ class TestReference:
 
     def test_close_through_float32_dicts(self):
         expected = json.loads((REFERENCE / "expected.json").read_text())
-        content, rows = (json.loads((REFERENCE / expected[name]).read_text()) for name in ("gt", "dt"))
-        label = {number: place for place, number in enumerate(sorted(row["id"] for row in content["categories"]))}
+        content, rows = (
+            json.loads((REFERENCE / expected[name]).read_text()) for name in ("gt", "dt")
+        )
+        label = {
+            number: place
+            for place, number in enumerate(sorted(row["id"] for row in content["categories"]))
+        }
         detections, targets = [], []
         for image in content["images"]:
             mine, true = (
-                [row for row in part if row["image_id"] == image["id"]] for part in (rows, content["annotations"])
+                [row for row in part if row["image_id"] == image["id"]]
+                for part in (rows, content["annotations"])
             )
-            corners = [[[x, y, x + w, y + h] for x, y, w, h in (row["bbox"] for row in part)] for part in (mine, true)]
+            corners = [
+                [[x, y, x + w, y + h] for x, y, w, h in (row["bbox"] for row in part)]
+                for part in (mine, true)
+            ]
             labels = [[label[row["category_id"]] for row in part] for part in (mine, true)]
             extra = {"area": torch.tensor([float(row["area"]) for row in true])}
             extra["crowd"] = torch.tensor([bool(row["iscrowd"]) for row in true], dtype=torch.bool)
-            detections.append(found(*corners[0], scores=[row["score"] for row in mine], labels=labels[0]))
+            detections.append(
+                found(*corners[0], scores=[row["score"] for row in mine], labels=labels[0])
+            )
             targets.append(truth(*corners[1], labels=labels[1], **extra))
         figures = evaluate(detections, targets)
         for value, published in zip(figures.values(), expected["expected_bbox"].values()):

@@ -1,4 +1,6 @@
-"""The benchmark of the COCO step, at toy size: its figures add up, and it leaves the method as it was."""
+"""The benchmark of the COCO step, at toy size: its figures add up, and it leaves the method as it
+was.
+"""
 
 import json
 import sys
@@ -27,10 +29,17 @@ def lines(tmp_path_factory) -> list[dict]:
 
 def test_every_setup_and_stage_has_its_figures(lines):
     assert [(line["setup"], line["stage"]) for line in lines] == [
-        (setup, stage) for setup in ("float32:2", "bfloat16:1:checkpointing") for stage in gpu_step.STAGES
+        (setup, stage)
+        for setup in ("float32:2", "bfloat16:1:checkpointing")
+        for stage in gpu_step.STAGES
     ]
     for line in lines:
-        assert line["toy"] and line["images"] == [2, 8] and "failed" not in line and line["memory_gb"] is None
+        assert (
+            line["toy"]
+            and line["images"] == [2, 8]
+            and "failed" not in line
+            and line["memory_gb"] is None
+        )
         assert 0 < line["pseudo_per_image"] <= 3 and 0 < line["wait"] < 1
         assert line["waits"] is None and 0 < line["passes_alone"] and 0.3 < line["ratio"] < 20
         step, alone = line["operations"]
@@ -41,19 +50,40 @@ def test_every_setup_and_stage_has_its_figures(lines):
 def test_the_parts_are_those_of_a_step(lines):
     for line in lines:
         parts = line["parts"]
-        names = {f"{who} {part}" for who in ("student", "teacher") for part in ("backbone", "encoder", "decoder")}
-        names |= {"matching", "losses", "backward", "optimizer", "EMA", "gradient norm", "pseudo-boxes"}
-        assert names <= set(parts) and ("teacher decoder, groups" in parts) == (line["stage"] == "one-to-many")
+        names = {
+            f"{who} {part}"
+            for who in ("student", "teacher")
+            for part in ("backbone", "encoder", "decoder")
+        }
+        names |= {
+            "matching",
+            "losses",
+            "backward",
+            "optimizer",
+            "EMA",
+            "gradient norm",
+            "pseudo-boxes",
+        }
+        assert names <= set(parts) and ("teacher decoder, groups" in parts) == (
+            line["stage"] == "one-to-many"
+        )
         assert all(seconds > 0 for name, seconds in parts.items() if name in names)
         assert parts["everything else"] >= 0 and parts["backward"] > parts["EMA"]
 
 
 def test_the_shapes_of_batches_are_those_of_the_detector(capsys):
-    assert batch_shapes.padded_to([(480, 641), (512, 600)], 32) == (512, padded_side(641)) == (512, 672)
+    assert (
+        batch_shapes.padded_to([(480, 641), (512, 600)], 32)
+        == (512, padded_side(641))
+        == (512, 672)
+    )
     assert batch_shapes.padded_to([(480, 641)] * 2, 32) == (480, 641)
     student, teacher = ("student", 5, 32, 32), ("teacher", 4, 32, 32)
     assert batch_shapes.known_shapes([teacher, student, teacher, student]) == 1.0
-    many = [("student", 5, side, side) for side in range(batch_shapes.KEPT // batch_shapes.PLANS["student"] + 1)]
+    many = [
+        ("student", 5, side, side)
+        for side in range(batch_shapes.KEPT // batch_shapes.PLANS["student"] + 1)
+    ]
     assert batch_shapes.known_shapes([*many, *many]) == 0.0
     assert batch_shapes.main(["--parts", "2", "--steps", "40"]) == 0
     said = capsys.readouterr().out.splitlines()
@@ -76,5 +106,12 @@ def test_a_setup_that_does_not_fit_says_so_in_its_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "memory_dry_run", full)
     out = tmp_path / "lines.jsonl"
-    assert gpu_step.main(["--toy", "--setups", "float32:1", "--stages", "one-to-one", "--out", str(out)]) == 0
-    assert json.loads(out.read_text())["failed"].startswith("out of memory in the largest steps: raise --accumulate")
+    assert (
+        gpu_step.main(
+            ["--toy", "--setups", "float32:1", "--stages", "one-to-one", "--out", str(out)]
+        )
+        == 0
+    )
+    assert json.loads(out.read_text())["failed"].startswith(
+        "out of memory in the largest steps: raise --accumulate"
+    )

@@ -1,4 +1,6 @@
-"""Losses against slow references: one image, one query, one class at a time, normalised over the whole batch."""
+"""Losses against slow references: one image, one query, one class at a time, normalised over the
+whole batch.
+"""
 
 import math
 
@@ -189,7 +191,9 @@ def test_layer_loss_takes_candidates_and_weights():
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_normalisers_are_those_of_the_whole_batch(stage):
-    """A lone object beside a crowd: one loss over the batch is not the mean of the losses of its images."""
+    """A lone object beside a crowd: one loss over the batch is not the mean of the losses of its
+    images.
+    """
     targets = some_targets(1, 8)
     logits, boxes = some_layer(targets, queries=20)
     together = layer_loss(logits, boxes, targets, stage)

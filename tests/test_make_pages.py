@@ -19,22 +19,32 @@ spec.loader.exec_module(make_pages)
 
 colab = make_pages.colab
 
-PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (400).to_bytes(4, "big") + (340).to_bytes(4, "big")).decode()
+PNG = base64.b64encode(
+    b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (400).to_bytes(4, "big") + (340).to_bytes(4, "big")
+).decode()
 WIDGET = {
     "text/html": f'<img src="data:image/png;base64,{PNG}{"A" * 12}" alt="the saved picture">',
-    "application/vnd.jupyter.widget-view+json": {"model_id": "gone", "version_major": 2, "version_minor": 0},
+    "application/vnd.jupyter.widget-view+json": {
+        "model_id": "gone",
+        "version_major": 2,
+        "version_minor": 0,
+    },
 }
 
 
 def tiny() -> nbformat.NotebookNode:
     return new_notebook(
         cells=[
-            new_markdown_cell("# Why *two*?\n\nSee [one](01_one.ipynb#a). Take $s^\\alpha * m_q$, not `$x$`."),
+            new_markdown_cell(
+                "# Why *two*?\n\nSee [one](01_one.ipynb#a). Take $s^\\alpha * m_q$, not `$x$`."
+            ),
             new_code_cell(colab.first_cell("me/kit")),
             new_markdown_cell("**Your guess:**"),
             new_code_cell("print(1)", outputs=[new_output("stream", text="unrepeatable 17\n")]),
             new_markdown_cell("Done.\n\n## Play\n\n$$\\tfrac12$$"),
-            new_code_cell("explore()", outputs=[new_output("execute_result", data=WIDGET, execution_count=2)]),
+            new_code_cell(
+                "explore()", outputs=[new_output("execute_result", data=WIDGET, execution_count=2)]
+            ),
             new_code_cell("\n".join("x = 1" for _ in range(20))),
         ]
     )
@@ -54,7 +64,11 @@ def test_the_site_shows_what_was_saved_and_loads_nothing(folder):
     page = (folder / "out" / "02_two.html").read_text(encoding="utf-8")
     assert "unrepeatable 17" in page and 'alt="the saved picture"' in page
     assert "find_spec" not in page and "widget-view" not in page
-    assert page.count("<math") == 2 and "<code>$x$</code>" in page and "<em>" not in page.split("Take")[1][:400]
+    assert (
+        page.count("<math") == 2
+        and "<code>$x$</code>" in page
+        and "<em>" not in page.split("Take")[1][:400]
+    )
     assert re.search(r"<title>Why \*?two\*?\?</title>", page)
     assert not re.findall(r'(?:src|href)="(?:https?:)?//', page) and "<script" not in page
 
@@ -84,7 +98,10 @@ def test_slides_begin_at_headings_and_after_guesses(folder):
     notebook = make_pages.read(folder / "02_two.ipynb")
     notebook.cells[-1].metadata.slideshow = {"slide_type": "fragment"}
     make_pages.add_slide_types(notebook)
-    kinds = [(cell.source.split("\n")[0][:9], cell.metadata["slideshow"]["slide_type"]) for cell in notebook.cells]
+    kinds = [
+        (cell.source.split("\n")[0][:9], cell.metadata["slideshow"]["slide_type"])
+        for cell in notebook.cells
+    ]
     assert kinds == [
         ("# Why *tw", "slide"),
         ("**Your gu", "-"),
@@ -102,8 +119,13 @@ def test_slides_begin_at_headings_and_after_guesses(folder):
 def test_slides_load_reveal_from_an_address_or_from_a_copy(folder):
     make_pages.make_slides(folder, folder / "out")
     page = (folder / "out" / "02_two.html").read_text(encoding="utf-8")
-    assert f'<script src="{make_pages.REVEAL}/dist/reveal.js">' in page and 'alt="the saved picture"' in page
-    assert page.count("<section") == page.count("</section") == 6  # two slides, and the parts stacked in them
+    assert (
+        f'<script src="{make_pages.REVEAL}/dist/reveal.js">' in page
+        and 'alt="the saved picture"' in page
+    )
+    assert (
+        page.count("<section") == page.count("</section") == 6
+    )  # two slides, and the parts stacked in them
     (folder / "mine" / "dist").mkdir(parents=True)
     (folder / "mine" / "plugin").mkdir()
     (folder / "mine" / "dist" / "reveal.js").write_text("", encoding="utf-8")
@@ -117,12 +139,17 @@ def test_slides_load_reveal_from_an_address_or_from_a_copy(folder):
 def test_addresses_of_colab_come_and_go(folder):
     readme = folder / "README.md"
     readme.write_text(f"# The course\n\n{colab.BEGIN}\n{colab.END}\n", encoding="utf-8")
-    nbformat.write(new_notebook(cells=[new_code_cell(colab.first_cell(None))]), folder / "02_two.ipynb")
+    nbformat.write(
+        new_notebook(cells=[new_code_cell(colab.first_cell(None))]), folder / "02_two.ipynb"
+    )
     before = readme.read_text(), (folder / "02_two.ipynb").read_text()
     assert sorted(colab.write_addresses(folder, "me/kit")) == ["02_two.ipynb", "README.md"]
     assert "github/me/kit/blob/main/notebooks/02_two.ipynb" in readme.read_text()
     (cell,) = nbformat.read(folder / "02_two.ipynb", as_version=4).cells
-    assert "https://github.com/me/kit && pip install -q ./kit" in cell.source and cell.source.endswith(colab.FIRST)
+    assert (
+        "https://github.com/me/kit && pip install -q ./kit" in cell.source
+        and cell.source.endswith(colab.FIRST)
+    )
     assert colab.write_addresses(folder, "me/kit") == []
     colab.write_addresses(folder, None)
     assert (readme.read_text(), (folder / "02_two.ipynb").read_text()) == before
@@ -155,7 +182,9 @@ def test_the_site_links_to_colab_only_where_the_address_is_known(folder):
     assert "colab" not in (folder / "out" / "02_two.html").read_text(encoding="utf-8").lower()
     make_pages.make_site(folder, folder / "out", "me/kit")
     page = (folder / "out" / "02_two.html").read_text(encoding="utf-8")
-    assert "https://colab.research.google.com/github/me/kit/blob/main/notebooks/02_two.ipynb" in page
+    assert (
+        "https://colab.research.google.com/github/me/kit/blob/main/notebooks/02_two.ipynb" in page
+    )
 
 
 def test_no_placeholder_stands_in_the_course():

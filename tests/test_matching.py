@@ -1,4 +1,6 @@
-"""Costs by loops, one-to-one against all permutations, one-to-many against a double loop over the rules."""
+"""Costs by loops, one-to-one against all permutations, one-to-many against a double loop over the
+rules.
+"""
 
 import itertools
 import math
@@ -30,7 +32,9 @@ def some_target(count: int, classes: int = 4, size=SIZE) -> dict:
 
 
 def some_predictions(queries: int, target: dict, classes: int = 4, lead=(), noise: float = 0.06):
-    """Logits, and boxes that lie near the targets, so that overlaps are neither all zero nor all alike."""
+    """Logits, and boxes that lie near the targets, so that overlaps are neither all zero nor all
+    alike.
+    """
     logits = torch.randn(*lead, queries, classes) * 2
     boxes = torch.rand(*lead, queries, 4) * 0.4 + 0.2
     if len(target["boxes"]):
@@ -175,7 +179,9 @@ def test_assign_one_to_one_of_a_batch_equals_image_by_image():
 def one_to_many_by_loop(
     scores, iou, labels, candidates: int, alpha: float = 1.0, beta: float = 6.0
 ):
-    """The rules one by one. scores[q][c], iou[q][t], labels[t] -> (target or -1, quality) of every query."""
+    """The rules one by one. scores[q][c], iou[q][t], labels[t] -> (target or -1, quality) of
+    every query.
+    """
     queries, count = len(scores), len(labels)
     m = [
         [scores[q][labels[t]] ** alpha * iou[q][t] ** beta for t in range(count)]
@@ -242,7 +248,9 @@ def test_one_to_many_takes_its_exponents():
 
 
 def test_a_query_wanted_twice_goes_to_the_higher_overlap_not_to_the_higher_quality():
-    """Both targets want the one query. It scores far better for the class of target 0, but overlaps target 1 more."""
+    """Both targets want the one query. It scores far better for the class of target 0, but
+    overlaps target 1 more.
+    """
     target = {
         "boxes": torch.tensor([[10.0, 10, 30, 30], [12, 10, 32, 30]]),
         "labels": torch.tensor([0, 1]),

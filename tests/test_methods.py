@@ -1,4 +1,6 @@
-"""One step of each method: what it may see, what it may move, what it costs, and its losses rebuilt by hand."""
+"""One step of each method: what it may see, what it may move, what it costs, and its losses
+rebuilt by hand.
+"""
 
 import copy
 import sys
@@ -50,7 +52,14 @@ def shaken(module, amount: float = 0.15):
 
 
 def student(queries: int = 8) -> DINO:
-    sizes = {"num_queries": queries, "dim": 16, "heads": 2, "levels": 3, "points": 2, "dim_feedforward": 32}
+    sizes = {
+        "num_queries": queries,
+        "dim": 16,
+        "heads": 2,
+        "levels": 3,
+        "points": 2,
+        "dim_feedforward": 32,
+    }
     layers = {"encoder_layers": 1, "decoder_layers": 2, "denoising_queries": 6, "anchor_size": 0.15}
     detector = shaken(DINO(num_classes=4, **sizes, **layers, backbone=Tiny((8, 8, 16, 16, 16))))
     for head in (detector.class_head, detector.proposal_class):
@@ -89,7 +98,9 @@ def affine(first, second) -> torch.Tensor:
 def some_batch(
     counts=(3, 1), sizes=((64, 64),) * 2, weak_sizes=((64, 64),) * 3, strong_sizes=None
 ) -> dict:
-    """Labelled images with `counts` objects; unlabelled ones whose strong view is mirrored, shifted and resized."""
+    """Labelled images with `counts` objects; unlabelled ones whose strong view is mirrored,
+    shifted and resized.
+    """
     torch.manual_seed(2)
     truths = [some_target(count, size) for count, size in zip(counts, sizes)]
     views = {"weak": ([], []), "strong": ([], [])}
@@ -539,7 +550,9 @@ def test_stages_switch_at_their_step():
 
 
 def watched_groups(method) -> dict[str, list]:
-    """The consistency queries of each step from now on, as both detectors get them: lists of groups."""
+    """The consistency queries of each step from now on, as both detectors get them: lists of
+    groups.
+    """
     groups = {"student": [], "teacher": []}
     for name, noted in groups.items():
         detector = getattr(method, name)
@@ -553,7 +566,9 @@ def watched_groups(method) -> dict[str, list]:
 
 
 def queries_per_image(groups: dict[str, list], images: int = 3) -> list[int]:
-    """How many consistency queries each image of the last step has; without any, nothing is decoded."""
+    """How many consistency queries each image of the last step has; without any, nothing is
+    decoded.
+    """
     return groups["student"][-1].valid.sum(1).tolist() if groups["student"] else [0] * images
 
 
@@ -908,9 +923,12 @@ READS |= {
 class Accelerator(TorchFunctionMode):
     """Plays a device on the CPU: notes every place where a step would wait for it.
 
-    The method's parameters and buffers lie on the device, and whatever is moved there by `.to(device)`, made there by
-    `device=`, or computed from something that lies there. A read is a value, a shape that depends on values, or a copy
-    to the host. A send is a copy to the device that waits for everything before it: numbers of Python, an index in a
+    The method's parameters and buffers lie on the device, and whatever is moved there by
+    `.to(device)`, made there by
+    `device=`, or computed from something that lies there. A read is a value, a shape that depends
+    on values, or a copy
+    to the host. A send is a copy to the device that waits for everything before it: numbers of
+    Python, an index in a
     list, or a tensor of the host without `non_blocking`.
     """
 
@@ -1038,7 +1056,9 @@ def test_the_played_accelerator_notes_reads_and_sends():
 @pytest.mark.parametrize("name", ["square", "mixed"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_synchronises_where_it_decides_alone(kind, name, monkeypatch):
-    """How many boxes the teacher gave, which are denoised beside the matching queries, and then the matching."""
+    """How many boxes the teacher gave, which are denoised beside the matching queries, and then
+    the matching.
+    """
     method, step = make(kind)
     batch, calls = some_batch(**BATCHES[name]), []
 

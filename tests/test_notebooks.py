@@ -1,4 +1,6 @@
-"""What holds for every saved notebook: small, run from top to bottom, described pictures, mostly compared outputs."""
+"""What holds for every saved notebook: small, run from top to bottom, described pictures, mostly
+compared outputs.
+"""
 
 import re
 from pathlib import Path

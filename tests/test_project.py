@@ -1,4 +1,6 @@
-"""What holds for the project as a whole: lists of dependencies agree, imports point one way, functions stay small."""
+"""What holds for the project as a whole: lists of dependencies agree, imports point one way,
+functions stay small.
+"""
 
 import ast
 import re
@@ -107,7 +109,9 @@ def first_column(markdown: str, header: str) -> list[str]:
 
 def test_first_column_reads_the_named_table_only():
     other = "| `x` | y |\n|---|---|\n| `no` | `no` |\n\n"
-    markdown = other + "| Dependency | why |\n|---|---|\n| `a`, `b` | `no` |\n| [`c`](u) | |\n\n| `no` |"
+    markdown = (
+        other + "| Dependency | why |\n|---|---|\n| `a`, `b` | `no` |\n| [`c`](u) | |\n\n| `no` |"
+    )
     assert first_column(markdown, "dependency") == ["a", "b", "c"]
 
 
@@ -126,7 +130,9 @@ def test_the_citation_is_of_this_version_and_complete():
         assert citation[key] == project[ours]
     (paper,) = citation["references"]
     assert {"type", "title", "authors"} <= set(paper) and "2307.08095" in paper["url"]
-    assert all(set(author) in ({"given-names", "family-names"}, {"name"}) for author in paper["authors"])
+    assert all(
+        set(author) in ({"given-names", "family-names"}, {"name"}) for author in paper["authors"]
+    )
 
 
 @pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="README.md is not written yet")
@@ -142,7 +148,9 @@ def test_ci_runs_the_test_command_of_the_readme():
 
 
 def imported_rooms(path: Path, tree: ast.Module) -> list[tuple[int, str]]:
-    """(line, room) of every import from this package, wherever in the file; the room "" is the package's front door."""
+    """(line, room) of every import from this package, wherever in the file; the room "" is the
+    package's front door.
+    """
     package = ("semidetr_lite", *path.relative_to(PACKAGE).parts[:-1])
     found = []
     for node in ast.walk(tree):
@@ -151,18 +159,33 @@ def imported_rooms(path: Path, tree: ast.Module) -> list[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) + 1 - node.level] if node.level else ()
             base = ".".join([*above, *filter(None, [node.module])])
-            names = [f"{base}.{alias.name}" for alias in node.names] if base == "semidetr_lite" else [base]
+            names = (
+                [f"{base}.{alias.name}" for alias in node.names]
+                if base == "semidetr_lite"
+                else [base]
+            )
         else:
             continue
         parts = [name.split(".") for name in names]
-        found += [(node.lineno, part[1] if len(part) > 1 else "") for part in parts if part[0] == "semidetr_lite"]
+        found += [
+            (node.lineno, part[1] if len(part) > 1 else "")
+            for part in parts
+            if part[0] == "semidetr_lite"
+        ]
     return found
 
 
 def backward_imports(files: list[tuple[Path, ast.Module]]) -> list[str]:
-    """Imports of a later room, as "file:line imports room". The front door counts as the last room that it opens."""
+    """Imports of a later room, as "file:line imports room". The front door counts as the last
+    room that it opens.
+    """
     front_door = PACKAGE / "__init__.py"
-    opened = [ROOMS.index(room) for path, tree in files if path == front_door for _, room in imported_rooms(path, tree)]
+    opened = [
+        ROOMS.index(room)
+        for path, tree in files
+        if path == front_door
+        for _, room in imported_rooms(path, tree)
+    ]
     place = {room: index for index, room in enumerate(ROOMS)}
     faults = []
     for path, tree in files:
@@ -171,12 +194,16 @@ def backward_imports(files: list[tuple[Path, ast.Module]]) -> list[str]:
         here = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
         for line, room in imported_rooms(path, tree):
             if place.get(room, max(opened, default=0)) > place[here]:
-                faults.append(f"{path.relative_to(PACKAGE).as_posix()}:{line} imports {room or 'semidetr_lite'}")
+                faults.append(
+                    f"{path.relative_to(PACKAGE).as_posix()}:{line} imports {room or 'semidetr_lite'}"
+                )
     return faults
 
 
 def test_every_module_is_in_a_room():
-    rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path, _ in modules()} - {"__init__"}
+    rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path, _ in modules()} - {
+        "__init__"
+    }
     assert rooms <= set(ROOMS), f"give these a place in ROOMS: {sorted(rooms - set(ROOMS))}"
 
 
@@ -186,8 +213,16 @@ def test_every_module_is_in_a_room():
         ("losses.py", "import torch\nfrom semidetr_lite.matching import one_to_one", ["matching"]),
         ("losses.py", "from semidetr_lite import boxes, matching", ["boxes", "matching"]),
         ("methods/soft_teacher.py", "def f():\n    from ..training.loop import fit", ["training"]),
-        ("methods/semi_detr.py", "from .mean_teacher import ema\nfrom .. import visualize", ["methods", "visualize"]),
-        ("teach/widgets.py", "import semidetr_lite\nimport semidetr_lite.data.digits as d", ["", "data"]),
+        (
+            "methods/semi_detr.py",
+            "from .mean_teacher import ema\nfrom .. import visualize",
+            ["methods", "visualize"],
+        ),
+        (
+            "teach/widgets.py",
+            "import semidetr_lite\nimport semidetr_lite.data.digits as d",
+            ["", "data"],
+        ),
     ],
 )
 def test_imported_rooms_reads_every_form_of_import(file, source, rooms):
@@ -201,8 +236,13 @@ def test_backward_imports_finds_a_later_room_and_the_front_door():
         "methods/semi_detr.py": "from semidetr_lite.losses import a\ndef f():\n    import semidetr_lite.evaluate",
         "data/views.py": "from semidetr_lite import load_detector",
     }
-    faults = backward_imports([(PACKAGE / name, ast.parse(source)) for name, source in sources.items()])
-    assert faults == ["methods/semi_detr.py:3 imports evaluate", "data/views.py:1 imports load_detector"]
+    faults = backward_imports(
+        [(PACKAGE / name, ast.parse(source)) for name, source in sources.items()]
+    )
+    assert faults == [
+        "methods/semi_detr.py:3 imports evaluate",
+        "data/views.py:1 imports load_detector",
+    ]
 
 
 def test_imports_point_to_earlier_rooms():
@@ -241,7 +281,9 @@ def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def test_code_lines_leaves_the_docstring_out():
-    function = ast.parse('@cache\ndef f():\n    """One.\n\n    Two."""\n    # why\n    x = 1\n\n    return x').body[0]
+    function = ast.parse(
+        '@cache\ndef f():\n    """One.\n\n    Two."""\n    # why\n    x = 1\n\n    return x'
+    ).body[0]
     assert code_lines(function) == 5
 
 
@@ -275,7 +317,9 @@ def test_home_path_tells_machine_paths_from_others(text, found):
 
 def test_no_committed_file_names_a_path_of_one_machine():
     try:
-        listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+        listing = subprocess.run(
+            ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True
+        )
     except FileNotFoundError:
         pytest.skip("git is not installed")
     if listing.returncode or not listing.stdout:
@@ -286,5 +330,7 @@ def test_no_committed_file_names_a_path_of_one_machine():
             lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
         except (UnicodeDecodeError, OSError):  # a picture; a file just deleted
             continue
-        faults += [f"{name}:{number}" for number, line in enumerate(lines, 1) if HOME_PATH.search(line)]
+        faults += [
+            f"{name}:{number}" for number, line in enumerate(lines, 1) if HOME_PATH.search(line)
+        ]
     assert faults == []

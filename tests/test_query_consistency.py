@@ -87,7 +87,9 @@ SHAPES, STRIDES = (
 
 @pytest.mark.parametrize("strides", [STRIDES, [(4.0, 8.0), (8.0, 16.0), (16.0, 32.0)]])
 def test_a_box_reads_its_own_place(strides):
-    """On maps that hold the place of each cell in pixels, RoIAlign reads the centres of the 7 x 7 bins of the box."""
+    """On maps that hold the place of each cell in pixels, RoIAlign reads the centres of the 7 x 7
+    bins of the box.
+    """
     features = []
     for (height, width), (y, x) in zip(SHAPES, strides):
         ys = (torch.arange(height) + 0.5)[:, None].expand(height, width) * y

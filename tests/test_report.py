@@ -54,7 +54,9 @@ TEST = Scenes(5)
 
 
 class Perfect:
-    """Finds every object of a test image; one that is `blind` finds none, and sees something where nothing is."""
+    """Finds every object of a test image; one that is `blind` finds none, and sees something
+    where nothing is.
+    """
 
     categories = CATEGORIES
 
@@ -92,7 +94,9 @@ DOT = PNG(visualize.Picture(figsize=(0.1, 0.1)))
 
 @pytest.fixture(autouse=True)
 def fakes(monkeypatch):
-    """Data and detectors of this file, and no time spent on pictures except where a test wants them."""
+    """Data and detectors of this file, and no time spent on pictures except where a test wants
+    them.
+    """
     monkeypatch.setattr(visualize.style, "png", lambda figure, dpi=None: DOT)
     splits = Splits(
         Scenes(2), WithoutLabels(Scenes(4), range(4)), Scenes(2), TEST, CATEGORIES, flip=False
@@ -233,7 +237,8 @@ def test_two_runs_side_by_side(tmp_path):
     assert path == tmp_path / "deep" / "out" / "report.html"
     page = Page(path)
     assert page.h1 == "Semi-DETR: 53.0 AP on the test split, +12.0 AP over supervised training"
-    # Sizes of objects that the data do not have are no columns, nor are the labels, which all runs share.
+    # Sizes of objects that the data do not have are no columns, nor are the labels, which all runs
+    # share.
     assert page.rows() == {
         "": ["AP", "AP50", "AP75", "steps", "time"],
         "supervised": ["41.0", "61.0", "41.0", "400", "3.3 min"],
@@ -241,7 +246,8 @@ def test_two_runs_side_by_side(tmp_path):
         "Semi-DETR": ["53.0 +12.0", "73.0 +12.0", "53.0 +12.0", "400", "3.3 min"],
         "Semi-DETR, student": ["52.0 +12.0", "72.0 +12.0", "52.0 +12.0", "400", "3.3 min"],
     }
-    # Images 1 and 2 hold an object; the blind run misses them all, and raises five false alarms on five images.
+    # Images 1 and 2 hold an object; the blind run misses them all, and raises five false alarms on
+    # five images.
     assert (
         "supervised 0 hits, 5 false alarms, 4 missed; Semi-DETR 4 hits, 0 false alarms, 0 missed"
         in page.text
@@ -371,7 +377,8 @@ def test_all_dropped_boxes_are_shown_only_when_asked_for(tmp_path):
     assert all(path.count("M") == 9 - visualize.BEST_DROPPED for path in hidden)
     scale = report.TIMELINE_WIDTH / 32
     assert shown[0].startswith(f"M{4 * scale:.1f} ")  # the best five begin with the fifth
-    # A box to tick, before the timeline and inside the same part, is all that the style sheet needs.
+    # A box to tick, before the timeline and inside the same part, is all that the style sheet
+    # needs.
     assert [found["id"] for found in page.all("input", type="checkbox")] == [
         "students",
         "dropped-1",
@@ -746,7 +753,9 @@ def test_damaged_runs_are_one_clear_line(tmp_path, spoil, message):
 
 def test_a_config_without_a_setting_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(runs.presets, "load_splits", REAL_LOAD_SPLITS)
-    with pytest.raises(UserError, match=r"semi/config\.json: .*settings of data that cannot be used"):
+    with pytest.raises(
+        UserError, match=r"semi/config\.json: .*settings of data that cannot be used"
+    ):
         write_report([make_run(tmp_path / "semi", "semi-detr", 0.5)], tmp_path / "out")
 
 
@@ -787,7 +796,9 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
 
 
 def test_a_page_of_the_demo_stays_small(tmp_path, monkeypatch):
-    """Eight scenes of the digits in each gallery and eight watched ones over six steps with 30 boxes each."""
+    """Eight scenes of the digits in each gallery and eight watched ones over six steps with 30
+    boxes each.
+    """
     monkeypatch.setattr(visualize.style, "png", PNG)
     scenes = digits.DigitScenes("train", 16)
     splits = Splits(

@@ -78,7 +78,7 @@ DOORS = [
 
 
 @pytest.mark.parametrize("door", DOORS)
-def test_a_pickle_that_runs_something_is_refused(door, bomb, work, tmp_path):  # noqa: F811
+def test_a_pickle_that_runs_something_is_refused(door, bomb, work, tmp_path):
     write, canary = bomb
     run, picture, out = work / "run", work / "voc/JPEGImages/0.jpg", tmp_path / "out"
     if door in ("predict", "evaluate", "compare"):
@@ -114,7 +114,7 @@ def test_a_pickle_that_runs_something_is_refused(door, bomb, work, tmp_path):  #
     assert not canary.exists()
 
 
-def test_names_in_a_json_stay_in_the_folder_of_images(work):  # noqa: F811
+def test_names_in_a_json_stay_in_the_folder_of_images(work):
     file = work / "coco/instances_train.json"
     document = json.loads(file.read_text())
     Image.new("RGB", (64, 48)).save(work / "secret.png")
@@ -130,7 +130,7 @@ def test_names_in_a_json_stay_in_the_folder_of_images(work):  # noqa: F811
         assert status == 2 and "leaves the folder" in said and not (work / "out").exists()
 
 
-def test_a_run_folder_with_links_is_no_way_to_write_elsewhere(work, tmp_path):  # noqa: F811
+def test_a_run_folder_with_links_is_no_way_to_write_elsewhere(work, tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()
     before = {}
@@ -165,7 +165,7 @@ def test_a_run_folder_with_links_is_no_way_to_write_elsewhere(work, tmp_path):  
     ]
 
 
-def test_pictures_are_written_beside_links_not_through_them(work, tmp_path):  # noqa: F811
+def test_pictures_are_written_beside_links_not_through_them(work, tmp_path):
     out, outside = tmp_path / "out", tmp_path / "outside.txt"
     out.mkdir()
     outside.write_text("mine")
@@ -178,7 +178,7 @@ def test_pictures_are_written_beside_links_not_through_them(work, tmp_path):  # 
     ]
 
 
-def test_folders_of_images_may_link_in_a_circle(work):  # noqa: F811
+def test_folders_of_images_may_link_in_a_circle(work):
     (work / "coco/images/again").symlink_to(work / "coco/images")
     assert call("doctor", "--data", work / "coco", "--unlabelled", work / "coco/images")[0] in (
         0,
@@ -186,7 +186,7 @@ def test_folders_of_images_may_link_in_a_circle(work):  # noqa: F811
     )
 
 
-def test_xml_reads_no_other_file_and_does_not_swell(work):  # noqa: F811
+def test_xml_reads_no_other_file_and_does_not_swell(work):
     file = work / "voc/Annotations/0.xml"
     text = file.read_text()
     (work / "secret").write_text("secret words")
@@ -201,7 +201,7 @@ def test_xml_reads_no_other_file_and_does_not_swell(work):  # noqa: F811
         assert status == 2 and "secret words" not in said
 
 
-def test_yaml_makes_no_objects(work, tmp_path):  # noqa: F811
+def test_yaml_makes_no_objects(work, tmp_path):
     names = f"names: !!python/object/apply:os.system ['touch {tmp_path}/canary']\n"
     (work / "yolo/data.yaml").write_text(names)
     assert call("doctor", "--data", work / "yolo")[0] == 2
@@ -233,7 +233,7 @@ def test_a_bomb_of_pixels_is_refused(tmp_path):
         read_image(tmp_path / "bomb.png")
 
 
-def test_the_page_shows_names_and_runs_none(work):  # noqa: F811
+def test_the_page_shows_names_and_runs_none(work):
     """Script in a category, a command or a folder's name stays text."""
     script = "<script>alert(1)</script>"
     config = json.loads((work / "run/config.json").read_text())
@@ -248,7 +248,7 @@ def test_the_page_shows_names_and_runs_none(work):  # noqa: F811
     assert "<script>alert" not in page and "<img src=x" not in page
 
 
-def test_a_detector_of_any_size_is_not_built(work):  # noqa: F811
+def test_a_detector_of_any_size_is_not_built(work):
     file = work / "run/teacher.safetensors"
     content = file.read_bytes()
     length = int.from_bytes(content[:8], "little")

@@ -142,7 +142,7 @@ def test_an_image_size_is_that_of_training_and_detection():
     assert new_config("coco-10pct").views.short_sides == tuple(range(480, 801, 32))
 
 
-def test_queries_and_image_size_reach_the_detector(splits, tmp_path):  # noqa: F811
+def test_queries_and_image_size_reach_the_detector(splits, tmp_path):
     config = small("supervised", num_queries=7, image_size=48)
     run = Run(config, tmp_path / "run", splits=splits, workers=0, quiet=True)
     student = run.method.student
@@ -225,7 +225,7 @@ def test_roles_are_those_of_the_record_and_of_a_resume():
     assert set(settings.RUN_IDENTITY) == identity
 
 
-def test_a_resume_starts_from_the_settings_of_the_run(splits, tmp_path, monkeypatch):  # noqa: F811
+def test_a_resume_starts_from_the_settings_of_the_run(splits, tmp_path, monkeypatch):
     """So that only what is typed and differs is refused: not what differs from the preset."""
     config = small("supervised", steps=2, learning_rate=5e-4, watch_every=3)
     Run(config, tmp_path / "run", splits=splits, workers=0, quiet=True).run()

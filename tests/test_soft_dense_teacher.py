@@ -190,7 +190,9 @@ def test_the_defaults_are_the_papers_and_presets_change_them():
 
 
 def test_soft_class_loss_by_hand():
-    """Foreground boxes count fully, background boxes by the teacher's background score; over the sum of all that."""
+    """Foreground boxes count fully, background boxes by the teacher's background score; over the
+    sum of all that.
+    """
     logits = torch.tensor([[0.0, 1, 2], [1, 0, 0], [2, 1, 0], [0, 0, 0], [3, 0, 1]])
     labels, background = torch.tensor([2, 1, 0, 0, 0]), torch.tensor([0.9, 0.9, 0.9, 0.3, 0.0])
     each = [
@@ -280,7 +282,9 @@ def test_pseudo_boxes_over_the_cut_are_carried_to_the_strong_view():
 
 
 def test_the_teacher_judges_the_students_boxes_in_its_own_view(monkeypatch):
-    """With equal weights and equal views, r is 1 minus the sum of the student's own class scores of the same boxes."""
+    """With equal weights and equal views, r is 1 minus the sum of the student's own class scores
+    of the same boxes.
+    """
     method, batch = make("soft-teacher"), some_batch()
     method.teacher = copy.deepcopy(method.student).eval()
     images, targets = batch["weak"]
@@ -320,7 +324,9 @@ def some_cells(seed: int, sizes=((20, 30), (16, 30))) -> FCOSOutputs:
 
 
 def test_dense_losses_by_hand():
-    """Loops over the cells: focal loss over all, the others over the selected; nothing is chosen in the padding."""
+    """Loops over the cells: focal loss over all, the others over the selected; nothing is chosen
+    in the padding.
+    """
     student, teacher = some_cells(1), some_cells(2)
     scores = teacher.outputs["cls_logits"].sigmoid()
     inside = torch.tensor(
@@ -384,7 +390,9 @@ def test_the_teacher_reads_weak_pixels_in_the_strong_geometry():
 
 
 def test_dense_targets_come_from_the_carried_view():
-    """A student equal to its teacher, shown the carried weak view as its strong one, has nothing to learn."""
+    """A student equal to its teacher, shown the carried weak view as its strong one, has nothing
+    to learn.
+    """
     method, batch = make("dense-teacher", ratio=1.0), some_batch()
     method.teacher = copy.deepcopy(method.student).eval()
     (weak_images, weak), (_, strong) = batch["weak"], batch["strong"]

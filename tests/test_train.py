@@ -1,4 +1,6 @@
-"""Training: one step changes the student, resuming changes nothing, and nothing saved is ever lost."""
+"""Training: one step changes the student, resuming changes nothing, and nothing saved is ever
+lost.
+"""
 
 import dataclasses
 import json
@@ -47,7 +49,14 @@ SMALL = {
 def splits() -> Splits:
     train = digits.DigitScenes("train", 12)
     few = Subset(digits.DigitScenes("test", 6), range(6))
-    return Splits(Subset(train, range(4)), WithoutLabels(train, range(4, 12)), few, few, digits.CATEGORIES, flip=False)
+    return Splits(
+        Subset(train, range(4)),
+        WithoutLabels(train, range(4, 12)),
+        few,
+        few,
+        digits.CATEGORIES,
+        flip=False,
+    )
 
 
 def small(method="semi-detr", steps=4, **changes) -> Config:
@@ -65,10 +74,18 @@ FORMS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "method"), [("deformable-detr", "semi-detr"), ("detr", "supervised"), ("detr", "mean-teacher")]
+    ("name", "method"),
+    [("deformable-detr", "semi-detr"), ("detr", "supervised"), ("detr", "mean-teacher")],
 )
 def test_other_detectors_train_too(name, method, splits, tmp_path):
-    shared = {"num_queries": 12, "dim": 32, "heads": 2, "dim_feedforward": 32, "encoder_layers": 1, "decoder_layers": 2}
+    shared = {
+        "num_queries": 12,
+        "dim": 32,
+        "heads": 2,
+        "dim_feedforward": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+    }
     further = {} if name == "detr" else {"levels": 3, "points": 2, "anchor_size": 0.1}
     arguments = {**shared, "backbone": "tiny", **further, **FORMS[name]}
     kwargs = DetectorKwargs(**arguments)
@@ -83,7 +100,14 @@ def test_other_detectors_train_too(name, method, splits, tmp_path):
 
 
 def test_semi_detr_needs_queries_that_are_boxes(splits, tmp_path):
-    arguments = {"num_queries": 12, "dim": 32, "heads": 2, "dim_feedforward": 32, "backbone": "tiny", "level": 0}
+    arguments = {
+        "num_queries": 12,
+        "dim": 32,
+        "heads": 2,
+        "dim_feedforward": 32,
+        "backbone": "tiny",
+        "level": 0,
+    }
     config = small(detector="detr", detector_kwargs=DetectorKwargs(**arguments))
     with pytest.raises(UserError, match="semi-detr needs boxes as queries.*DETR"):
         Run(config, tmp_path / "run", splits=splits, workers=0)
@@ -97,10 +121,14 @@ def test_accumulated_parts_keep_the_mix_and_give_the_gradient_of_the_whole(split
     )
     batch = next(iter(whole._loader()))
     parts = micro_batches(batch, 2)
-    assert [[len(part[name][0]) for name in ("labelled", "weak", "strong")] for part in parts] == [[1, 2, 2]] * 2
+    assert [[len(part[name][0]) for name in ("labelled", "weak", "strong")] for part in parts] == [
+        [1, 2, 2]
+    ] * 2
     assert parts[1]["strong"][1] == batch["strong"][1][2:]
     sum(whole.method(batch, 0).values()).backward()
-    expected = torch.cat([p.grad.flatten() for p in whole.method.parameters() if p.grad is not None])
+    expected = torch.cat(
+        [p.grad.flatten() for p in whole.method.parameters() if p.grad is not None]
+    )
     parted.optimizer.step = lambda: None
     parted.config = change(parted.config, clip_grad_norm=1e9)
     parted.train_step(batch)
@@ -112,13 +140,17 @@ def test_accumulated_parts_keep_the_mix_and_give_the_gradient_of_the_whole(split
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_step_waits_for_the_device_once_a_part_and_twice_more(parts, splits, tmp_path):
-    """For how many pseudo-boxes all parts have, then in each for its matching, at the end for losses and norm."""
+    """For how many pseudo-boxes all parts have, then in each for its matching, at the end for
+    losses and norm.
+    """
     config = small(batch_size=2, unlabelled_batch_size=4, score_threshold=0.0, accumulate=parts)
     run = Run(config, tmp_path / "x", splits=splits, workers=0)
     batch = next(iter(run._loader()))
     with Accelerator(run.method) as watch:
         run.train_step(batch)
-    assert [read.split(":")[0] for read in watch.reads] == ["device.py"] * (parts + 2) and watch.sends == []
+    assert [read.split(":")[0] for read in watch.reads] == ["device.py"] * (
+        parts + 2
+    ) and watch.sends == []
 
 
 DETECTORS = ("dino", "deformable-detr", "detr", "faster-rcnn", "fcos")
@@ -149,7 +181,11 @@ def test_a_run_leaves_every_file_and_figure(method, splits, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4] and lines[-1]["step"] == last["step"]
     assert all(math.isfinite(value) for line in lines for value in line["losses"].values())
-    assert set(last["test"]) == {"student", "teacher"} and {"AP_student", "AP_teacher", "seconds"} <= set(lines[-1])
+    assert set(last["test"]) == {"student", "teacher"} and {
+        "AP_student",
+        "AP_teacher",
+        "seconds",
+    } <= set(lines[-1])
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["method"] == method and config["categories"] == digits.CATEGORIES
     for part in ("student", "teacher"):
@@ -159,25 +195,47 @@ def test_a_run_leaves_every_file_and_figure(method, splits, tmp_path):
         assert found[0]["size"] == splits.test[0][1]["size"]
     if method != "supervised":
         assert {"pseudo_precision", "pseudo_recall", "pseudo_per_image"} <= set(lines[-1])
-        boxes = [json.loads(line) for line in (tmp_path / "run/pseudo_boxes.jsonl").read_text().splitlines()]
-        assert {"step", "image_id", "boxes", "scores", "labels", "cost", "kept", "mined"} <= set(boxes[0])
-        assert len(boxes[0]["boxes"]) == len(boxes[0]["kept"]) == len(boxes[0]["mined"]) == len(boxes[0]["cost"])
+        boxes = [
+            json.loads(line)
+            for line in (tmp_path / "run/pseudo_boxes.jsonl").read_text().splitlines()
+        ]
+        assert {"step", "image_id", "boxes", "scores", "labels", "cost", "kept", "mined"} <= set(
+            boxes[0]
+        )
+        assert (
+            len(boxes[0]["boxes"])
+            == len(boxes[0]["kept"])
+            == len(boxes[0]["mined"])
+            == len(boxes[0]["cost"])
+        )
 
 
 def test_a_run_goes_on_from_a_burn_in(splits, tmp_path):
     go(small("supervised"), tmp_path / "first", splits)
-    run = Run(small(burn_in=str(tmp_path / "first")), tmp_path / "second", splits=splits, quiet=True, workers=0)
+    run = Run(
+        small(burn_in=str(tmp_path / "first")),
+        tmp_path / "second",
+        splits=splits,
+        quiet=True,
+        workers=0,
+    )
     assert run.offset == 4 and run.method.one_to_many_steps == 4 + 2
     first = load_detector(tmp_path / "first", "student").state_dict()
-    assert all(torch.equal(value, first[key]) for key, value in run.method.student.state_dict().items())
+    assert all(
+        torch.equal(value, first[key]) for key, value in run.method.student.state_dict().items()
+    )
     averaged = load_detector(tmp_path / "first", "teacher").state_dict()
-    assert all(torch.equal(value, averaged[key]) for key, value in run.method.teacher.state_dict().items())
+    assert all(
+        torch.equal(value, averaged[key]) for key, value in run.method.teacher.state_dict().items()
+    )
 
 
 def test_stage_one_weights_ask_for_suppression_and_stage_two_weights_do_not(splits, tmp_path):
     go(small(one_to_many_share=1.0), tmp_path / "one", splits)
     go(small(one_to_many_share=0.5), tmp_path / "two", splits)
-    assert load_detector(tmp_path / "one").nms == 0.6 and load_detector(tmp_path / "two").nms is None
+    assert (
+        load_detector(tmp_path / "one").nms == 0.6 and load_detector(tmp_path / "two").nms is None
+    )
 
 
 def test_a_run_folder_is_not_overwritten(splits, tmp_path):
@@ -214,9 +272,13 @@ def test_the_learning_rate_rises_stays_and_falls_to_zero():
 
 
 def test_unknown_names_list_what_there_is():
-    with pytest.raises(UserError, match="no method called 'magic': choose from supervised, mean-teacher, semi-detr"):
+    with pytest.raises(
+        UserError, match="no method called 'magic': choose from supervised, mean-teacher, semi-detr"
+    ):
         new_config(method="magic")
-    with pytest.raises(UserError, match="no setting called 'lr': choose from accumulate, .*learning_rate"):
+    with pytest.raises(
+        UserError, match="no setting called 'lr': choose from accumulate, .*learning_rate"
+    ):
         new_config(lr=1)
 
 
@@ -225,7 +287,9 @@ def test_duplicates_are_counted_with_and_without_suppression():
         "boxes": torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30], [40, 40, 50, 50]]),
         "labels": torch.tensor([1, 2, 0]),
     }
-    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 6], [20, 20, 30, 30], [40, 40, 50, 50]])
+    boxes = torch.tensor(
+        [[0.0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 6], [20, 20, 30, 30], [40, 40, 50, 50]]
+    )
     labels = torch.tensor([1, 1, 1, 3, 0])  # the fourth has the wrong class
 
     class Seer:
@@ -234,7 +298,10 @@ def test_duplicates_are_counted_with_and_without_suppression():
             return [{"boxes": boxes[keep], "labels": labels[keep]} for _ in images]
 
     found = measure_module.duplicates(Seer(), [(None, truth)] * 2, images=5, nms=0.8)
-    assert found == {"duplicates": 1.0, "duplicates_nms": 0.5}  # two further boxes on two found objects, then one
+    assert found == {
+        "duplicates": 1.0,
+        "duplicates_nms": 0.5,
+    }  # two further boxes on two found objects, then one
     nothing = [(None, {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)})]
     assert measure_module.duplicates(Seer(), nothing)["duplicates"] == 0
 

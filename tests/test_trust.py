@@ -1,4 +1,6 @@
-"""Trust: a run that is killed anywhere resumes to the same bits, and what is not finite or has collapsed is told."""
+"""Trust: a run that is killed anywhere resumes to the same bits, and what is not finite or has
+collapsed is told.
+"""
 
 import gc
 import json
@@ -44,7 +46,7 @@ class Killed(BaseException):
 
 
 @pytest.fixture(scope="module")
-def whole(splits, tmp_path_factory):  # noqa: F811
+def whole(splits, tmp_path_factory):
     """A run of each kind that nothing interrupted."""
     folder = tmp_path_factory.mktemp("whole")
     for method in ("supervised", "semi-detr"):
@@ -53,7 +55,16 @@ def whole(splits, tmp_path_factory):  # noqa: F811
 
 
 def settings(method: str = "semi-detr", **changes) -> Config:
-    return small(method, **{"steps": STEPS, "score_threshold": 0.0, "watch_every": 2, "cost_queue_size": 20, **changes})
+    return small(
+        method,
+        **{
+            "steps": STEPS,
+            "score_threshold": 0.0,
+            "watch_every": 2,
+            "cost_queue_size": 20,
+            **changes,
+        },
+    )
 
 
 def interrupt(monkeypatch, place, name: str, turn: int, act=None, after: bool = False):
@@ -84,13 +95,18 @@ PLACES = {
     "between the two logs": (run_folder, "append_jsonl", 3, False),
     "between log and checkpoint": (Run, "save", 1, False),
     "between the weights of two parts": (run_folder, "save_weights", 3, False),
-    "before the checkpoint is in its place": (os, "replace", 6, False),  # one of config.json, three a save
+    "before the checkpoint is in its place": (
+        os,
+        "replace",
+        6,
+        False,
+    ),  # one of config.json, three a save
     "after the last checkpoint": (Run, "save", 2, True),
 }
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_killed_and_resumed_ends_in_the_same_bits(place, whole, splits, tmp_path, monkeypatch):  # noqa: F811
+def test_killed_and_resumed_ends_in_the_same_bits(place, whole, splits, tmp_path, monkeypatch):
     owner, name, turn, after = PLACES[place]
     folder = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -113,10 +129,13 @@ def test_real_kills_at_random_moments(tmp_path, monkeypatch, capsys):
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     log = tmp_path / "killed" / "log.jsonl"
     log.write_text(log.read_text().replace('"step": 2', '"step": 3'))
-    assert differences(tmp_path / "whole", tmp_path / "killed") == ["student.safetensors", "log.jsonl"]
+    assert differences(tmp_path / "whole", tmp_path / "killed") == [
+        "student.safetensors",
+        "log.jsonl",
+    ]
 
 
-def test_a_torn_last_line_is_written_again(whole, splits, tmp_path, monkeypatch):  # noqa: F811
+def test_a_torn_last_line_is_written_again(whole, splits, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         interrupt(patch, Run, "train_step", 4)
         go(settings(), tmp_path / "run", splits)
@@ -128,19 +147,24 @@ def test_a_torn_last_line_is_written_again(whole, splits, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(number, whole, splits, tmp_path, monkeypatch):  # noqa: F811
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
+    number, whole, splits, tmp_path, monkeypatch
+):
     before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
         interrupt(patch, Run, "train_step", 2, act=lambda: os.kill(os.getpid(), number))
         go(settings(), tmp_path / "run", splits)
-    assert stopped.value.args == (f"stopped; the last checkpoint is {tmp_path / 'run/last.pt'} (step 3)", 128 + number)
+    assert stopped.value.args == (
+        f"stopped; the last checkpoint is {tmp_path / 'run/last.pt'} (step 3)",
+        128 + number,
+    )
     assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
     assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 3
     go(None, tmp_path / "run", splits, resume=True)
     assert_same_run(whole / "semi-detr", tmp_path / "run")
 
 
-def test_measuring_is_broken_off_at_once(whole, splits, tmp_path, monkeypatch):  # noqa: F811
+def test_measuring_is_broken_off_at_once(whole, splits, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Stopped, match=r"last\.pt \(step 2\)"):
         interrupt(patch, loop, "measure", 1, act=lambda: os.kill(os.getpid(), signal.SIGTERM))
         go(settings(), tmp_path / "run", splits)
@@ -148,7 +172,7 @@ def test_measuring_is_broken_off_at_once(whole, splits, tmp_path, monkeypatch): 
     assert_same_run(whole / "semi-detr", tmp_path / "run")
 
 
-def test_a_second_signal_does_not_wait(splits, tmp_path, monkeypatch):  # noqa: F811
+def test_a_second_signal_does_not_wait(splits, tmp_path, monkeypatch):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -159,21 +183,41 @@ def test_a_second_signal_does_not_wait(splits, tmp_path, monkeypatch):  # noqa: 
         go(settings(), tmp_path / "run", splits)
 
 
-def test_a_dead_data_worker_is_one_clear_line(splits, tmp_path, monkeypatch):  # noqa: F811
-    interrupt(monkeypatch, loop.Batches, "__getitem__", 2, act=lambda: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(UserError, match=r"a process that loads data died.*fewer --workers.*none yet"):
+def test_a_dead_data_worker_is_one_clear_line(splits, tmp_path, monkeypatch):
+    interrupt(
+        monkeypatch,
+        loop.Batches,
+        "__getitem__",
+        2,
+        act=lambda: os.kill(os.getpid(), signal.SIGKILL),
+    )
+    with pytest.raises(
+        UserError, match=r"a process that loads data died.*fewer --workers.*none yet"
+    ):
         Run(settings("supervised"), tmp_path / "run", splits=splits, quiet=True, workers=1).run()
-    gc.collect()  # a loader that lives on complains about its dead worker whenever another process ends
+    # a loader that lives on complains about its dead worker whenever another process ends
+    gc.collect()
 
 
-def test_data_workers_leave_signals_to_the_run(splits, tmp_path, monkeypatch):  # noqa: F811
-    for number in (signal.SIGINT, signal.SIGTERM):  # as Ctrl-C and a batch system send them, to all processes
-        interrupt(monkeypatch, loop.Batches, "__getitem__", 2, act=lambda number=number: os.kill(os.getpid(), number))
+def test_data_workers_leave_signals_to_the_run(splits, tmp_path, monkeypatch):
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # as Ctrl-C and a batch system send them, to all processes
+        interrupt(
+            monkeypatch,
+            loop.Batches,
+            "__getitem__",
+            2,
+            act=lambda number=number: os.kill(os.getpid(), number),
+        )
     Run(settings("supervised"), tmp_path / "run", splits=splits, quiet=True, workers=1).run()
 
 
-def test_a_run_that_fails_leaves_no_process_that_loads_data(splits, tmp_path, monkeypatch):  # noqa: F811
-    """They ignore SIGTERM, so a program that keeps the error, as pytest and notebooks do, would wait for ever."""
+def test_a_run_that_fails_leaves_no_process_that_loads_data(splits, tmp_path, monkeypatch):
+    """They ignore SIGTERM, so a program that keeps the error, as pytest and notebooks do, would
+    wait for ever.
+    """
 
     def unreadable():
         raise UserError("picture.jpg: cannot be read")
@@ -182,13 +226,16 @@ def test_a_run_that_fails_leaves_no_process_that_loads_data(splits, tmp_path, mo
     gc.disable()
     try:
         with pytest.raises(UserError, match=r"picture\.jpg") as kept:
-            Run(settings("supervised"), tmp_path / "run", splits=splits, quiet=True, workers=1).run()
+            Run(
+                settings("supervised"), tmp_path / "run", splits=splits, quiet=True, workers=1
+            ).run()
         assert kept.value.__traceback__ and not multiprocessing.active_children()
     finally:
         gc.enable()
 
 
-# ---- full disks ------------------------------------------------------------------------------------------------------
+# ---- full disks
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path):
@@ -218,7 +265,8 @@ class Large(Detector):
         self.weight = torch.nn.Parameter(torch.zeros(100_000))
 
 kind, place = sys.argv[1], Path(sys.argv[2])
-resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # of a file; to write more fails as on a full disk
+# of a file; to write more fails as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 try:
     if kind == "log.jsonl":
         append_jsonl(place, [{"step": 2, "boxes": [0.5] * 20_000}])
@@ -236,17 +284,26 @@ except UserError as problem:
 @pytest.mark.parametrize("kind", ["last.pt", "student.safetensors", "log.jsonl"])
 def test_a_write_that_the_system_cuts_off(kind, tmp_path):
     (tmp_path / kind).write_text('{"step": 1}\n')
-    found = subprocess.run([sys.executable, "-c", FULL, kind, tmp_path / kind], capture_output=True, text=True)
-    assert found.returncode == 2 and f"{kind}: cannot be written (" in found.stdout and not found.stderr
+    found = subprocess.run(
+        [sys.executable, "-c", FULL, kind, tmp_path / kind], capture_output=True, text=True
+    )
+    assert (
+        found.returncode == 2
+        and f"{kind}: cannot be written (" in found.stdout
+        and not found.stderr
+    )
     assert (tmp_path / kind).read_text() == '{"step": 1}\n' and len(list(tmp_path.iterdir())) == 1
 
 
-# ---- what is not finite ----------------------------------------------------------------------------------------------
+# ---- what is not finite
+# ----------------------------------------------------------------------------------------------
 
 
 def spoil(monkeypatch, steps, what=torch.nan):
     """Losses of these steps that are not finite."""
-    change_denoising(monkeypatch, steps, lambda losses: {name: value * what for name, value in losses.items()})
+    change_denoising(
+        monkeypatch, steps, lambda losses: {name: value * what for name, value in losses.items()}
+    )
 
 
 def change_denoising(monkeypatch, steps, change):
@@ -263,9 +320,13 @@ def change_denoising(monkeypatch, steps, change):
         monkeypatch.setattr(method, "forward", forward)
 
 
-def test_a_loss_that_is_not_finite_skips_the_step_and_can_be_replayed(splits, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_loss_that_is_not_finite_skips_the_step_and_can_be_replayed(
+    splits, tmp_path, monkeypatch, capsys
+):
     spoil(monkeypatch, [2], torch.inf)
-    run = Run(settings(one_to_many_share=0.0), tmp_path / "run", splits=splits, quiet=True, workers=0)
+    run = Run(
+        settings(one_to_many_share=0.0), tmp_path / "run", splits=splits, quiet=True, workers=0
+    )
     real, states = Run.train_step, []
 
     def watched(self, batch):
@@ -276,17 +337,22 @@ def test_a_loss_that_is_not_finite_skips_the_step_and_can_be_replayed(splits, tm
     monkeypatch.setattr(Run, "train_step", watched)
     run.run()
     changed = [key for key in states[0] if not same(states[1][key], states[2][key])]
-    assert set(changed) <= {"cost_queue", "pseudo_boxes_per_class"}, "a skipped step changes no weights"
+    assert set(changed) <= {"cost_queue", "pseudo_boxes_per_class"}, (
+        "a skipped step changes no weights"
+    )
     assert not same(states[2]["student.class_head.weight"], states[3]["student.class_head.weight"])
     said = capsys.readouterr().err
-    assert "warning: step 2: loss 'labelled denoising/class' is inf, so it is skipped" in said and "bad_step.pt" in said
+    assert (
+        "warning: step 2: loss 'labelled denoising/class' is inf, so it is skipped" in said
+        and "bad_step.pt" in said
+    )
     assert len(lines(tmp_path / "run" / "log.jsonl")) == STEPS // 2
     monkeypatch.setattr(presets, "load_splits", lambda config, file: splits)
     found = replay(tmp_path / "run/bad_step.pt")
     assert found["labelled denoising/class"].isinf() and found["labelled/class"].isfinite()
 
 
-def test_a_gradient_that_is_not_finite_skips_the_step(splits, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_gradient_that_is_not_finite_skips_the_step(splits, tmp_path, monkeypatch, capsys):
     def spoiled(losses):
         name = "labelled denoising/class"
         zero = losses[name] * 0
@@ -299,7 +365,9 @@ def test_a_gradient_that_is_not_finite_skips_the_step(splits, tmp_path, monkeypa
     assert all(value.isfinite().all() for value in state.values())
 
 
-def test_a_few_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(splits, tmp_path, monkeypatch):  # noqa: F811
+def test_a_few_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(
+    splits, tmp_path, monkeypatch
+):
     spoil(monkeypatch, range(3, 99))
     good = r"step 5: loss 'labelled denoising/class' is nan; the 3th such .*bad_step\.pt.*last\.pt \(step 4\)"
     with pytest.raises(UserError, match=good):
@@ -328,7 +396,7 @@ def test_costs_that_are_not_finite_never_reach_the_assignment(bad):
 
 @pytest.mark.parametrize("method", ["mean-teacher", "semi-detr"])
 @pytest.mark.parametrize("part", ["teacher", "student"])
-def test_a_network_that_says_nan_is_survived(method, part, splits, tmp_path):  # noqa: F811
+def test_a_network_that_says_nan_is_survived(method, part, splits, tmp_path):
     run = Run(settings(method), tmp_path / "run", splits=splits, quiet=True, workers=0)
     with torch.no_grad():
         getattr(run.method, part).class_head.weight.fill_(torch.nan)
@@ -338,14 +406,19 @@ def test_a_network_that_says_nan_is_survived(method, part, splits, tmp_path):  #
     assert same(before, after) if part == "student" else not same(before, after)
 
 
-# ---- a teacher that collapses ----------------------------------------------------------------------------------------
+# ---- a teacher that collapses
+# ----------------------------------------------------------------------------------------
 
 
 def alarms(counts, method="mean-teacher", steps=400) -> str | None:
-    """What is said after so many steps with this number of pseudo-boxes of each class in 2 images."""
+    """What is said after so many steps with this number of pseudo-boxes of each class in 2
+    images.
+    """
     student = presets.make_detector("dino", len(counts), small().detector_kwargs)
     made = presets.make_method(method, student, small(), 10, 0, 0)
-    labels = torch.tensor([label for label, count in enumerate(counts) for _ in range(count)], dtype=torch.int64)
+    labels = torch.tensor(
+        [label for label, count in enumerate(counts) for _ in range(count)], dtype=torch.int64
+    )
     for _ in range(steps):
         made.update_pseudo_box_stats(labels, torch.ones_like(labels), 2)
     return made.collapse_warning()
@@ -355,19 +428,24 @@ def test_the_alarm_tells_a_collapsed_teacher_from_others():
     assert "no pseudo-boxes for long" in alarms([0, 0, 0])
     assert "of one class (number 1)" in alarms([0, 3, 0])
     assert alarms([0, 30, 1]) is None and alarms([1]) is None
-    assert alarms([0, 0, 0], steps=50) is None and alarms([0, 3, 0], steps=50) is None, "not yet long"
+    assert alarms([0, 0, 0], steps=50) is None and alarms([0, 3, 0], steps=50) is None, (
+        "not yet long"
+    )
 
 
-def test_the_alarm_is_a_line_in_the_log_and_on_the_screen(splits, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_the_alarm_is_a_line_in_the_log_and_on_the_screen(splits, tmp_path, monkeypatch, capsys):
     run = Run(settings(score_threshold=2.0), tmp_path / "run", splits=splits, workers=0)
     run.method.pseudo_boxes_per_class.fill_(1e-4)
     run.run()
-    assert all("no pseudo-boxes for long" in line["alarm"] for line in lines(tmp_path / "run" / "log.jsonl"))
+    assert all(
+        "no pseudo-boxes for long" in line["alarm"]
+        for line in lines(tmp_path / "run" / "log.jsonl")
+    )
     assert "ALARM: no pseudo-boxes for long" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", ["mean-teacher", "semi-detr"])
-def test_the_pseudo_boxes_counted_are_those_learned_from(method, splits, tmp_path):  # noqa: F811
+def test_the_pseudo_boxes_counted_are_those_learned_from(method, splits, tmp_path):
     run = Run(settings(method), tmp_path / "run", splits=splits, quiet=True, workers=0)
     run.method.pseudo_boxes_per_class.zero_()
     run.train_step(next(iter(run._loader())))

@@ -1,4 +1,6 @@
-"""What is drawn: boxes in the right place, style and number; errors told apart; findings that are true."""
+"""What is drawn: boxes in the right place, style and number; errors told apart; findings that are
+true.
+"""
 
 import re
 import struct
@@ -13,14 +15,20 @@ from semidetr_lite import visualize
 from semidetr_lite.errors import UserError
 from semidetr_lite.visualize import RED, Picture, class_color, draw_boxes, png
 
-CATEGORIES = [{"id": 7 * label, "name": name} for label, name in enumerate(("cat", "dog", r"$\cow$"))]
-HIGH = torch.randint(0, 256, (3, 128, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+CATEGORIES = [
+    {"id": 7 * label, "name": name} for label, name in enumerate(("cat", "dog", r"$\cow$"))
+]
+HIGH = torch.randint(
+    0, 256, (3, 128, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+)
 WIDE = HIGH.transpose(1, 2).float() / 255
 
 
 def target(*boxes, labels=None, scores=None) -> dict:
     made = {"boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)}
-    made["labels"] = torch.tensor(labels if labels is not None else [0] * len(boxes), dtype=torch.int64)
+    made["labels"] = torch.tensor(
+        labels if labels is not None else [0] * len(boxes), dtype=torch.int64
+    )
     if scores is not None:
         made["scores"] = torch.tensor(scores, dtype=torch.float32)
     return made
@@ -56,7 +64,9 @@ FOUND = target(
 
 
 def test_a_box_beyond_the_image_ends_at_its_edge():
-    figure = visualize.show_targets([torch.zeros(3, 40, 60)], [{"boxes": [[-30, 5, 90, 99]], "labels": [0]}], None)
+    figure = visualize.show_targets(
+        [torch.zeros(3, 40, 60)], [{"boxes": [[-30, 5, 90, 99]], "labels": [0]}], None
+    )
     (box,) = [patch for patch in figure.axes[0].patches if patch.get_gid() == "truth"]
     assert box.get_bbox().extents.tolist() == [-1, 5, 61, 41]
 
@@ -71,7 +81,11 @@ def test_boxes_lie_on_the_pixels_they_name():
 
 @pytest.mark.parametrize(
     ("style", "color", "line"),
-    [("truth", "#ffffff", "-"), ("prediction", class_color(1), "-"), ("pseudo", class_color(1), "--")],
+    [
+        ("truth", "#ffffff", "-"),
+        ("prediction", class_color(1), "-"),
+        ("pseudo", class_color(1), "--"),
+    ],
 )
 def test_each_style_has_its_own_line(style, color, line):
     ax = axes()
@@ -109,7 +123,10 @@ def test_of_many_boxes_the_best_are_named():
     draw_boxes(
         ax,
         HIGH,
-        target(*[(4 * i, 4 * i, 4 * i + 9, 4 * i + 9) for i in range(count)], scores=[i / 20 for i in range(count)]),
+        target(
+            *[(4 * i, 4 * i, 4 * i + 9, 4 * i + 9) for i in range(count)],
+            scores=[i / 20 for i in range(count)],
+        ),
     )
     assert len(drawn(ax)) == count
     assert sorted(words(ax.figure))[0] == "0 .25" and len(words(ax.figure)) == visualize.MAX_LABELS
@@ -137,7 +154,9 @@ def test_an_image_of_another_shape_is_refused():
 
 
 def test_images_share_one_scale_and_the_page_its_width():
-    figure = visualize.show_targets([HIGH, WIDE, HIGH, WIDE, HIGH], [TRUTH, target(), TRUTH, {}, TRUTH], CATEGORIES)
+    figure = visualize.show_targets(
+        [HIGH, WIDE, HIGH, WIDE, HIGH], [TRUTH, target(), TRUTH, {}, TRUTH], CATEGORIES
+    )
     width, height = size(png(figure))
     assert width <= 720
     scales = {round(ax.get_position().width * width / ax.get_xlim()[1], 2) for ax in figure.axes}
@@ -158,7 +177,12 @@ def test_hits_false_alarms_and_misses_are_told_apart():
     # (50, 50, 80, 90) is found with the wrong class; the third object only under the score.
     assert styles(ax) == ["missed", "missed", "false_alarm", "false_alarm", "hit"]
     missed, alarm, hit = drawn(ax)[0], drawn(ax)[2], drawn(ax)[4]
-    assert to_hex(missed.get_edgecolor()) == RED.lower() and missed.get_bbox().extents.tolist() == [50, 50, 80, 90]
+    assert to_hex(missed.get_edgecolor()) == RED.lower() and missed.get_bbox().extents.tolist() == [
+        50,
+        50,
+        80,
+        90,
+    ]
     assert alarm.get_hatch() and not hit.get_hatch() and not missed.get_hatch()
     assert to_hex(hit.get_edgecolor()) == to_hex(class_color(0))
     assert words(figure) == ["dog", r"$\cow$", r"$\cow$ .80", "dog .70", "cat .90"]
@@ -168,7 +192,9 @@ def test_hits_false_alarms_and_misses_are_told_apart():
 
 def test_hits_with_nothing_found_and_nothing_true():
     none = {**target(), "scores": torch.zeros(0)}
-    figure = visualize.show_hits([HIGH, WIDE], [none, FOUND], [TRUTH, target()], CATEGORIES, score=0.75)
+    figure = visualize.show_hits(
+        [HIGH, WIDE], [none, FOUND], [TRUTH, target()], CATEGORIES, score=0.75
+    )
     assert styles(figure.axes[0]) == ["missed"] * 3
     assert styles(figure.axes[1]) == ["false_alarm"] * 2
     assert figure.texts[0].get_text() == "0 hits, 2 false alarms, 3 missed at score 0.75"
@@ -205,7 +231,11 @@ def test_pseudo_boxes_are_kept_mined_or_dropped():
     lines = [patch.get_linestyle() for patch in (kept, wrong, mined, dropped)]
     assert lines == ["-", "-", "--", ":"]
     assert kept.get_linewidth() > mined.get_linewidth() > dropped.get_linewidth()
-    assert to_hex(kept.get_edgecolor()) == to_hex(mined.get_edgecolor()) != to_hex(wrong.get_edgecolor())
+    assert (
+        to_hex(kept.get_edgecolor())
+        == to_hex(mined.get_edgecolor())
+        != to_hex(wrong.get_edgecolor())
+    )
     assert wrong.get_hatch() and not kept.get_hatch()
     assert words(figure) == ["cat .90", "dog .30", r"$\cow$ .80"]
     title = ax.get_title(loc="left").replace("\n", " ")
@@ -227,14 +257,26 @@ def test_of_the_dropped_boxes_the_best_are_drawn():
 
 def test_a_mined_box_is_right_by_itself():
     line = {**LINE, "boxes": [[50, 50, 80, 90], [50, 50, 80, 90], [0, 0, 9, 9], [50, 50, 80, 90]]}
-    line |= {"labels": [1, 1, 1, 1], "kept": [True, False, False, True], "mined": [False, True, True, True]}
+    line |= {
+        "labels": [1, 1, 1, 1],
+        "kept": [True, False, False, True],
+        "mined": [False, True, True, True],
+    }
     assert visualize.pseudo_styles(line, TRUTH) == ["kept", "mined", "mined_wrong", "kept_wrong"]
     assert visualize.pseudo_styles(line) == ["kept", "mined", "mined", "kept"]
     assert visualize.pseudo_sentence(line, TRUTH) == "2 kept (1 right), 2 mined only, 0 dropped"
 
 
 def test_pseudo_boxes_over_the_steps_without_truth():
-    none = {"step": 800, "boxes": [], "scores": [], "labels": [], "cost": [], "kept": [], "mined": []}
+    none = {
+        "step": 800,
+        "boxes": [],
+        "scores": [],
+        "labels": [],
+        "cost": [],
+        "kept": [],
+        "mined": [],
+    }
     figure = visualize.show_pseudo_boxes(WIDE, [LINE, none], None, CATEGORIES)
     assert [len(drawn(ax)) for ax in figure.axes] == [4, 0]
     assert "right" not in figure.axes[0].get_title(loc="left")
@@ -245,7 +287,10 @@ def test_views_join_the_boxes_that_arrive():
     keep = torch.tensor([True, False, True])
     figure = visualize.show_views(HIGH, WIDE, boxes, boxes + 3, keep)
     weak, strong = figure.axes
-    assert styles(weak) == ["prediction", "dropped", "prediction"] and styles(strong) == ["prediction"] * 2
+    assert (
+        styles(weak) == ["prediction", "dropped", "prediction"]
+        and styles(strong) == ["prediction"] * 2
+    )
     assert [text.get_text() for text in strong.texts] == ["1", "3"]
     assert to_hex(drawn(weak)[2].get_edgecolor()) == to_hex(drawn(strong)[1].get_edgecolor())
     lines = [artist for artist in figure.artists if isinstance(artist, ConnectionPatch)]
@@ -256,7 +301,10 @@ def test_views_join_the_boxes_that_arrive():
 
 
 def log(final: float, steps=range(100, 500, 100)) -> list[dict]:
-    lines = [{"step": step, "seconds": 0.6 * step, "losses": {"class": 2 / step, "consistency": 0.0}} for step in steps]
+    lines = [
+        {"step": step, "seconds": 0.6 * step, "losses": {"class": 2 / step, "consistency": 0.0}}
+        for step in steps
+    ]
     for line in lines[1::2]:
         share = line["step"] / steps[-1]
         line |= {"AP_student": final * share, "AP_teacher": (final + 0.02) * share}
@@ -266,36 +314,57 @@ def log(final: float, steps=range(100, 500, 100)) -> list[dict]:
 def test_curves_hold_student_and_teacher_of_each_run():
     logs = {"supervised": log(0.30), "semi-detr": log(0.40), "semi-detr again": log(0.38)}
     figure = visualize.plot_curves(logs)
-    lines = {line.get_gid(): line for line in figure.axes[0].lines if " AP_" in (line.get_gid() or "")}
+    lines = {
+        line.get_gid(): line for line in figure.axes[0].lines if " AP_" in (line.get_gid() or "")
+    }
     assert len(lines) == 6
     teacher, student = lines["semi-detr AP_teacher"], lines["semi-detr AP_student"]
     assert np.allclose(teacher.get_xydata(), [[200, 21], [400, 42]])
     assert np.allclose(student.get_ydata(), [20, 40])
     assert teacher.get_linestyle() == "-" and student.get_linestyle() != "-"
     assert (
-        teacher.get_color() == visualize.METHOD_COLORS["semi-detr"] == lines["semi-detr again AP_teacher"].get_color()
+        teacher.get_color()
+        == visualize.METHOD_COLORS["semi-detr"]
+        == lines["semi-detr again AP_teacher"].get_color()
     )
     assert teacher.get_marker() != lines["semi-detr again AP_teacher"].get_marker()
-    assert figure.get_suptitle() == ("semi-detr: the teacher ends at 42.0 AP, 10.0 above supervised")
+    assert figure.get_suptitle() == (
+        "semi-detr: the teacher ends at 42.0 AP, 10.0 above supervised"
+    )
     minutes = visualize.plot_curves({"mine": log(0.3)}, x="minutes").axes[0].lines[0]
     assert np.allclose(minutes.get_xdata(), [2, 4])
 
 
 def test_curves_begin_at_the_end_of_their_burn_in():
     start = log(0.20)
-    later = [line | {"step": line["step"] + 400, "seconds": line["seconds"] + 240} for line in log(0.30)]
-    burn_ins = {"supervised": ("supervised burn-in", start), "semi-detr": ("supervised burn-in", list(start))}
-    figure = visualize.plot_curves({"supervised": later, "semi-detr": later, "other": log(0.1)}, burn_ins=burn_ins)
+    later = [
+        line | {"step": line["step"] + 400, "seconds": line["seconds"] + 240} for line in log(0.30)
+    ]
+    burn_ins = {
+        "supervised": ("supervised burn-in", start),
+        "semi-detr": ("supervised burn-in", list(start)),
+    }
+    figure = visualize.plot_curves(
+        {"supervised": later, "semi-detr": later, "other": log(0.1)}, burn_ins=burn_ins
+    )
     lines = {line.get_gid(): line for line in figure.axes[0].lines}
     assert np.allclose(lines["burn-in"].get_xdata(), [200, 400])  # once, though two runs have it
     assert to_hex(lines["burn-in"].get_color()) == visualize.BURN_IN_COLOR.lower()
     assert [line.get_gid() for line in figure.axes[0].lines].count("burn-in") == 1
     for name in ("supervised", "semi-detr"):
-        assert np.allclose(lines[f"{name} AP_teacher"].get_xydata(), [[400, 22], [600, 16], [800, 32]])
+        assert np.allclose(
+            lines[f"{name} AP_teacher"].get_xydata(), [[400, 22], [600, 16], [800, 32]]
+        )
     assert np.allclose(lines["other AP_teacher"].get_xdata(), [200, 400])
     named = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert named[-2] == "supervised burn-in" and set(named[:3]) == {"supervised", "semi-detr", "other"}
-    assert not any(character.isdigit() for character in "".join(named))  # numbers stand in the table
+    assert named[-2] == "supervised burn-in" and set(named[:3]) == {
+        "supervised",
+        "semi-detr",
+        "other",
+    }
+    assert not any(
+        character.isdigit() for character in "".join(named)
+    )  # numbers stand in the table
 
 
 def test_a_title_is_text_and_not_mathematics():
@@ -311,7 +380,11 @@ def test_curves_without_an_evaluation():
 
 
 def test_losses_leave_out_zeros_and_name_the_largest_first():
-    lines = [{"step": 1, "losses": {"b": 1.0, "a": 0.5}}, {"step": 2, "losses": {"a": 4.0, "b": 0.0}}, {"step": 3}]
+    lines = [
+        {"step": 1, "losses": {"b": 1.0, "a": 0.5}},
+        {"step": 2, "losses": {"a": 4.0, "b": 0.0}},
+        {"step": 3},
+    ]
     figure = visualize.plot_losses(lines)
     ax = figure.axes[0]
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
@@ -334,7 +407,11 @@ def test_pseudo_quality_reads_the_last_known_values():
 def test_cost_mixture_counts_what_the_cut_mines():
     costs = torch.tensor([-2.0, -1.9, -1.8, 0.5, 1.0, 1.5, 2.0, 2.5])
     correct = [True, True, False, False, False, True, False, False]
-    settings = {"mixture_means": [1.5, -1.9], "mixture_vars": [0.5, 0.01], "mixture_weights": [0.6, 0.4]}
+    settings = {
+        "mixture_means": [1.5, -1.9],
+        "mixture_vars": [0.5, 0.01],
+        "mixture_weights": [0.6, 0.4],
+    }
     figure = visualize.plot_cost_mixture(costs, threshold=costs[2], correct=correct, **settings)
     ax, title = figure.axes[0], figure.get_suptitle().replace("\n", " ")
     assert title == "The cut mines 3 of 8 boxes; 67 % of these are right, against 38 % of all"
@@ -358,7 +435,9 @@ def test_cost_mixture_counts_what_the_cut_mines():
 
 def test_matching_draws_pairs_by_quality():
     boxes = torch.cat([TRUTH["boxes"], TRUTH["boxes"] + 2, TRUTH["boxes"][:2] - 2])
-    figure = visualize.plot_matching(HIGH, TRUTH, boxes, [0, 3, 1], [0, 0, 1], [1.0, 0.4, 0.9], categories=CATEGORIES)
+    figure = visualize.plot_matching(
+        HIGH, TRUTH, boxes, [0, 3, 1], [0, 0, 1], [1.0, 0.4, 0.9], categories=CATEGORIES
+    )
     left, right = figure.axes
     assert styles(left) == ["truth"] * 3 + ["dropped"] * 5 + ["prediction"] * 3
     assert drawn(left)[8].get_linewidth() > drawn(left)[9].get_linewidth()
@@ -377,7 +456,11 @@ def test_attention_mask_shows_a_leak():
     mask[:2, :2] = mask[2:4, 2:4] = False
     figure = visualize.plot_attention_mask(mask, queries=5)
     assert figure.get_suptitle() == "No matching query sees a group"
-    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["group 1", "group 2", "matching"]
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == [
+        "group 1",
+        "group 2",
+        "matching",
+    ]
     mask[6, 1] = False
     leaking = visualize.plot_attention_mask(mask, queries=5)
     assert leaking.get_suptitle() == "The matching queries see 1 group query: a leak"

@@ -267,7 +267,9 @@ class FCOS(TorchvisionDetector):
     def losses(
         self, images: Sequence[torch.Tensor], targets: list[dict], seed: int = 0
     ) -> dict[str, torch.Tensor]:
-        """Losses "class", "giou", "centerness", see TorchvisionDetector.losses; nothing is random."""
+        """Losses "class", "giou", "centerness", see TorchvisionDetector.losses; nothing is
+        random.
+        """
         predicted = self.head_outputs(self.extract(images))
         losses = self.net.compute_loss(
             self.to_torchvision_targets(targets),
