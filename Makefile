@@ -12,7 +12,7 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 # Threads that wait for work sleep instead of spinning: beside other jobs spinning makes everything many times slower.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help install demo test check lab notebooks site slides colab checkpoints
+.PHONY: help install demo test lint check lab notebooks site slides colab checkpoints
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -32,8 +32,11 @@ ifneq ($(NOTEBOOKS),)
 	$(PY) -m pytest --nbval --nbval-current-env notebooks
 endif
 
-check: $(INSTALLED)  ## ruff and the unit tests
+lint: $(INSTALLED)  ## ruff: faults and format
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check --exclude '*.ipynb' .
+
+check: lint  ## ruff and the unit tests
 	$(PY) -m pytest -n 2 --dist loadfile tests
 
 lab: $(INSTALLED)  ## JupyterLab on the notebooks
