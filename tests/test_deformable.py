@@ -181,6 +181,14 @@ def test_bfloat16_values_with_float32_locations():
     )
 
 
+def test_bfloat16_values_without_gradients():
+    value, shapes, locations, weights = some_inputs()
+    value = value.bfloat16()
+    expected = deformable_attention(value, shapes, locations, weights)
+    with torch.no_grad():
+        assert torch.equal(deformable_attention(value, shapes, locations, weights), expected)
+
+
 def test_at_the_centre_of_a_cell_it_reads_that_cell():
     value = torch.randn(1, 6 * 9, 2, 3)
     y, x = torch.meshgrid((torch.arange(6) + 0.5) / 6, (torch.arange(9) + 0.5) / 9, indexing="ij")

@@ -205,6 +205,24 @@ def test_postprocess_equals_a_loop(nms):
         )
 
 
+def test_boxes_end_at_the_border_of_the_image():
+    boxes = torch.tensor([[[0.9, 0.5, 0.6, 1.4], [0.1, 0.1, 0.4, 0.4]]])
+    detector = answering(small(), torch.tensor([[[5.0], [4.0]]]), boxes)
+    detection = detector.detect(torch.rand(3, 40, 60))[0]
+    assert torch.allclose(detection["boxes"][0], torch.tensor([36.0, 0, 60, 40]))
+    assert torch.allclose(detection["boxes"][1], torch.tensor([0.0, 0, 18, 12]))
+
+
+def test_with_a_softmax_a_query_is_one_detection():
+    """A second class of the same query is none, however high its score."""
+    logits = torch.tensor([[[3.0, 2.9, -5.0, 0.0], [-5.0, 0.0, 1.0, 4.0]]])  # the last: no object
+    outputs = {"pred_logits": logits, "pred_boxes": torch.rand(1, 2, 4), "no_object": True}
+    _, scores, labels, valid = postprocess(outputs, torch.tensor([[50, 50]]), 6)
+    assert labels[0][valid[0]].tolist() == [0, 2]
+    expected = logits.softmax(-1)[0, [0, 1], [0, 2]]
+    assert torch.allclose(scores[0][valid[0]], expected)
+
+
 def test_postprocess_suppresses_nothing_across_images():
     """So many boxes that torchvision takes another way, and the same box everywhere."""
     count = 40

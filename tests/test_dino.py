@@ -7,7 +7,7 @@ from semidetr_lite.boxes import to_model
 from semidetr_lite.data import digits
 from semidetr_lite.detectors.backbone import Tiny
 from semidetr_lite.detectors.dino import DINO
-from semidetr_lite.detectors.transformer import QueryGroup, slice_outputs
+from semidetr_lite.detectors.transformer import QueryGroup, sine_positions, slice_outputs
 from semidetr_lite.methods.supervised import Supervised
 
 SMALL = {
@@ -200,6 +200,28 @@ def test_groups_decoded_afterwards_equal_groups_decoded_together(sizes):
     assert len(afterwards) == 2
     for ours, theirs in zip(together["groups"], afterwards, strict=True):
         assert same(ours, theirs)
+
+
+def test_groups_decoded_after_other_groups_equal_groups_decoded_alone():
+    """As in Semi-DETR: denoising queries first, consistency queries afterwards."""
+    detector = small()
+    memory = detector.encode(torch.rand(2, 3, 64, 96))
+    group = some_group(2, 4)
+    alone = detector.decode_groups(memory, detector.decode(memory), [group])[0]
+    after_others = detector.decode(memory, [some_group(2, 6, copies=2)])
+    assert same(alone, detector.decode_groups(memory, after_others, [group])[0])
+
+
+def test_the_query_temperature_is_that_of_the_boxes_sine_code():
+    detector = small(query_temperature=20.0)
+    box = torch.tensor([[[0.3, 0.6, 0.2, 0.1]]])  # cx, cy, width, height
+    memory = detector.encode(torch.rand(1, 3, 64, 64))
+    content = torch.zeros(1, 1, 16)
+    for temperature in (20.0, 500.0):
+        detector.query_temperature = temperature
+        _, layer_inputs = detector.run_decoder(memory, content, box)
+        code = sine_positions(box[..., [1, 0, 2, 3]], 8, temperature)
+        assert torch.allclose(layer_inputs[0][1], detector.query_positions(code), atol=1e-6)
 
 
 def test_groups_decoded_afterwards_for_some_images_of_the_batch():

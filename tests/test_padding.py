@@ -164,3 +164,26 @@ def test_a_batch_of_mixed_sizes_that_a_resnet_sees_is_padded_to_multiples_of_32(
                 -(-side * cells // whole) for side, cells, whole in zip(size, mask.shape[1:], shape)
             ]
             assert [int(inside.any(1).sum()), int(inside.any(0).sum())] == expected
+
+
+def test_two_stage_decoder_boxes_do_not_train_the_proposals():
+    detector = build("two-stage")
+    outputs = detector(torch.rand(1, 3, 64, 64))
+    weight = detector.proposal_box[-1].weight
+    loss = sum(layer["pred_boxes"].sum() for layer in [*outputs["aux_outputs"], outputs])
+    assert torch.autograd.grad(loss, weight, allow_unused=True, retain_graph=True)[0] is None
+    assert torch.autograd.grad(outputs["encoder"]["pred_boxes"].sum(), weight)[0].any()
+
+
+@pytest.mark.parametrize("kind", ["detr, sigmoid", "plain", "two-stage"])
+def test_sigmoid_scores_start_low(kind):
+    made, form = KINDS[kind]
+    detector = made(**{**SMALL, **form, "backbone": Tiny((16, 16, 16, 16, 16))}).eval()
+    outputs = detector(torch.rand(1, 3, 64, 64))
+    assert outputs["pred_logits"].sigmoid().mean() < 0.1
+
+
+def test_boxes_around_points_start_small():
+    detector = DeformableDETR(**SMALL, backbone=Tiny((16, 16, 16, 16, 16))).eval()
+    sides = detector(torch.rand(1, 3, 64, 64))["pred_boxes"][..., 2:]
+    assert torch.allclose(sides, torch.tensor(-2.0).sigmoid().expand_as(sides), atol=1e-5)
