@@ -352,9 +352,9 @@ WORDS = [
 @pytest.fixture
 def nothing_trained(monkeypatch):
     """No step is run and no worker started: what is tried here are words."""
-    go = Run.go
+    go = Run.run
     monkeypatch.setattr(Run, "_loader", lambda self: [])
-    monkeypatch.setattr(Run, "go", lambda self: {"test": {}, "AP_student": 0.0, "seconds": 0.0, **go(self)})
+    monkeypatch.setattr(Run, "run", lambda self: {"test": {}, "AP_student": 0.0, "seconds": 0.0, **go(self)})
 
 
 def test_command_lines(work, monkeypatch, nothing_trained):
