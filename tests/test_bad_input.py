@@ -460,10 +460,10 @@ WORDS = [
 @pytest.fixture
 def nothing_trained(monkeypatch):
     """No step is run and no worker started: what is tried here are words."""
-    go = Run.go
+    go = Run.run
     monkeypatch.setattr(Run, "_loader", lambda self: [])
     monkeypatch.setattr(
-        Run, "go", lambda self: {"test": {}, "AP_student": 0.0, "seconds": 0.0, **go(self)}
+        Run, "run", lambda self: {"test": {}, "AP_student": 0.0, "seconds": 0.0, **go(self)}
     )
 
 

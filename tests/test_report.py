@@ -751,12 +751,13 @@ def test_damaged_runs_are_one_clear_line(tmp_path, spoil, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_config_without_a_setting_is_named(tmp_path, monkeypatch):
+def test_a_config_with_an_unknown_setting_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(runs.presets, "load_splits", REAL_LOAD_SPLITS)
-    with pytest.raises(
-        UserError, match=r"semi/config\.json: .*settings of data that cannot be used"
-    ):
-        write_report([make_run(tmp_path / "semi", "semi-detr", 0.5)], tmp_path / "out")
+    run = make_run(tmp_path / "semi", "semi-detr", 0.5)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "recipe": {}}))
+    with pytest.raises(UserError, match=r"semi/config\.json: recipe: there is no such setting"):
+        write_report([run], tmp_path / "out")
 
 
 def test_a_report_that_cannot_be_written(tmp_path):
