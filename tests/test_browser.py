@@ -165,7 +165,7 @@ def page(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("page") / "semi-detr"
     run.mkdir()
     config = {"method": "semi-detr", "detector": "dino", "data": "digits", "percent": 10, "fold": 1}
-    config |= {"seed": 0, "steps": 200, "recipe": {}, "categories": digits.CATEGORIES}
+    config |= {"seed": 0, "steps": 200, "categories": digits.CATEGORIES}
     (run / "config.json").write_text(json.dumps(config))
     shutil.copy(NOTEBOOKS / "checkpoints" / "semi_detr.safetensors", run / "teacher.safetensors")
     figures = {
