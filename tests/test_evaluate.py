@@ -316,6 +316,13 @@ def test_box_errors_one_by_one():
     assert errors["misses"].tolist() == [1]
 
 
+def test_an_overlap_of_exactly_the_threshold_is_a_hit():
+    half = found([0, 0, 10, 5], scores=[0.9])
+    assert box_errors(half, truth([0, 0, 10, 10]), iou=0.5)["hits"].tolist() == [0]
+    assert box_errors(half, truth([0, 0, 10, 10]), iou=0.51)["false_alarms"].tolist() == [0]
+    assert evaluate([half], [truth([0, 0, 10, 10])])["AP50"] == pytest.approx(1)  # as pycocotools
+
+
 def test_box_errors_without_boxes():
     one = found(BOX, scores=[0.5])
     assert not any(len(rows) for rows in box_errors(found(), truth()).values())

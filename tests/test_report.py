@@ -532,6 +532,14 @@ def test_same_time_is_the_same_start_and_twice_the_steps(tmp_path, changes, same
     assert ("of the same time" in headline([control, other])) == same
 
 
+def test_same_time_is_as_long_as_the_longest_of_the_others(tmp_path):
+    control, *others = demo(tmp_path, steps=1000, semi_detr=0.5, mean_teacher=0.48)
+    assert "of the same time" in headline([control, *others])
+    longer = json.loads((others[1] / "config.json").read_text()) | {"steps": 501}
+    (others[1] / "config.json").write_text(json.dumps(longer))
+    assert "of the same time" not in headline([control, *others])
+
+
 def test_names_are_those_given(tmp_path):
     made = demo(tmp_path)
     names = {"control": "labels only", "semi-detr": "ours"}

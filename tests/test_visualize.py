@@ -8,7 +8,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.patches import ConnectionPatch, Rectangle
 
 from semidetr_lite import visualize
@@ -208,6 +208,12 @@ def test_count_hits_points_into_the_whole_detection():
         "false_alarms": [2, 1],
         "misses": [1, 2],
     }
+
+
+def test_a_score_equal_to_the_threshold_counts():
+    one = target((10, 10, 30, 30), scores=[0.5])
+    assert len(visualize.count_hits(one, TRUTH, score=0.5)["hits"]) == 1
+    assert len(visualize.count_hits(one, TRUTH, score=0.51)["hits"]) == 0
 
 
 LINE = {
@@ -470,6 +476,9 @@ def test_attention_mask_shows_a_leak():
 def test_colours_of_classes():
     first = [to_hex(class_color(label)) for label in range(30)]
     assert len(set(first)) == 30
+    brightness = [sum(to_rgb(color)) for color in first]
+    for plain, lighter, darker in zip(brightness[:10], brightness[10:20], brightness[20:]):
+        assert darker < plain < lighter or lighter > 2.5  # yellow is light already
     assert to_hex(RED) not in first and to_hex(visualize.ORANGE) not in first
 
 
