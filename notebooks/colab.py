@@ -35,14 +35,18 @@ def find_repository(owner: str = "", folder: Path = HERE) -> str | None:
     """
     if owner:
         if not re.fullmatch(r"[A-Za-z0-9-]+(/[\w.-]+)?", owner):
-            raise ValueError(f"OWNER={owner}: not a name on GitHub; give OWNER=name or OWNER=name/repository")
+            raise ValueError(
+                f"OWNER={owner}: not a name on GitHub; give OWNER=name or OWNER=name/repository"
+            )
         return owner if "/" in owner else f"{owner}/semidetr-lite"
     words = ["git", "-C", str(folder), "remote", "get-url", "origin"]
     try:
         address = subprocess.run(words, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    known = re.fullmatch(r"(?:https://|ssh://git@|git@)github\.com[:/]([\w-]+/[\w.-]+?)(?:\.git)?/?", address)
+    known = re.fullmatch(
+        r"(?:https://|ssh://git@|git@)github\.com[:/]([\w-]+/[\w.-]+?)(?:\.git)?/?", address
+    )
     return known[1] if known else None
 
 
@@ -77,7 +81,11 @@ def write_addresses(folder: Path, repository: str | None) -> list[str]:
         changed.append(path.name)
     readme = folder / "README.md"
     text = readme.read_text(encoding="utf-8")
-    badges = [f"[![{path.stem[:2]}]({BADGE})]({colab_address(repository, path.name)})" for path in paths if repository]
+    badges = [
+        f"[![{path.stem[:2]}]({BADGE})]({colab_address(repository, path.name)})"
+        for path in paths
+        if repository
+    ]
     between = f"\n{' '.join(badges)}\n" if badges else "\n"
     pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
     fresh = pattern.sub(lambda _: BEGIN + between + END, text)
@@ -95,8 +103,14 @@ def main() -> int:
         print(f"error: {problem}", file=sys.stderr)
         return 2
     changed = write_addresses(HERE, repository)
-    where = f"github.com/{repository}" if repository else "no address known (make colab OWNER=name), so no badges"
-    print(f"{where}: {f'changed {len(changed)} files, to be committed' if changed else 'nothing to change'}")
+    where = (
+        f"github.com/{repository}"
+        if repository
+        else "no address known (make colab OWNER=name), so no badges"
+    )
+    print(
+        f"{where}: {f'changed {len(changed)} files, to be committed' if changed else 'nothing to change'}"
+    )
     return 0
 
 
