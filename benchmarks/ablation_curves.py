@@ -3,10 +3,8 @@
     python benchmarks/ablation_curves.py --out benchmarks/results/ablation_curves.png
 
 and gap_closed.png beside it: the share of the gap between the supervised run and all labels (both
-of 4,750 steps, last
-step) that a teacher has closed. Reads notebooks/recorded/ablation_curves.jsonl, what `semidetr
-ablate` measured while
-it trained. Seed 0.
+of 4,750 steps, last step) that a teacher has closed. Reads
+notebooks/recorded/ablation_curves.jsonl, what `semidetr ablate` measured while it trained. Seed 0.
 """
 
 import argparse

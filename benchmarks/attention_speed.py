@@ -4,10 +4,8 @@ errors.
     python benchmarks/attention_speed.py --out benchmarks/results/attention_speed.jsonl
 
 5 images of 800 x 1216 pixels, 8 heads of 32 channels, 4 levels, 4 points; queries are all 20,197
-tokens (encoder) or
-1,100 (decoder with denoising). Medians of milliseconds; errors are |x - y| / |y| against float64,
-forward and for the
-gradients of values, locations and weights.
+tokens (encoder) or 1,100 (decoder with denoising). Medians of milliseconds; errors are |x - y| /
+|y| against float64, forward and for the gradients of values, locations and weights.
 """
 
 import argparse

@@ -1,13 +1,12 @@
-"""How often a batch of the COCO recipe has a shape that was there before, without and with
-rounding of its sides.
+"""How often a batch of the COCO recipe has a shape that was there before, without and with rounding
+of its sides.
 
     python benchmarks/batch_shapes.py --parts 8 2 1
 
 cuDNN prepares a convolution for each shape of its input, and PyTorch keeps the newest 10,000 of
-these plans. No image
-is read: sizes are drawn like those of data_scripts/make_coco_sized.py, steps and short sides like
-those of training.
-One line for each number of parts and each multiple that sides are rounded up to (1: as they are):
+these plans. No image is read: sizes are drawn like those of data_scripts/make_coco_sized.py, steps
+and short sides like those of training. One line for each number of parts and each multiple that
+sides are rounded up to (1: as they are):
 
     shapes  different ones, of as many batches of teacher and student
     known   share of the batches, in the second half, whose plans were kept

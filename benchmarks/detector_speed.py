@@ -1,11 +1,10 @@
 """One training step and one inference of our Deformable DETR beside the one in `transformers`,
 paired in one process.
 
-Both: ResNet-50 (random weights, frozen BatchNorm, stem and first stage not trained), two-stage
-with box refinement,
-auxiliary losses, 6 + 6 layers, 300 queries, 256 channels, batch 2. A step is forward, matching,
-loss and backward;
-ours is Supervised without denoising. The two take turns, and ratios are of medians.
+Both: ResNet-50 (random weights, frozen BatchNorm, stem and first stage not trained), two-stage with
+box refinement, auxiliary losses, 6 + 6 layers, 300 queries, 256 channels, batch 2. A step is
+forward, matching, loss and backward; ours is Supervised without denoising. The two take turns, and
+ratios are of medians.
 
     python benchmarks/detector_speed.py --rounds 5
 """

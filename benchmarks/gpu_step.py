@@ -3,37 +3,32 @@ goes.
 
     python benchmarks/gpu_step.py --data data/coco-sized --out benchmarks/results/gpu_step.jsonl
     python benchmarks/gpu_step.py --setups bfloat16:8 bfloat16:4:checkpointing
-    bfloat16:8:channels_last:compile
+
+What a CPU can hold, and every line of the script on a CPU with small images:
+
     python benchmarks/gpu_step.py --setups float32:1 --mix 1 4 --short-side 320 --steps 3
-    what a CPU can hold
-    python benchmarks/gpu_step.py --toy                                         every line of it,
-    on a CPU, in seconds
+    python benchmarks/gpu_step.py --toy
 
-8 labelled and 32 unlabelled images with the recipe's own resize draw, DINO with ResNet-50, 4
-levels and 900 queries, 80
-classes, random weights; data are generated if none are given (data_scripts/make_coco_sized.py). A
-setup is
-PRECISION:PARTS and any of checkpointing, channels_last, compile. A teacher of random weights is
-sure of nothing, so
-`--pseudo` boxes of each image count, whatever their score. For each setup and stage one JSON line:
+8 labelled and 32 unlabelled images with the recipe's own resize draw, DINO with ResNet-50, 4 levels
+and 900 queries, 80 classes, random weights; data are generated if none are given
+(data_scripts/make_coco_sized.py). A setup is PRECISION:PARTS and any of checkpointing,
+channels_last, compile. A teacher of random weights is sure of nothing, so `--pseudo` boxes of each
+image count, whatever their score. For each setup and stage one JSON line:
 
-    seconds       a step, median, without the wait for data; "hours" are those of 120,000 such
-    steps with the wait
+    seconds       a step, median, without the wait for data; "hours" are those of 120,000 such steps
+                  with the wait
     wait          share of the time spent waiting for data, with --workers processes that load
     passes_alone  seconds of the forward and backward passes of the same images and nothing else;
-    "ratio": a step to it,
-                  median over --watched pairs in turn
+                  "ratio": a step to it, median over --watched pairs in turn
     waits         how often a step waits for the GPU, in all parts
-    memory_gb     the highest allocation of the device; rehearsal_gb that of the largest step
-    there can be
+    memory_gb     the highest allocation of the device; rehearsal_gb that of the largest step there
+                  can be
     operations    calls of a step that compute something, views left out, and of the passes alone:
-    about the kernels a
-                  GPU would start, whatever the size of the images; deformable attention is one,
-                  as it is there
+                  about the kernels a GPU would start, whatever the size of the images;
+                  deformable attention is one, as it is there
     parts         seconds of a step by part, each less those named inside it, measured in further
-    steps in which the
-                  device is waited for at every border; layers that checkpointing runs again count
-                  as backward
+                  steps in which the device is waited for at every border; layers that
+                  checkpointing runs again count as backward
 
 A setup that does not fit into the memory says so in its line. One process; works without
 pycocotools.
@@ -94,9 +89,7 @@ TOY = {
 
 
 class Clock:
-    """Adds up the seconds spent in named parts, those of inner parts not counted in the outer
-    ones.
-    """
+    """Adds up the seconds spent in named parts, those of inner parts not counted in the outer ones."""
 
     def __init__(self, device: torch.device):
         self.device, self.total, self.inner = device, {}, [0.0]
@@ -141,8 +134,8 @@ class Operations(TorchDispatchMode):
 
 
 class OneKernel(torch.autograd.Function):
-    """Zeros of deformable attention's shape: counts one operation, as its kernel, and one for
-    each gradient.
+    """Zeros of deformable attention's shape: counts one operation, as its kernel, and one for each
+    gradient.
     """
 
     @staticmethod

@@ -1,12 +1,11 @@
 """Time and memory of a forward pass against image side and number of queries, for the three
 detectors at paper size.
 
-    python benchmarks/growth.py     some 5 minutes on 2 cores; writes growth.jsonl and growth.png
-    to benchmarks/results
+    python benchmarks/growth.py     some 5 minutes on 2 cores; writes growth.jsonl and growth.png to
+                                    benchmarks/results
 
 Each point is a process of its own: one pass to warm up, the best of five, and the peak resident
-memory less what the
-built detector takes.
+memory less what the built detector takes.
 """
 
 import argparse

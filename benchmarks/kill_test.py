@@ -4,13 +4,10 @@ nobody touched.
     python benchmarks/kill_test.py --kills 50
 
 Two runs of `semidetr_lite.training.loop.Run` on the digits, small detector, one process with one
-worker that loads
-data, a checkpoint every second step: one whole, the other killed with SIGKILL. Of the kills a
-fifth comes within the
-first seconds after a start, two fifths while a file is being written (it waits for one to
-appear), the rest at a random
-moment of a random step. Then weights, optimizer, logs (times apart) and AP of both are compared,
-bit for bit.
+worker that loads data, a checkpoint every second step: one whole, the other killed with SIGKILL. Of
+the kills a fifth comes within the first seconds after a start, two fifths while a file is being
+written (it waits for one to appear), the rest at a random moment of a random step. Then weights,
+optimizer, logs (times apart) and AP of both are compared, bit for bit.
 """
 
 import argparse
@@ -106,8 +103,8 @@ def start(folder: Path, given) -> subprocess.Popen:
 
 
 def kill(folder: Path, given) -> dict:
-    """Kill the run `given.kills` times, the k-th time in the k-th part of its steps; counts of
-    what was hit.
+    """Kill the run `given.kills` times, the k-th time in the k-th part of its steps; counts of what
+    was hit.
     """
     rng, found = (
         random.Random(given.seed),

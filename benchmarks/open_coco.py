@@ -3,11 +3,9 @@
     python benchmarks/open_coco.py [--images 118287] [--folder FOLDER]
 
 Writes instances_train2017.json with random outlines (about 450 MB, as COCO's own) and empty image
-files into a
-temporary folder, opens it in a fresh process as training does, and prints the time, the memory at
-its height and the
-memory held afterwards (Linux). The headers of a folder of unlabelled images are timed beside it,
-on small JPEG files.
+files into a temporary folder, opens it in a fresh process as training does, and prints the time,
+the memory at its height and the memory held afterwards (Linux). The headers of a folder of
+unlabelled images are timed beside it, on small JPEG files.
 """
 
 import argparse

@@ -1,15 +1,12 @@
-"""What running a step in parts changes: losses and gradient of 1, 2, 4 and 8 parts of the same 16
-+ 16 digits scenes.
+"""What running a step in parts changes: losses and gradient of 1, 2, 4 and 8 parts of the same 16 +
+16 digits scenes.
 
     python benchmarks/parts_difference.py
 
-From the weights of notebooks/checkpoints/supervised.safetensors, in both stages, the mean over
-ten steps: the largest
-relative difference of a loss and the cosine between the gradients. One-to-one matching and
-denoising are divided by
-the boxes of the whole step, so that only rounding is left; one-to-many matching, consistency and
-the mixture over
-costs are those of a part.
+From the weights of notebooks/checkpoints/supervised.safetensors, in both stages, the mean over ten
+steps: the largest relative difference of a loss and the cosine between the gradients. One-to-one
+matching and denoising are divided by the boxes of the whole step, so that only rounding is left;
+one-to-many matching, consistency and the mixture over costs are those of a part.
 """
 
 from pathlib import Path

@@ -3,12 +3,10 @@
     python benchmarks/record_demo.py --seeds 0 1 2 --out runs/recorded [--plateau 4000]
 
 For each seed: supervised (the burn-in), then from it Semi-DETR, the plain mean teacher and the
-control (supervised for
-the same wall time). Runs that are finished are not run again. `--plateau` also trains with all
-labels, for the upper
-end of the gap. Logs go to notebooks/recorded/demo, and one line a run to
-notebooks/recorded/demo.jsonl. `--only` picks
-arms, so that two processes can share the work.
+control (supervised for the same wall time). Runs that are finished are not run again. `--plateau`
+also trains with all labels, for the upper end of the gap. Logs go to notebooks/recorded/demo, and
+one line a run to notebooks/recorded/demo.jsonl. `--only` picks arms, so that two processes can
+share the work.
 """
 
 import argparse

@@ -4,13 +4,10 @@ creep up (Linux).
     python benchmarks/soak.py --minutes 60 --record benchmarks/results/soak.jsonl
 
 A Semi-DETR run (small detector, digits, one worker that loads data, a checkpoint every 50 steps,
-measured every 200) in
-a process of its own; this one looks at it twice a minute: resident memory and open files of it
-and its worker together,
-and the CPU time that its steps took since the last look, which other programs disturb less than
-seconds. At the end it
-is sent SIGTERM. Drift is the straight line through the figures after the first tenth, over the
-time it covers.
+measured every 200) in a process of its own; this one looks at it twice a minute: resident memory
+and open files of it and its worker together, and the CPU time that its steps took since the last
+look, which other programs disturb less than seconds. At the end it is sent SIGTERM. Drift is the
+straight line through the figures after the first tenth, over the time it covers.
 """
 
 import argparse

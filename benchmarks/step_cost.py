@@ -3,8 +3,8 @@
     python benchmarks/step_cost.py [--steps 20] [--threads 2]
 
 Each step loads its batch in this process, so that data loading and views are counted. Prints
-medians, the ratio of
-each pair's median, and seconds spent in matching, costs and losses (forward) inside a step.
+medians, the ratio of each pair's median, and seconds spent in matching, costs and losses (forward)
+inside a step.
 """
 
 import argparse

@@ -10,8 +10,7 @@ reader who follows a box opens the files in this order.
 
 Left out are calls inside the detectors (they decode queries, whatever those stand for), one-line
 helpers that the reader need not open (`boxes.py`, `device.py`, `distributed.py`: coordinates,
-copies,
-reductions), and comprehensions, which are no functions.
+copies, reductions), and comprehensions, which are no functions.
 """
 
 import argparse

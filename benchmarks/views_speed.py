@@ -2,13 +2,10 @@
 
     python benchmarks/views_speed.py [--images 60] [--short-side 800]
 
-A photograph of 640 x 480 pixels as a JPEG file (quality 92) becomes a weak and a strong view at
-the short side given,
-as training does it, on one thread. Prints images a second by the clock and by the processor's own
-time (which other
-programs on the machine disturb less), for the median image, and a table in processor time: one
-row for each part of the
-work, timed on its own on the same images.
+A photograph of 640 x 480 pixels as a JPEG file (quality 92) becomes a weak and a strong view at the
+short side given, as training does it, on one thread. Prints images a second by the clock and by the
+processor's own time (which other programs on the machine disturb less), for the median image, and a
+table in processor time: one row for each part of the work, timed on its own on the same images.
 """
 
 import argparse

@@ -43,8 +43,8 @@ def read(file: Path) -> list[dict]:
 
 
 def draw_hero() -> Picture:
-    """Supervised training, Semi-DETR and the truth on the first three wide test scenes of three
-    or more objects.
+    """Supervised training, Semi-DETR and the truth on the first three wide test scenes of three or
+    more objects.
     """
     found = gallery.detect_scenes()
     wide = [index for index, image in enumerate(found.images) if image.shape[-1] > image.shape[-2]]

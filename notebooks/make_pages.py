@@ -1,9 +1,8 @@
-"""`make site` and `make slides`: the notebooks as pages that need no kernel. Nothing is run;
-saved outputs are shown.
+"""`make site` and `make slides`: the notebooks as pages that need no kernel. Nothing is run; saved
+outputs are shown.
 
 Formulas become MathML and pictures are inside, so a page of the site loads nothing from anywhere.
-Slides load reveal.js
-when they are shown, from a public address or from a copy of yours.
+Slides load reveal.js when they are shown, from a public address or from a copy of yours.
 """
 
 import argparse
@@ -74,8 +73,8 @@ Reveal.initialize({width: 1280, height: 760, margin: 0.02, center: false, hash: 
 
 
 def read(path: Path) -> nbformat.NotebookNode:
-    """A notebook, or a markdown file as a notebook of one cell, ready for a page; its title is
-    the first heading.
+    """A notebook, or a markdown file as a notebook of one cell, ready for a page; its title is the
+    first heading.
     """
     if path.suffix == ".md":
         text = path.read_text(encoding="utf-8")
@@ -155,8 +154,8 @@ def make_slides(folder: Path, out: Path, reveal: str = REVEAL) -> None:
 
 
 def add_slide_types(notebook: nbformat.NotebookNode) -> None:
-    """For cells without one: a heading begins a slide; below it begins what would not fit, and
-    what answers a guess.
+    """For cells without one: a heading begins a slide; below it begins what would not fit, and what
+    answers a guess.
 
     A cell with a heading further down is cut there.
     """

@@ -1,6 +1,5 @@
 """semidetr-lite: a teaching and reproduction kit for Semi-DETR, semi-supervised object detection
-with detection
-transformers.
+with detection transformers.
 """
 
 import os

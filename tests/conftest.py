@@ -1,6 +1,4 @@
-"""The same for every test: seeded, one thread (two processes run the tests), no window for
-figures.
-"""
+"""The same for every test: seeded, one thread (two processes run the tests), no window for figures."""
 
 import os
 

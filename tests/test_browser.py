@@ -1,5 +1,5 @@
-"""What a real browser does: JupyterLab's Run All with a slider that redraws its picture; the
-report page.
+"""What a real browser does: JupyterLab's Run All with a slider that redraws its picture; the report
+page.
 """
 
 import json
@@ -159,8 +159,8 @@ def test_a_slider_redraws_its_picture_after_run_all(lab, browser):
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Path:
-    """A report on a run of Semi-DETR with the shipped weights, two recorded steps and nine
-    dropped boxes.
+    """A report on a run of Semi-DETR with the shipped weights, two recorded steps and nine dropped
+    boxes.
     """
     run = tmp_path_factory.mktemp("page") / "semi-detr"
     run.mkdir()

@@ -1,5 +1,5 @@
-"""The commands as a user types them: they work on COCO-format data, and bad input gets one line
-and status 2.
+"""The commands as a user types them: they work on COCO-format data, and bad input gets one line and
+status 2.
 """
 
 import json

@@ -71,9 +71,7 @@ def test_a_folder_in_use_and_impossible_counts_are_refused(tree, tmp_path, capsy
 
 
 def test_the_coco_recipe_runs_on_it_end_to_end(tree, tmp_path, monkeypatch):
-    """80 classes, the resize draw, parts with the mix of both kinds, both stages; all of it
-    small.
-    """
+    """80 classes, the resize draw, parts with the mix of both kinds, both stages; all of it small."""
     for name in ("pseudo_quality", "pseudo_box_log"):  # of few images, which they take as they are
         monkeypatch.setattr(loop, name, functools.partial(getattr(loop, name), images=2))
     small = {

@@ -1,6 +1,4 @@
-"""Denoising: who sees whom by brute force, noise within its bounds, targets that fit their
-queries.
-"""
+"""Denoising: who sees whom by brute force, noise within its bounds, targets that fit their queries."""
 
 import numpy as np
 import pytest

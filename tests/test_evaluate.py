@@ -1,5 +1,5 @@
-"""The twelve figures against a case worked by hand and COCO's published ones; box errors against
-a double loop.
+"""The twelve figures against a case worked by hand and COCO's published ones; box errors against a
+double loop.
 """
 
 import json
@@ -138,8 +138,8 @@ CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 9, "name": "dog"}]
 
 
 def coco_truth(targets: list[dict]) -> dict:
-    """Targets as a COCO json; ids of images are 10, 20 ... and of annotations 0, 1 ...
-    (pycocotools trips over 0).
+    """Targets as a COCO json; ids of images are 10, 20 ... and of annotations 0, 1 ... (pycocotools
+    trips over 0).
     """
     rows = []
     for image, target in enumerate(targets, 1):
@@ -160,8 +160,8 @@ def write(path: Path, content) -> Path:
 
 
 def random_scenes(count: int = 20) -> tuple[list[dict], list[dict]]:
-    """Random truth and detections near it, with duplicates, misses, wrong classes and boxes out
-    of nowhere.
+    """Random truth and detections near it, with duplicates, misses, wrong classes and boxes out of
+    nowhere.
     """
     detections, targets = [], []
     for _ in range(count):

@@ -179,8 +179,8 @@ def test_assign_one_to_one_of_a_batch_equals_image_by_image():
 def one_to_many_by_loop(
     scores, iou, labels, candidates: int, alpha: float = 1.0, beta: float = 6.0
 ):
-    """The rules one by one. scores[q][c], iou[q][t], labels[t] -> (target or -1, quality) of
-    every query.
+    """The rules one by one. scores[q][c], iou[q][t], labels[t] -> (target or -1, quality) of every
+    query.
     """
     queries, count = len(scores), len(labels)
     m = [
@@ -248,8 +248,8 @@ def test_one_to_many_takes_its_exponents():
 
 
 def test_a_query_wanted_twice_goes_to_the_higher_overlap_not_to_the_higher_quality():
-    """Both targets want the one query. It scores far better for the class of target 0, but
-    overlaps target 1 more.
+    """Both targets want the one query. It scores far better for the class of target 0, but overlaps
+    target 1 more.
     """
     target = {
         "boxes": torch.tensor([[10.0, 10, 30, 30], [12, 10, 32, 30]]),

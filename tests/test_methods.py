@@ -1,5 +1,5 @@
-"""One step of each method: what it may see, what it may move, what it costs, and its losses
-rebuilt by hand.
+"""One step of each method: what it may see, what it may move, what it costs, and its losses rebuilt
+by hand.
 """
 
 import copy
@@ -98,8 +98,8 @@ def affine(first, second) -> torch.Tensor:
 def some_batch(
     counts=(3, 1), sizes=((64, 64),) * 2, weak_sizes=((64, 64),) * 3, strong_sizes=None
 ) -> dict:
-    """Labelled images with `counts` objects; unlabelled ones whose strong view is mirrored,
-    shifted and resized.
+    """Labelled images with `counts` objects; unlabelled ones whose strong view is mirrored, shifted
+    and resized.
     """
     torch.manual_seed(2)
     truths = [some_target(count, size) for count, size in zip(counts, sizes)]
@@ -924,12 +924,10 @@ class Accelerator(TorchFunctionMode):
     """Plays a device on the CPU: notes every place where a step would wait for it.
 
     The method's parameters and buffers lie on the device, and whatever is moved there by
-    `.to(device)`, made there by
-    `device=`, or computed from something that lies there. A read is a value, a shape that depends
-    on values, or a copy
-    to the host. A send is a copy to the device that waits for everything before it: numbers of
-    Python, an index in a
-    list, or a tensor of the host without `non_blocking`.
+    `.to(device)`, made there by `device=`, or computed from something that lies there. A read is a
+    value, a shape that depends on values, or a copy to the host. A send is a copy to the device
+    that waits for everything before it: numbers of Python, an index in a list, or a tensor of the
+    host without `non_blocking`.
     """
 
     def __init__(self, method: torch.nn.Module):
@@ -1056,8 +1054,8 @@ def test_the_played_accelerator_notes_reads_and_sends():
 @pytest.mark.parametrize("name", ["square", "mixed"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_synchronises_where_it_decides_alone(kind, name, monkeypatch):
-    """How many boxes the teacher gave, which are denoised beside the matching queries, and then
-    the matching.
+    """How many boxes the teacher gave, which are denoised beside the matching queries, and then the
+    matching.
     """
     method, step = make(kind)
     batch, calls = some_batch(**BATCHES[name]), []

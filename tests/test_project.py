@@ -176,8 +176,8 @@ def imported_rooms(path: Path, tree: ast.Module) -> list[tuple[int, str]]:
 
 
 def backward_imports(files: list[tuple[Path, ast.Module]]) -> list[str]:
-    """Imports of a later room, as "file:line imports room". The front door counts as the last
-    room that it opens.
+    """Imports of a later room, as "file:line imports room". The front door counts as the last room
+    that it opens.
     """
     front_door = PACKAGE / "__init__.py"
     opened = [

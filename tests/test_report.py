@@ -54,8 +54,8 @@ TEST = Scenes(5)
 
 
 class Perfect:
-    """Finds every object of a test image; one that is `blind` finds none, and sees something
-    where nothing is.
+    """Finds every object of a test image; one that is `blind` finds none, and sees something where
+    nothing is.
     """
 
     categories = CATEGORIES

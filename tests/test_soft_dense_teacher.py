@@ -282,8 +282,8 @@ def test_pseudo_boxes_over_the_cut_are_carried_to_the_strong_view():
 
 
 def test_the_teacher_judges_the_students_boxes_in_its_own_view(monkeypatch):
-    """With equal weights and equal views, r is 1 minus the sum of the student's own class scores
-    of the same boxes.
+    """With equal weights and equal views, r is 1 minus the sum of the student's own class scores of
+    the same boxes.
     """
     method, batch = make("soft-teacher"), some_batch()
     method.teacher = copy.deepcopy(method.student).eval()
@@ -324,8 +324,8 @@ def some_cells(seed: int, sizes=((20, 30), (16, 30))) -> FCOSOutputs:
 
 
 def test_dense_losses_by_hand():
-    """Loops over the cells: focal loss over all, the others over the selected; nothing is chosen
-    in the padding.
+    """Loops over the cells: focal loss over all, the others over the selected; nothing is chosen in
+    the padding.
     """
     student, teacher = some_cells(1), some_cells(2)
     scores = teacher.outputs["cls_logits"].sigmoid()
@@ -390,8 +390,8 @@ def test_the_teacher_reads_weak_pixels_in_the_strong_geometry():
 
 
 def test_dense_targets_come_from_the_carried_view():
-    """A student equal to its teacher, shown the carried weak view as its strong one, has nothing
-    to learn.
+    """A student equal to its teacher, shown the carried weak view as its strong one, has nothing to
+    learn.
     """
     method, batch = make("dense-teacher", ratio=1.0), some_batch()
     method.teacher = copy.deepcopy(method.student).eval()

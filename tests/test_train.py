@@ -1,6 +1,4 @@
-"""Training: one step changes the student, resuming changes nothing, and nothing saved is ever
-lost.
-"""
+"""Training: one step changes the student, resuming changes nothing, and nothing saved is ever lost."""
 
 import dataclasses
 import json

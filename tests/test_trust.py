@@ -411,9 +411,7 @@ def test_a_network_that_says_nan_is_survived(method, part, splits, tmp_path):
 
 
 def alarms(counts, method="mean-teacher", steps=400) -> str | None:
-    """What is said after so many steps with this number of pseudo-boxes of each class in 2
-    images.
-    """
+    """What is said after so many steps with this number of pseudo-boxes of each class in 2 images."""
     student = presets.make_detector("dino", len(counts), small().detector_kwargs)
     made = presets.make_method(method, student, small(), 10, 0, 0)
     labels = torch.tensor(

@@ -267,9 +267,7 @@ class FCOS(TorchvisionDetector):
     def losses(
         self, images: Sequence[torch.Tensor], targets: list[dict], seed: int = 0
     ) -> dict[str, torch.Tensor]:
-        """Losses "class", "giou", "centerness", see TorchvisionDetector.losses; nothing is
-        random.
-        """
+        """Losses "class", "giou" and "centerness"; nothing is random. See TorchvisionDetector."""
         predicted = self.head_outputs(self.extract(images))
         losses = self.net.compute_loss(
             self.to_torchvision_targets(targets),
