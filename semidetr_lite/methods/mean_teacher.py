@@ -115,6 +115,18 @@ class TeacherStudent(nn.Module):
         """What the losses of each micro-batch need to know of the whole step: here, nothing."""
         return [None] * len(micro_batches)
 
+    def make_labelled_sets(self, micro_batches: list[dict]) -> list[TargetSet]:
+        """The labelled targets of each micro-batch, with the box counts of the whole step."""
+        truths = [pad_targets(batch["labelled"][1]) for batch in micro_batches]
+        return make_target_sets(
+            "labelled",
+            truths,
+            valid_masks=[truth.valid.numpy() for truth in truths],
+            first_images=[0] * len(micro_batches),
+            student=self.student,
+            loss_weights=self.loss_weights,
+        )
+
     def after_step(self, step: int) -> None:
         """Move the teacher; call it after the optimizer's step number `step`."""
         ema_update(self.teacher, self.student, ema_momentum(step + 1, self.ema_decay))
@@ -363,15 +375,7 @@ class MeanTeacher(TeacherStudent):
         masks = [mask for labels in predicted for mask in (labels.confident, labels.candidates)]
         masks = copy_to_host(*masks)
         confident, candidates = masks[::2], masks[1::2]
-        truths = [pad_targets(batch["labelled"][1]) for batch in micro_batches]
-        labelled = make_target_sets(
-            "labelled",
-            truths,
-            valid_masks=[truth.valid.numpy() for truth in truths],
-            first_images=[0] * len(micro_batches),
-            student=self.student,
-            loss_weights=self.loss_weights,
-        )
+        labelled = self.make_labelled_sets(micro_batches)
         pseudo = make_target_sets(
             "pseudo",
             [labels.strong._replace(valid=labels.confident) for labels in predicted],

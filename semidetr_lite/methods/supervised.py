@@ -9,8 +9,8 @@ import torch
 from semidetr_lite.detectors.pyramid import TorchvisionDetector
 from semidetr_lite.detectors.transformer import stack_layers
 from semidetr_lite.device import copy_to_host
-from semidetr_lite.losses import add_prefix, denoising_losses, detection_losses, make_target_sets
-from semidetr_lite.matching import layer_costs, match_layers, pad_targets
+from semidetr_lite.losses import add_prefix, denoising_losses, detection_losses
+from semidetr_lite.matching import layer_costs, match_layers
 from semidetr_lite.methods.mean_teacher import RNG_LABELLED, Prepared, TeacherStudent
 
 
@@ -44,13 +44,4 @@ class Supervised(TeacherStudent):
         """Count the boxes of the whole step; Faster R-CNN and FCOS divide by their own numbers."""
         if isinstance(self.student, TorchvisionDetector):
             return [None] * len(micro_batches)
-        truths = [pad_targets(batch["labelled"][1]) for batch in micro_batches]
-        labelled = make_target_sets(
-            "labelled",
-            truths,
-            valid_masks=[truth.valid.numpy() for truth in truths],
-            first_images=[0] * len(micro_batches),
-            student=self.student,
-            loss_weights=self.loss_weights,
-        )
-        return [Prepared(target_set) for target_set in labelled]
+        return [Prepared(targets) for targets in self.make_labelled_sets(micro_batches)]
