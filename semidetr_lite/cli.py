@@ -400,6 +400,7 @@ class AblationSettings(Settings):
 
     method: NoOption = "semi-detr"
     percent: NoOption = 10.0
+    fold: NoOption = 1
     seed: NoOption = 0
     burn_in: NoOption = None
 
@@ -411,6 +412,7 @@ def ablate(
     percents: tuple[float, ...] = (10, 100),
     seeds: tuple[int, ...] = (0, 1, 2),
     settings: Annotated[AblationSettings, tyro.conf.arg(name="")] = AblationSettings(),
+    fold: int | None = None,
     record: Path | None = None,
     quick: bool = False,
     show: bool = False,
@@ -419,8 +421,8 @@ def ablate(
 
     One run at a time. Each finished run is a line of a JSON-lines file, and what has its line is
     not run again; an unfinished run goes on where it was. At the end: the tables, with mean and
-    standard error over the seeds, and a picture of them. The options of `train` hold for every run;
-    --steps are those of a semi-supervised run.
+    standard error over the seeds and the difference in pairs of the same seed, and a picture of
+    them. The options of `train` hold for every run; --steps are those of a semi-supervised run.
 
     Args:
         out: folder of the runs, the record and the picture.
@@ -429,6 +431,7 @@ def ablate(
         percents: of the images whose labels are used; with 100, the supervised row alone is run.
         seeds: of weights, views and noise.
         settings: of all runs.
+        fold: the draw of labelled images of all seeds; seed + 1 if not given.
         record: the JSON-lines file, ablation.jsonl in --out if not given.
         quick: a few steps of everything, to see that it works (accuracy means nothing).
         show: run nothing, only print and draw all tables of the record, whatever the other options
@@ -447,7 +450,7 @@ def ablate(
         if quick:
             settings = change(settings, steps=4, burn_in_steps=4, **QUICK_INTERVALS)
         ablation = Ablation(out, record, settings)
-        ablation.run(list(tables), list(rows), list(percents), list(seeds))
+        ablation.run(list(tables), list(rows), list(percents), list(seeds), fold)
     lines = read_jsonl(record)
     if not lines:
         fault = f"{record}: no finished run to show"

@@ -10,7 +10,16 @@ from semidetr_lite import cli
 from semidetr_lite.data import digits
 from semidetr_lite.errors import UserError
 from semidetr_lite.training import presets
-from semidetr_lite.training.ablate import ROWS, TABLES, Ablation, markdown, read_jsonl, summarise
+from semidetr_lite.training.ablate import (
+    ROWS,
+    TABLES,
+    Ablation,
+    Job,
+    markdown,
+    paired_differences,
+    read_jsonl,
+    summarise,
+)
 from semidetr_lite.training.loop import Run
 from semidetr_lite.training.settings import change, differences
 from semidetr_lite.visualize import plot_ablation, png
@@ -52,7 +61,7 @@ def test_rows_percents_and_seeds_are_run_once_and_only_what_is_missing_later(
         set(FIELDS) <= set(line) and line["table"] == "main" and line["seed"] == 3 for line in lines
     )
     assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((tmp_path / "dino/50pct/seed3/+SHM/config.json").read_text())[
+    assert json.loads((tmp_path / "dino/50pct/fold4_seed3/+SHM/config.json").read_text())[
         "burn_in"
     ].endswith("burn-in")
     runs = []
@@ -74,7 +83,7 @@ def test_a_run_counts_in_every_table_that_names_it(tmp_path):
     assert {key: lines[0][key] for key in ("AP", "seconds")} == {
         key: lines[1][key] for key in ("AP", "seconds")
     }
-    assert sorted(path.name for path in (tmp_path / "runs/dino/50pct/seed0").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "runs/dino/50pct/fold1_seed0").iterdir()) == [
         "burn-in",
         "semi-detr",
     ]
@@ -136,7 +145,7 @@ def test_every_row_runs_on_coco_data(tmp_path):
 
 def test_rows_differ_in_what_their_names_say():
     def settings(name):
-        return Ablation("x", "x").config(name, 10, 0)[0]
+        return Ablation("x", "x").config(Job("main", name, name, 10, 0, 1))[0]
 
     paper = settings("semi-detr")
     allowed = {"method", "steps", "burn_in"}
@@ -185,7 +194,10 @@ def made(row: str, percent: float, values, table="main") -> list[dict]:
         "percent": percent,
         "seconds": 60,
     }
-    return [{**same, "AP": value / 100, "AP50": value / 50} for value in values]
+    return [
+        {**same, "AP": value / 100, "AP50": value / 50, "seed": seed, "fold": seed + 1}
+        for seed, value in enumerate(values)
+    ]
 
 
 def test_mean_error_and_gap_are_the_closed_forms():
@@ -204,9 +216,34 @@ def test_mean_error_and_gap_are_the_closed_forms():
         and rows["supervised", 100].error != rows["supervised", 100].error
     )
     text = "\n".join(markdown(list(rows.values())))
-    assert "| semi-detr | 3 | 58.0 ± 2.1 | 116.0 | 57 % | 1 |" in text
+    assert "| semi-detr | 3 | 58.0 ± 2.1 | 116.0 | 57 % |  | 1 |" in text
     lonely = summarise(made("semi-detr", 5, [50]))
     assert lonely[0].gap != lonely[0].gap and "nan" not in "\n".join(markdown(lonely))
+
+
+def test_each_seed_has_a_fold_of_its_own_unless_one_is_given(monkeypatch, tmp_path):
+    words = ["--rows", "supervised", "--steps", 1, "--percents", 50, 100]
+    assert command(monkeypatch, "--out", tmp_path, *words, "--seeds", 0, 2) == 0
+    lines = read_jsonl(tmp_path / "ablation.jsonl")
+    drawn = [(line["percent"], line["seed"], line["fold"]) for line in lines]
+    # with all labels every draw is the same
+    assert drawn == [(50, 0, 1), (50, 2, 3), (100, 0, 1), (100, 2, 1)]
+    other = tmp_path / "other"
+    assert command(monkeypatch, "--out", other, *words[:4], "--percents", 50, "--fold", 5) == 0
+    assert {line["fold"] for line in read_jsonl(other / "ablation.jsonl")} == {5}
+
+
+def test_the_difference_is_of_pairs_of_one_seed_and_fold():
+    base, ours = made("mean-teacher", 10, [50, 60, 40]), made("semi-detr", 10, [52, 63, 44, 90])
+    assert paired_differences(ours, base) == pytest.approx([2, 3, 4])
+    rows = {row.row: row for row in summarise(base + ours)}
+    best = rows["semi-detr"]
+    # the values scatter by tens of AP, the differences by one
+    assert (best.difference, best.difference_error) == pytest.approx((3, 1 / math.sqrt(3)))
+    assert best.pairs == 3 and best.error > 9 and math.isnan(rows["mean-teacher"].difference)
+    assert "| +3.0 ± 0.6 (3) |" in "\n".join(markdown(list(rows.values())))
+    elsewhere = [line | {"fold": 7} for line in base]
+    assert math.isnan({row.row: row for row in summarise(elsewhere + ours)}["semi-detr"].difference)
 
 
 def test_runs_of_several_lengths_are_rows_of_their_own():
@@ -279,10 +316,8 @@ def test_options_of_the_data_reach_every_run(tmp_path):
     ablation = Ablation(
         tmp_path, tmp_path / "record.jsonl", preset(data="x.json", folds="f", flip=False)
     )
-    for config in (
-        ablation.config("semi-detr", 10, 0)[0],
-        ablation.config("semi-detr", 10, 0, burn_in=True)[0],
-    ):
+    job = Job("main", "semi-detr", "semi-detr", 10, 0, 1)
+    for config in (ablation.config(job)[0], ablation.config(job, burn_in=True)[0]):
         assert (config.data_files.folds, config.views.flip) == ("f", False)
 
 

@@ -1,7 +1,9 @@
 """The comparison: rows x label percents x seeds, one run after another, a line of JSON for each.
 
-A semi-supervised row starts from a supervised run of `burn_in_steps` on the same labels, shared by
-all rows of a seed. The row "supervised" takes as long as burn-in and method together; with all
+Each seed has a draw of labelled images of its own, the fold seed + 1, so that a standard error over
+the seeds holds for other labelled images too. A semi-supervised row starts from a supervised run of
+`burn_in_steps` on the same labels, shared by all rows of a seed. Rows are compared in pairs of the
+same seed and fold. The row "supervised" takes as long as burn-in and method together; with all
 labels it is the upper end of the gap. A killed ablation goes on where it was. What has its line
 already is not run again, on whatever machine it ran.
 
@@ -90,11 +92,32 @@ TABLES = {
 }
 
 
+# The row of each table that the others are compared with, in pairs of the same seed and fold.
+BASELINES = {
+    "main": "mean-teacher",
+    "matching": "stage-wise",
+    "threshold": "fixed",
+    "boxes": "confident",
+    "switch": "as in the preset",
+}
+
+
+class Job(NamedTuple):
+    """One run of the comparison."""
+
+    table: str
+    row: str
+    name: str  # the row's entry in ROWS
+    percent: float
+    seed: int
+    fold: int
+
+
 class Ablation:
     """Runs and their lines.
 
     Args:
-        out: folder of the runs: DETECTOR/PERCENTpct/seedSEED/ROW below it.
+        out: folder of the runs: DETECTOR/PERCENTpct/foldFOLD_seedSEED/ROW below it.
         record: the JSON-lines file that finished runs are appended to.
         settings: of all runs, but for what a row changes; the preset digits' if None. `steps` are
             those of a semi-supervised run, `burn_in_steps` those of the supervised run before it.
@@ -114,9 +137,21 @@ class Ablation:
         self.settings = check(settings or PRESETS["digits"])
 
     def run(
-        self, tables: list[str], rows: list[str], percents: list[float], seeds: list[int]
+        self,
+        tables: list[str],
+        rows: list[str],
+        percents: list[float],
+        seeds: list[int],
+        fold: int | None = None,
     ) -> None:
-        """Run what has no line yet; `rows` picks some of the tables' rows, all if it is empty.
+        """Run what has no line yet.
+
+        Args:
+            tables: names of TABLES.
+            rows: some of the tables' rows; all if it is empty.
+            percents: of the images whose labels are used.
+            seeds: of weights, views and noise.
+            fold: the draw of labelled images of all seeds; seed + 1 if not given.
 
         Raises UserError for a row that there is not, and where nothing is left to run.
         """
@@ -137,31 +172,32 @@ class Ablation:
                 for table, row, name in wanted:
                     if (rows and row not in rows) or (all_labelled and name != "supervised"):
                         continue
-                    jobs.append((table, row, name, percent, seed))
-                    self.config(name, percent, seed)  # says what cannot be run before the first run
+                    # with all labels, all draws are the same
+                    draw = 1 if percent == 100 else fold or seed + 1
+                    jobs.append(Job(table, row, name, percent, seed, draw))
+                    self.config(jobs[-1])  # says what cannot be run before the first run
         if not jobs:
             advice = "give tables, rows, percents and seeds; with all labels, supervised alone"
             raise UserError(f"nothing to run: {advice}")
         for job in jobs:
-            self.run_row(*job)
+            self.run_row(job)
 
-    def run_row(self, table: str, row: str, name: str, percent: float, seed: int) -> dict:
+    def run_row(self, job: Job) -> dict:
         """The line of one row, from the record or from a run made now."""
-        config, folder = self.config(name, percent, seed)
+        config, folder = self.config(job)
         run = identity(config)
-        labels = {"table": table, "row": row, **run}
+        labels = {"table": job.table, "row": job.row, **run}
         recorded = [line for line in read_jsonl(self.record) if run.items() <= line.items()]
         for line in recorded:
-            if (line["table"], line["row"]) == (table, row):
+            if (line["table"], line["row"]) == (job.table, job.row):
                 return line
         for line in recorded:
-            if (
-                TABLES.get(line["table"], {}).get(line["row"]) == name
-            ):  # the same run, in another table
+            # the same run, in another table
+            if TABLES.get(line["table"], {}).get(line["row"]) == job.name:
                 append_jsonl(self.record, [line | labels])
                 return line | labels
         if not (folder / "config.json").exists() and config.burn_in:
-            train_or_resume(*self.config(name, percent, seed, burn_in=True), quiet=self.quiet)
+            train_or_resume(*self.config(job, burn_in=True), quiet=self.quiet)
         train_or_resume(config, folder, quiet=self.quiet)
         last, stored = read_jsonl(folder / "log.jsonl")[-1], read_config(folder)
         teacher, student = last["test"]["teacher"], last["test"]["student"]
@@ -170,7 +206,7 @@ class Ablation:
         line["seconds"] = last["seconds"]
         line |= {key: stored[key] for key in ("commit", "machine")}
         append_jsonl(self.record, [line])
-        self.append_curve(folder, {"row": name, **run})
+        self.append_curve(folder, {"row": job.name, **run})
         return line
 
     def append_curve(self, folder: Path, run: dict) -> None:
@@ -185,28 +221,27 @@ class Ablation:
             ]
             append_jsonl(file, [run | line for line in lines])
 
-    def config(
-        self, name: str, percent: float, seed: int, burn_in: bool = False
-    ) -> tuple[Config, Path]:
+    def config(self, job: Job, burn_in: bool = False) -> tuple[Config, Path]:
         """Settings and folder of a row's run, or of the supervised run it starts from."""
-        row, settings = ROWS[name], self.settings
+        row, settings = ROWS[job.name], self.settings
         burn_in_steps = settings.schedule.burn_in_steps
         detector = row.detector or settings.detector
         if detector != settings.detector:
             own = preset_settings(settings.preset, row.method, detector)
             settings = change(settings, detector=detector, detector_kwargs=own.detector_kwargs)
-        settings = change(settings, percent=float(percent), seed=seed, burn_in=None)
-        folder = self.out / detector / f"{percent:g}pct" / f"seed{seed}"
+        drawn = {"percent": float(job.percent), "fold": job.fold, "seed": job.seed}
+        settings = change(settings, **drawn, burn_in=None)
+        folder = self.out / detector / f"{job.percent:g}pct" / f"fold{job.fold}_seed{job.seed}"
         if burn_in:
             config = as_config(change(settings, method="supervised", steps=burn_in_steps))
             return config, folder / "burn-in"
         settings = change(settings, method=row.method, **row.changes)
-        if name == "supervised":
+        if job.name == "supervised":
             steps = burn_in_steps + round(STEP_RATIO * settings.steps)
             settings = change(settings, steps=steps)
         elif burn_in_steps:
             settings = change(settings, burn_in=str(folder / "burn-in"))
-        return as_config(settings), folder / name.replace(" ", "_")
+        return as_config(settings), folder / job.name.replace(" ", "_")
 
 
 CURVE = (
@@ -229,10 +264,15 @@ class Summary(NamedTuple):
     ap50: float
     minutes: float
     gap: float  # share of the gap closed, in %, nan where an end of it is missing
+    # AP above the table's baseline: mean and standard error over pairs of the same seed and fold,
+    # nan where there are none or one
+    difference: float = math.nan
+    difference_error: float = math.nan
+    pairs: int = 0
 
 
 def summarise(lines: list[dict]) -> list[Summary]:
-    """Mean, standard error over seeds and gap closed of each row.
+    """Mean, standard error over seeds, gap closed and paired difference of each row.
 
     The gap is from supervised training of the same time to that with all labels. Runs of several
     lengths are rows of their own. An end of the gap is the shortest supervised run of at least the
@@ -266,7 +306,7 @@ def summarise(lines: list[dict]) -> list[Summary]:
         table, preset, detector, percent, row, steps = key
         members = groups[key]
         values = [100 * line["AP"] for line in members]
-        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        error = standard_error(values)
         time = steps if row == "supervised" else STEP_RATIO * steps
         low, high = (
             reference_ap(time, "main", preset, detector, share, "supervised")
@@ -276,6 +316,8 @@ def summarise(lines: list[dict]) -> list[Summary]:
         ap50 = statistics.mean(100 * line["AP50"] for line in members)
         minutes = statistics.mean(line["seconds"] for line in members) / 60
         name = row if steps == lengths[key[:-1]][0] else f"{row}, {steps:,} steps"
+        baseline = groups.get((*key[:4], BASELINES.get(table), steps), [])
+        differences = [] if row == BASELINES.get(table) else paired_differences(members, baseline)
         found.append(
             Summary(
                 table,
@@ -289,9 +331,26 @@ def summarise(lines: list[dict]) -> list[Summary]:
                 ap50,
                 minutes,
                 gap,
+                statistics.mean(differences) if differences else math.nan,
+                standard_error(differences),
+                len(differences),
             )
         )
     return found
+
+
+def paired_differences(lines: list[dict], baseline: list[dict]) -> list[float]:
+    """AP above that of the baseline's line of the same seed and fold, in %, where there is one."""
+    base = {(line.get("seed"), line.get("fold")): line["AP"] for line in baseline}
+    pairs = [(line["AP"], base.get((line.get("seed"), line.get("fold")))) for line in lines]
+    return [100 * (ap - other) for ap, other in pairs if other is not None]
+
+
+def standard_error(values: list[float]) -> float:
+    """Of the mean of some values; nan for less than two."""
+    if len(values) < 2:
+        return math.nan
+    return statistics.stdev(values) / math.sqrt(len(values))
 
 
 def _sort_key(key: tuple) -> tuple:
@@ -311,11 +370,20 @@ def markdown(rows: list[Summary]) -> Iterator[str]:
     for title in dict.fromkeys((row.table, row.preset, row.detector, row.percent) for row in rows):
         table, preset, detector, percent = title
         yield f"\n{table}: {detector}, {percent:g} % of the labels ({preset})\n"
-        yield "| row | seeds | AP | AP50 | gap closed | minutes |"
-        yield "|---|---|---|---|---|---|"
+        baseline = BASELINES.get(table, "")
+        yield f"| row | seeds | AP | AP50 | gap closed | above {baseline} (pairs) | minutes |"
+        yield "|---|---|---|---|---|---|---|"
         for row in rows:
             if title == (row.table, row.preset, row.detector, row.percent):
-                error = "" if row.error != row.error else f" ± {row.error:.1f}"
-                gap = "" if row.gap != row.gap else f"{row.gap:.0f} %"
-                figures = f"{row.mean:.1f}{error} | {row.ap50:.1f} | {gap} | {row.minutes:.0f}"
+                gap = "" if math.isnan(row.gap) else f"{row.gap:.0f} %"
+                above = with_error(row.difference, row.difference_error, "+.1f")
+                above = f"{above} ({row.pairs})" if row.pairs else ""
+                ap = with_error(row.mean, row.error, ".1f")
+                figures = f"{ap} | {row.ap50:.1f} | {gap} | {above} | {row.minutes:.0f}"
                 yield f"| {row.row} | {len(row.values)} | {figures} |"
+
+
+def with_error(value: float, error: float, form: str) -> str:
+    """A mean and its standard error as text; without the part that is not known."""
+    text = "" if math.isnan(value) else format(value, form)
+    return text if math.isnan(error) else f"{text} ± {error:.1f}"
