@@ -37,7 +37,7 @@ NAMES = {
     "+SHM+CQC": "+ SHM + CQC",
     "semi-detr": "**Semi-DETR**",
 }
-ABLATE = "semidetr ablate --steps 1500"
+ABLATE = "semidetr ablate --steps 1500 --fold 1"
 # AP on COCO val with 10 % of the labels, DINO (Deformable DETR below), as the papers give them
 PAPER = {"supervised": 35.0, "mean-teacher": 41.6, "semi-detr": 43.5, "all labels": 48.6}
 PAPER_SOFT_TEACHER = 33.8  # its repository
