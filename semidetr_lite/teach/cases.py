@@ -72,11 +72,6 @@ def map_boxes(rng: np.random.Generator) -> Cases:
         "over the edges of a tall image": (torch.tensor(over_edges), still, TALL),
         "outside": (torch.tensor(outside), still, WIDE),
         "sides about 0.001 pixel long": (thin, still, WIDE),
-        "a matrix with perspective": (
-            _boxes(rng, 3),
-            torch.tensor([[1.0, 0, 0], [0, 1, 0], [0.002, 0, 1]]),
-            WIDE,
-        ),
         "no box": (torch.zeros(0, 4), TURN, WIDE),
     }
 
