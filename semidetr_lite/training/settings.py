@@ -435,7 +435,7 @@ def preset_settings(
     if detector != settings.detector:
         family = TINY_DETECTORS if kwargs.backbone == "tiny" else RESNET_DETECTORS
         kwargs = family[detector]
-    return dataclasses.replace(settings, method=method, detector=detector, detector_kwargs=kwargs)
+    return change(settings, method=method, detector=detector, detector_kwargs=kwargs)
 
 
 def _check_choice(kind: str, name: str, known: Iterable[str]) -> None:
@@ -465,7 +465,8 @@ def as_config(settings: Settings) -> Config:
     """Settings, checked, with where the numbers of this run come from."""
     settings = check(settings)
     values = {part.name: getattr(settings, part.name) for part in dataclasses.fields(Settings)}
-    return Config(**values, **_origin())
+    command = typed_command(sys.argv)
+    return Config(**values, commit=_commit(), machine=_machine(), command=command)
 
 
 @cache
@@ -576,7 +577,7 @@ def config_json(config: Config) -> str:
 
 def fields_with(role: Role) -> list[tuple[str, ...]]:
     """The paths of the fields that have a role: ("steps",), ("runtime", "accumulate")."""
-    paths = []
+    paths: list[tuple[str, ...]] = []
     for name, kind in get_type_hints(Settings, include_extras=True).items():
         if dataclasses.is_dataclass(kind):
             kinds = get_type_hints(kind, include_extras=True)
@@ -603,29 +604,29 @@ def identity(settings: Settings) -> dict[str, Any]:
 
 def differences(one: Settings, other: Settings) -> dict[tuple[str, ...], tuple[Any, Any]]:
     """The fields in which two settings differ: {path: (value of one, value of the other)}."""
-    found = {}
+    pairs: dict[tuple[str, ...], tuple[Any, Any]] = {}
     for part in dataclasses.fields(Settings):
-        ours, theirs = getattr(one, part.name), getattr(other, part.name)
-        if not dataclasses.is_dataclass(ours):
-            found[(part.name,)] = (ours, theirs)
+        value, other_value = getattr(one, part.name), getattr(other, part.name)
+        if not dataclasses.is_dataclass(value):
+            pairs[(part.name,)] = (value, other_value)
             continue
-        for own in dataclasses.fields(ours):
-            found[(part.name, own.name)] = (getattr(ours, own.name), getattr(theirs, own.name))
-    return {path: pair for path, pair in found.items() if pair[0] != pair[1]}
+        for field_ in dataclasses.fields(value):
+            name = field_.name
+            pairs[(part.name, name)] = (getattr(value, name), getattr(other_value, name))
+    return {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
 
 
 # ---- where numbers come from -----------------------------------------------------------------
 
 
-def _origin() -> dict[str, str | None]:
-    """Commit, machine and command of this run."""
+def _machine() -> str:
+    """System, processor, CPU cores and torch of this machine."""
     try:
         torch = version("torch")
     except PackageNotFoundError:
         torch = "of unknown version"
     cores = f"{os.cpu_count()} CPU cores"
-    machine = f"{platform.system()} {platform.machine()}, {cores}, torch {torch}"
-    return {"commit": _commit(), "machine": machine, "command": typed_command(sys.argv)}
+    return f"{platform.system()} {platform.machine()}, {cores}, torch {torch}"
 
 
 @cache
