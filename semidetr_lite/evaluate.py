@@ -13,6 +13,7 @@ wrong.
 
 import io
 import os
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 
 import numpy as np
@@ -31,7 +32,7 @@ TOP = 100  # detections per image that count, those with the highest scores
 
 
 def evaluate(
-    detections: list[dict] | str | os.PathLike, targets: list[dict] | str | os.PathLike
+    detections: Sequence[dict] | str | os.PathLike, targets: Sequence[dict] | str | os.PathLike
 ) -> dict[str, float]:
     """COCO's twelve figures, each in 0..1, nan where there is no truth to measure it on.
 
@@ -44,22 +45,24 @@ def evaluate(
 
     Raises:
         UserError: a file that cannot be used.
-        ValueError: lists of unequal length.
+        ValueError: lists of unequal length, or a list and a path.
     """
     if isinstance(detections, str | os.PathLike) and isinstance(targets, str | os.PathLike):
         truth = read_coco(targets)
         return _figures(truth, _detections_of_file(detections, truth))
+    if isinstance(detections, str | os.PathLike) or isinstance(targets, str | os.PathLike):
+        raise ValueError("evaluate takes two lists of dicts or two paths, not one of each")
     _check_lengths(detections, targets)
     return _figures(_truth_of_dicts(targets), _detections_of_dicts(detections))
 
 
-def _check_lengths(detections: list[dict], targets: list[dict]) -> None:
+def _check_lengths(detections: Sequence[dict], targets: Sequence[dict]) -> None:
     if len(detections) != len(targets):
         counts = f"{len(detections)} detections for {len(targets)} targets"
         raise ValueError(f"{counts}: one dict per image in each")
 
 
-def evaluate_voc(detections: list[dict], targets: list[dict]) -> dict:
+def evaluate_voc(detections: Sequence[dict], targets: Sequence[dict]) -> dict:
     """Pascal VOC's AP at an IoU of 0.5, all detections counted, by score over all images.
 
     A detection goes to the truth box of its class that it overlaps most, whether taken or not: the
@@ -85,8 +88,8 @@ def evaluate_voc(detections: list[dict], targets: list[dict]) -> dict:
     ignored = [_marked(target, "difficult") | _marked(target, "crowd") for target in targets]
     verdicts = [_voc_verdicts(*image) for image in zip(detections, targets, ignored)]
     labels, scores, right = np.concatenate([np.zeros((3, 0)), *verdicts], axis=1)
-    to_find = [target["labels"].cpu()[~ignore] for target, ignore in zip(targets, ignored)]
-    to_find = np.concatenate([np.zeros(0, dtype=int), *to_find])
+    per_image = [target["labels"].cpu()[~ignore] for target, ignore in zip(targets, ignored)]
+    to_find = np.concatenate([np.zeros(0, dtype=int), *per_image])
     per_class = {}
     for label, boxes in zip(*np.unique(to_find, return_counts=True)):
         order = np.argsort(-scores[labels == label], kind="stable")
@@ -223,7 +226,7 @@ def _covered(boxes: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
     return inside / box_area(boxes)[:, None].clamp(min=1e-9)
 
 
-def _truth_of_dicts(targets: list[dict]) -> dict:
+def _truth_of_dicts(targets: Sequence[dict]) -> dict:
     """Targets as one COCO ground truth; an image id is an index, a category id is a label."""
     rows = []
     for image_id, target in enumerate(targets):
@@ -235,7 +238,7 @@ def _truth_of_dicts(targets: list[dict]) -> dict:
     return {"images": images, "annotations": rows}
 
 
-def _detections_of_dicts(detections: list[dict]) -> list[dict]:
+def _detections_of_dicts(detections: Sequence[dict]) -> list[dict]:
     """The `TOP` highest scores of each image, as rows of a COCO results file."""
     rows = []
     for image_id, detection in enumerate(detections):

@@ -79,10 +79,12 @@ def load(
     train_annotations, val_annotations = find_annotations(data, images, validation)
     whole = CocoDataset(train_annotations)
     datasets = [whole]
+    train: Dataset = whole
+    held_out: Dataset
     if val_annotations is None:
         train, held_out = _set_aside(whole)
     else:
-        train, held_out = whole, CocoDataset(val_annotations)
+        held_out = CocoDataset(val_annotations)
         datasets.append(held_out)
         for problem in category_problems(train_annotations, val_annotations):
             raise UserError(problem)
@@ -92,7 +94,7 @@ def load(
         problem = "folds leave no image to evaluate on; give a json with --validation"
         raise UserError(f"{folds}: {problem}")
     else:
-        labelled = labelled_in_manifest(folds, train.image_ids, percent, fold)
+        labelled = labelled_in_manifest(folds, whole.image_ids, percent, fold)
     rest = sorted(set(range(len(train))) - set(labelled))
     pool: Dataset = WithoutLabels(train, rest)
     if unlabelled is not None:

@@ -67,7 +67,7 @@ def _opened(path) -> Iterator[Image.Image]:
             with Image.open(path, formats=FORMATS) as file:
                 yield file
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as problem:
-        limit = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
+        limit = f"{(Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} million pixels"
         reason = f"it has more than {limit}; make it smaller"
         raise UserError(f"{path}: not a readable image: {reason}") from problem
     except (

@@ -4,13 +4,13 @@ A split is drawn from (percent, fold) alone, so that two processes, two machines
 train on the same images.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import ConcatDataset
 
 from semidetr_lite.errors import UserError
 
@@ -18,7 +18,9 @@ from semidetr_lite.errors import UserError
 class Dataset(Protocol):
     """Images and targets by index, with the image sizes known before an image is decoded."""
 
-    sizes: list[tuple[int, int]]  # (H, W) of every image
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(H, W) of every image."""
 
     def __len__(self) -> int: ...
 
@@ -83,9 +85,24 @@ class WithoutLabels(Subset):
         return image, unlabelled
 
 
-class Concat(ConcatDataset):
-    """Several datasets, one after the other, with `.sizes`."""
+class Concat:
+    """Several datasets, one after the other."""
+
+    def __init__(self, datasets: Sequence[Dataset]):
+        self.datasets = list(datasets)
 
     @cached_property
     def sizes(self) -> list[tuple[int, int]]:
+        """(H, W) of every image."""
         return [size for dataset in self.datasets for size in dataset.sizes]
+
+    def __len__(self) -> int:
+        return sum(len(dataset) for dataset in self.datasets)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict]:
+        start = 0  # of the dataset
+        for dataset in self.datasets:
+            if index < start + len(dataset):
+                return dataset[index - start]
+            start += len(dataset)
+        raise IndexError(f"image {index} of {start}")

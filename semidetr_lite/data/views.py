@@ -27,6 +27,7 @@ import torch.nn.functional as nnf
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
+from semidetr_lite.boxes import height_and_width
 from semidetr_lite.data.view_settings import ViewSettings
 
 GREY = 125  # uint8 value outside the image and of erased patches, as in the released code
@@ -109,9 +110,6 @@ def _areas(boxes: torch.Tensor) -> torch.Tensor:
     return (boxes[:, 2:] - boxes[:, :2]).prod(1)
 
 
-BILINEAR = {"mode": "bilinear", "padding_mode": "zeros", "align_corners": False}
-
-
 def warp(image: torch.Tensor, matrix: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Move the pixels of an image by a matrix, bilinear, grey outside.
 
@@ -131,16 +129,17 @@ def warp(image: torch.Tensor, matrix: torch.Tensor, size: tuple[int, int]) -> to
             return image.flip(-1)
     to_source = torch.linalg.inv(matrix.double())
     if image.dtype == torch.uint8:
-        grid = _grid(to_source, size, image.shape[1:])[None].to(image.device)
+        grid = _grid(to_source, size, height_and_width(image))[None].to(image.device)
         centred = image[None].contiguous().float().sub_(GREY)  # outside is 0, which is grey
-        moved = nnf.grid_sample(centred, grid, **BILINEAR)
+        moved = nnf.grid_sample(centred, grid, align_corners=False)
         return moved[0].add_(GREY).round_().byte()
     xs = torch.arange(width) + 0.5
     ys = torch.arange(height) + 0.5
     ys, xs = torch.meshgrid(ys, xs, indexing="ij")
     source = torch.stack([xs, ys, torch.ones_like(xs)], -1) @ to_source.float().T  # (H', W', 3)
     grid = 2 * source[..., :2] / source.new_tensor([image.shape[2], image.shape[1]]) - 1
-    return nnf.grid_sample(image[None] - FILL, grid[None].to(image.device), **BILINEAR)[0] + FILL
+    grid = grid[None].to(image.device)
+    return nnf.grid_sample(image[None] - FILL, grid, align_corners=False)[0] + FILL
 
 
 def _grid(

@@ -88,8 +88,8 @@ class Denoising(nn.Module):
             return None
         groups = max(1, self.queries // max_targets)
         layout = (batch, groups, 2, max_targets)  # of N: group, positive or negative, target
-        noise = np.stack([rng.random((*layout[1:], 10), dtype=np.float32) for rng in generators])
-        noise = to_device(torch.from_numpy(noise), boxes.device)  # uniform in [0, 1)
+        drawn = np.stack([rng.random((*layout[1:], 10), dtype=np.float32) for rng in generators])
+        noise = to_device(torch.from_numpy(drawn), boxes.device)  # uniform in [0, 1)
         boxes = boxes[:, None, None].expand(*layout, 4)
         labels = labels[:, None, None].expand(layout)
         valid = valid[:, None, None].expand(layout)

@@ -16,13 +16,16 @@ from PIL import Image
 from torch import nn
 from torchvision.ops import nms as non_maximum_suppression
 
-from semidetr_lite.boxes import to_pixels
+from semidetr_lite.boxes import height_and_width, to_pixels
 from semidetr_lite.data.images import read_image
 from semidetr_lite.data.views import resized
+from semidetr_lite.detectors.backbone import Backbone
 from semidetr_lite.detectors.transformer import Memory
 from semidetr_lite.device import to_device
 from semidetr_lite.errors import UserError
 
+# What holds an entry per image: a tensor (B, ...), or a list where their lengths differ.
+PerImage = torch.Tensor | list[torch.Tensor]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -38,6 +41,14 @@ class Detector(nn.Module):
 
     used_maps = slice(None)  # which of the backbone's maps are projected
     takes_groups = False  # whether `decode` takes query groups
+    num_classes: int  # C
+    num_queries: int  # Q, where there are queries
+    dim: int  # D
+    backbone: Backbone
+    projections: nn.ModuleList  # of the backbone's maps to D channels, then of further levels
+    categories: list[dict]  # [{"id", "name"}] of the labels, of a trained detector
+    mean: torch.Tensor  # (3, 1, 1)
+    std: torch.Tensor  # (3, 1, 1)
 
     def __init__(
         self,
@@ -58,6 +69,10 @@ class Detector(nn.Module):
 
     def decode(self, memory: Memory, groups: Sequence = ()) -> dict:
         """Decoder and heads -> outputs; see DeformableDetector.decode for the groups."""
+        raise NotImplementedError
+
+    def decode_groups(self, memory: Memory, outputs: dict, groups: Sequence) -> list[dict]:
+        """An outputs dict per query group; see DeformableDetector.decode_groups."""
         raise NotImplementedError
 
     def forward(self, images: Sequence[torch.Tensor] | torch.Tensor, groups: Sequence = ()) -> dict:
@@ -134,7 +149,7 @@ class Detector(nn.Module):
         self, images: list[torch.Tensor]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Pad the images with zeros to one size, before the backbone -> maps and masks."""
-        sizes = [tuple(image.shape[-2:]) for image in images]
+        sizes = [height_and_width(image) for image in images]
         height = padded_side(max(height for height, _ in sizes))
         width = padded_side(max(width for _, width in sizes))
         padded = images[0].new_zeros(len(images), 3, height, width)
@@ -162,7 +177,7 @@ class Detector(nn.Module):
         for level_maps in zip(*maps_per_chunk, strict=True):
             sizes = []
             for chunk, level_map in zip(chunks, level_maps, strict=True):
-                sizes += [tuple(level_map.shape[-2:])] * len(chunk)
+                sizes += [height_and_width(level_map)] * len(chunk)
             height = max(height for height, _ in sizes)
             width = max(width for _, width in sizes)
             padded = [
@@ -217,7 +232,7 @@ class Detector(nn.Module):
                     "boxes": boxes[row][valid[row]].cpu(),
                     "labels": labels[row][valid[row]].cpu(),
                     "scores": scores[row][valid[row]].cpu(),
-                    "size": tuple(originals[index].shape[-2:]),
+                    "size": height_and_width(originals[index]),
                 }
         return detections
 
@@ -228,7 +243,7 @@ class Detector(nn.Module):
         top: int,
         score: float,
         nms: float | None,
-    ) -> tuple[Sequence[torch.Tensor], ...]:
+    ) -> tuple[PerImage, PerImage, PerImage, PerImage]:
         """Boxes, scores, labels and valid masks of images of one size, an entry per image.
 
         Args:
@@ -242,7 +257,7 @@ class Detector(nn.Module):
         """The image at the detector's test size."""
         if self.test_size is None:
             return image
-        size = resized(tuple(image.shape[-2:]), *self.test_size)
+        size = resized(height_and_width(image), *self.test_size)
         image = image.float() / 255 if image.dtype == torch.uint8 else image
         return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
 

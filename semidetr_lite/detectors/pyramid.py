@@ -36,8 +36,9 @@ from torchvision.ops.feature_pyramid_network import (
 )
 from torchvision.ops.poolers import LevelMapper
 
+from semidetr_lite.boxes import height_and_width
 from semidetr_lite.detectors.backbone import make_backbone
-from semidetr_lite.detectors.detector import IMAGENET_MEAN, IMAGENET_STD, Detector
+from semidetr_lite.detectors.detector import IMAGENET_MEAN, IMAGENET_STD, Detector, PerImage
 
 MIN_SCORE = 0.01  # boxes below it are never returned
 
@@ -93,6 +94,7 @@ class TorchvisionDetector(Detector):
     """
 
     label_offset = 0  # torchvision's number of label 0
+    nms: float  # always needed
 
     def __init__(
         self,
@@ -145,7 +147,7 @@ class TorchvisionDetector(Detector):
         """The feature pyramid of images (3, H, W), uint8 or float in [0, 1]."""
         normalized = self.normalize(images)
         maps, _, _ = self.extract_features(normalized)
-        sizes = [tuple(image.shape[-2:]) for image in normalized]
+        sizes = [height_and_width(image) for image in normalized]
         return FeatureMaps({str(level): x for level, x in enumerate(maps)}, sizes)
 
     def _project(self, images: torch.Tensor) -> list[torch.Tensor]:
@@ -170,9 +172,10 @@ class TorchvisionDetector(Detector):
         top: int,
         score: float,
         nms: float | None,
-    ) -> tuple[list[torch.Tensor], ...]:
+    ) -> tuple[PerImage, PerImage, PerImage, PerImage]:
         """See Detector.detect_batch; images differ in their number of boxes."""
         features = self.extract(images)
+        nms = self.nms if nms is None else nms
         detections = self.predict(features, max(score, MIN_SCORE), top, nms)
         scales = sizes.flip(-1) / torch.tensor(features.image_sizes).flip(-1)  # (B, 2) x, y
         boxes = [
@@ -192,11 +195,12 @@ def _extra_levels(count: int, dim: int) -> ExtraFPNBlock | None:
     return LastLevelMaxPool() if count == 1 else LastLevelP6P7(dim, dim)
 
 
-def _dummy_backbone(dim: int) -> nn.Module:
+class _DummyBackbone(nn.Identity):
     """In the place of torchvision's backbone, which is only asked for its number of channels."""
-    backbone = nn.Identity()
-    backbone.out_channels = dim
-    return backbone
+
+    def __init__(self, out_channels: int):
+        super().__init__()
+        self.out_channels = out_channels
 
 
 class FCOSOutputs(NamedTuple):
@@ -248,7 +252,7 @@ class FCOS(TorchvisionDetector):
             test_size=test_size,
         )
         self.net = detection.FCOS(
-            _dummy_backbone(dim),
+            _DummyBackbone(dim),
             num_classes=num_classes,
             anchor_generator=Anchors(anchor_sizes, (1.0,), self.strides),
             head=FCOSHead(dim, 1, num_classes, convs),
@@ -346,7 +350,7 @@ class FasterRCNN(TorchvisionDetector):
         train_proposals, test_proposals = proposals
         sampled_anchors, sampled_proposals = sampled
         self.net = detection.FasterRCNN(
-            _dummy_backbone(dim),
+            _DummyBackbone(dim),
             rpn_anchor_generator=Anchors(anchor_sizes, (0.5, 1.0, 2.0), self.strides),
             rpn_pre_nms_top_n_train=train_proposals,
             rpn_post_nms_top_n_train=train_proposals,

@@ -8,7 +8,7 @@ C classes. Batch first; no dropout (as in DINO).
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -130,6 +130,11 @@ class MLP(nn.Sequential):
         for before, after in zip(widths, widths[1:], strict=False):
             modules += [nn.Linear(before, after), nn.ReLU()]
         super().__init__(*modules[:-1])
+
+    @property
+    def last_layer(self) -> nn.Linear:
+        """The layer that makes the output."""
+        return cast(nn.Linear, self[-1])
 
 
 class FeedForward(nn.Module):
