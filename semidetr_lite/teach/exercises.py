@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import torch
@@ -104,7 +105,8 @@ def point_attention(
         shares: (P,).
     """
     value = feature_map.flatten(0, 1)[None, :, None]  # (1, S, 1, D)
-    shapes, layout = [tuple(feature_map.shape[:2])], (1, 1, 1, 1, -1)
+    height, width, _ = feature_map.shape
+    shapes, layout = [(height, width)], (1, 1, 1, 1, -1)
     locations, weights = places.view(*layout, 2), shares.view(layout)
     return deformable.deformable_attention(value, shapes, locations, weights)[0, 0]
 
@@ -162,7 +164,7 @@ def box_cells(
 ) -> torch.Tensor:
     """What `Projector` reads of each box before its layers: (R, D, side, side)."""
     projector = query_consistency.Projector(features[0].shape[1], 1, side)
-    projector.layers = torch.nn.Identity()
+    projector.layers = torch.nn.Sequential()  # no layers: the features themselves
     return projector(features, strides, images, boxes)
 
 
@@ -213,7 +215,8 @@ def mine(
 
 def stage(step: int, before: int, steps: int, share: float) -> str:
     """The matching of a step in a run of `steps` steps that begins at step `before`."""
-    return SemiDETR.stage(SimpleNamespace(one_to_many_steps=before + round(share * steps)), step)
+    run = SimpleNamespace(one_to_many_steps=before + round(share * steps))
+    return SemiDETR.stage(cast(SemiDETR, run), step)
 
 
 def gap_closed(lines: list[dict], row: str, percent: float) -> float:
@@ -241,7 +244,7 @@ def labelled_of_process(image_ids: list[int], percent: float, fold: int, process
     return [image_ids[index] for index in indices]
 
 
-SOLUTIONS = {
+SOLUTIONS: dict[str, tuple[Callable, Callable]] = {
     "boxes.pairwise_iou": (pairwise_iou, cases.pairwise_iou),
     "boxes.to_model": (to_model, cases.to_model_boxes),
     "boxes.to_pixels": (to_pixels, cases.to_pixel_boxes),

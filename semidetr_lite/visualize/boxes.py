@@ -4,7 +4,8 @@ Boxes are xyxy pixels of the image they are drawn on. The title of a figure is i
 function writes its own unless a title is given, and `title=""` leaves it out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,7 +122,7 @@ def draw_box(
     """Draw one rectangle; returns (box, colour, text) for `write_labels`."""
     color = STYLES[style][0] or class_color(label)
     patch = Rectangle(
-        tuple(box[:2]),
+        (box[0], box[1]),
         box[2] - box[0],
         box[3] - box[1],
         gid=style,
@@ -167,8 +168,10 @@ def write_labels(ax: Axes, labels: list[tuple], size: tuple[int, int]) -> None:
         label_box = free_place(box, extent, size, boxes, taken)
         taken.append(label_box)
         is_dark = np.dot(to_rgb(color), (0.299, 0.587, 0.114)) < 0.55
+        x, y = (label_box[:2] + label_box[2:]) / 2
         ax.text(
-            *(label_box[:2] + label_box[2:]) / 2,
+            x,
+            y,
             text,
             color="white" if is_dark else "black",
             bbox={"facecolor": color, "edgecolor": "none", "pad": 0.8},
@@ -184,8 +187,8 @@ def free_place(
     box: Sequence[float],
     extent: np.ndarray,
     size: tuple[float, float],
-    boxes: Sequence,
-    taken: Sequence,
+    boxes: Sequence | np.ndarray,
+    taken: Sequence | np.ndarray,
 ) -> np.ndarray:
     """Where a label of a box overlaps other labels and boxes least: xyxy, inside the image.
 
@@ -202,17 +205,17 @@ def free_place(
     corners = [(x, y) for y in (y1 - height, y2) for x in columns]  # above and below the box
     corners += [(x, y) for x in (x2, x1 - width) for y in rows]  # to its right and left
     corners += [(x1, y1), (x2 - width, y1), (x1, y2 - height), (x2 - width, y2 - height)]  # inside
-    corners = np.clip(corners, 0, np.maximum((size[1] - width, size[0] - height), 0))
-    candidates = np.hstack([corners, corners + extent])
+    inside = np.clip(corners, 0, np.maximum((size[1] - width, size[0] - height), 0))
+    candidates = np.hstack([inside, inside + extent])
     over_labels = _summed_overlap(candidates, taken)
     over_boxes = _summed_overlap(candidates, boxes)
     return candidates[int((5 * over_labels + over_boxes).argmin())]
 
 
-def _summed_overlap(candidates: np.ndarray, others: Sequence) -> torch.Tensor:
+def _summed_overlap(candidates: np.ndarray, others: Sequence | np.ndarray) -> torch.Tensor:
     """The IoU of each candidate (N, 4) with all others (T, 4), summed: (N,)."""
-    others = torch.tensor(np.reshape(others, (-1, 4)), dtype=torch.float64)
-    return box_iou(torch.tensor(candidates), others).sum(1)
+    other_boxes = torch.tensor(np.reshape(others, (-1, 4)), dtype=torch.float64)
+    return box_iou(torch.tensor(candidates), other_boxes).sum(1)
 
 
 def _box_tuples(target: dict | None) -> list[tuple]:
@@ -223,16 +226,20 @@ def _box_tuples(target: dict | None) -> list[tuple]:
     if target is None or "boxes" not in target:
         return []
     boxes, labels = (torch.as_tensor(target[key]).tolist() for key in ("boxes", "labels"))
-    scores = [None] * len(boxes)
+    scores: list[float | None] = [None] * len(boxes)
     if "scores" in target:
-        scores = torch.as_tensor(target["scores"]).tolist()
-        scores = [None if np.isnan(score) else score for score in scores]
+        numbers = torch.as_tensor(target["scores"]).tolist()
+        scores = [None if np.isnan(number) else number for number in numbers]
     return list(zip(boxes, labels, scores))
 
 
 def label_text(label: int, categories: list[dict] | None, score: float | None = None) -> str:
     """The words at a box: "cat .87"."""
     name = str(label) if categories is None else str(categories[label]["name"])
+    return _with_score(name, score)
+
+
+def _with_score(name: str, score: float | None) -> str:
     return name if score is None else f"{name} {f'{score:.2f}'.removeprefix('0')}"
 
 
@@ -309,10 +316,9 @@ def show_views(
     draw_boxes(axes[0], weak_image, weak_target, categories=numbers, style=styles)
     draw_boxes(axes[1], strong_image, strong_target, categories=numbers)
     for index in labels[keep].tolist():
-        start, end = (((box[:2] + box[2:]) / 2).tolist() for box in (weak[index], strong[index]))
         line = ConnectionPatch(
-            start,
-            end,
+            _center(weak[index]),
+            _center(strong[index]),
             "data",
             "data",
             axesA=axes[0],
@@ -323,6 +329,12 @@ def show_views(
         )
         figure.add_artist(line)
     return figure
+
+
+def _center(box: torch.Tensor) -> tuple[float, float]:
+    """(x, y) of the centre of a box (4,) xyxy."""
+    x, y = ((box[:2] + box[2:]) / 2).tolist()
+    return x, y
 
 
 def image_grid(
@@ -372,8 +384,9 @@ def image_grid(
     for index, (image_height, image_width) in enumerate(sizes):
         row, left = index // columns, margin + (index % columns) * (column + gap)
         above = top + sum(row_heights[:row]) + margin * row + caption_heights[row]
-        bounds = (left, height - above - image_height, image_width, image_height)
-        axes.append(figure.add_axes(np.divide(bounds, (width, height, width, height))))
+        bottom_left = (left / width, (height - above - image_height) / height)
+        size = (image_width / width, image_height / height)
+        axes.append(figure.add_axes((*bottom_left, *size)))
         _write_caption(axes[-1], captions[index])
     if legend:
         _add_legend(figure, legend, columns=2 if legend_wraps else len(legend))
@@ -441,7 +454,7 @@ def show_hits(
 
 def show_comparison(
     images: Sequence[torch.Tensor],
-    detections: dict[str, Sequence[dict]],
+    detections: Mapping[str, Sequence[dict]],
     truths: Sequence[dict],
     categories: list[dict] | None,
     score: float = 0.3,
@@ -676,7 +689,7 @@ def _draw_pairs(
     ax.set_axis_off()
     pairs = sorted(zip(targets, queries, quality), key=lambda pair: (pair[0], -pair[2]))
     heights = (np.arange(len(names)) + 0.5) / max(len(names), 1)
-    text = {"va": "center", "parse_math": False, "color": INK}
+    text: dict[str, Any] = {"va": "center", "parse_math": False, "color": INK}
     for target, (name, y) in enumerate(zip(names, heights)):
         ax.text(0.24, y, name, ha="right", fontsize=8, **text)
         color = class_color(target)
@@ -691,5 +704,5 @@ def _draw_pairs(
             zorder=1,
         )
         if len(pairs) <= 40:
-            words = label_text(f"query {query}", None, value if value < 1 else None)
+            words = _with_score(f"query {query}", value if value < 1 else None)
             ax.text(0.72, query_height, words, fontsize=8 if len(pairs) <= 22 else 6, **text)
