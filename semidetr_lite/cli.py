@@ -543,7 +543,7 @@ def _starting_settings(words: list[str], kind: type[Settings]) -> Settings:
         preset, detector = _value_of(words, "--preset"), _value_of(words, "--detector")
         settings = preset_settings(
             preset if preset in PRESETS else "digits",
-            detector=detector if detector in get_args(DetectorName) else "dino",
+            detector=detector if detector and detector in get_args(DetectorName) else "dino",
         )
     return kind(
         **{part.name: getattr(settings, part.name) for part in dataclasses.fields(Settings)}

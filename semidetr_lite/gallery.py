@@ -36,7 +36,10 @@ class Gallery(NamedTuple):
             pairs = zip(detections, self.truths, strict=True)
             errors = [count_hits(*pair, score) for pair in pairs]
             kinds = ("hits", "false_alarms", "misses")
-            counts[name] = tuple(sum(len(image[kind]) for image in errors) for kind in kinds)
+            hits, false_alarms, misses = (
+                sum(len(image[kind]) for image in errors) for kind in kinds
+            )
+            counts[name] = (hits, false_alarms, misses)
         return counts
 
     def picture(self, scenes: list[int], score: float, title: str | None = None) -> Picture:

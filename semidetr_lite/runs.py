@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeGuard
 
 import semidetr_lite
 from semidetr_lite.data import digits
@@ -180,13 +181,13 @@ def _name_runs(runs: list[Record], names: dict) -> None:
         given = [names[key] for key in (path.name, path.stem) if key in names]
         run.name = str(given[0]) if given else default_name(run, runs)
     taken = [run.name for run in runs]
-    paths = [run.path.resolve().parts for run in runs]
+    all_parts = [run.path.resolve().parts for run in runs]
     shared = -1  # parts of the paths that need not be said: all but the folder's name
-    if len({path[-1] for path in paths}) < len(paths):
-        shared = len(os.path.commonprefix([path[:-1] for path in paths]))
-    for run, path in zip(runs, paths):
+    if len({parts[-1] for parts in all_parts}) < len(all_parts):
+        shared = len(os.path.commonprefix([parts[:-1] for parts in all_parts]))
+    for run, parts in zip(runs, all_parts):
         if taken.count(run.name) > 1:
-            run.name += f" ({'/'.join(path[shared:])})"
+            run.name += f" ({'/'.join(parts[shared:])})"
 
 
 def default_name(run: Record, runs: list[Record]) -> str:
@@ -241,7 +242,7 @@ def fill_figures(run: Record, splits: Splits | None = None) -> None:
             run.figures[network] = measure(detector, test)
 
 
-def is_measured(value: float | None) -> bool:
+def is_measured(value: float | None) -> TypeGuard[float]:
     """Whether a figure exists: COCO marks a class of objects that does not occur by nan or -1."""
     return value is not None and value >= 0
 
@@ -257,19 +258,20 @@ def best_sentence(runs: list[Record]) -> str:
     Where the first run is the best, the difference to the best of the others. AP that are equal at
     one decimal are a tie.
     """
-    base, measured = runs[0], [run for run in runs if run.ap is not None]
+    base = runs[0]
+    measured = [(run, ap) for run in runs if (ap := run.ap) is not None]
     if not measured:
         return "No AP on the test split yet"
-    top = max(run.ap for run in measured)
+    top = max(ap for _, ap in measured)
     reached, first = f"{top:.1f} AP on the test split", as_training(base, runs)
-    best = [run for run in measured if f"{run.ap:.1f}" == f"{top:.1f}"]
-    others = [run for run in measured if run is not base]
+    best = [run for run, ap in measured if f"{ap:.1f}" == f"{top:.1f}"]
+    others = [(run, ap) for run, ap in measured if run is not base]
     if base in best and len(best) > 1:
         equal = listed([as_training(run, runs) for run in best])
         return capital(f"a tie: {equal} reach {reached}")
     if base in best and others:
-        rival = max(others, key=lambda run: run.ap)
-        ahead = f"{top - rival.ap:.1f} AP more than {as_training(rival, runs)}"
+        rival, rival_ap = max(others, key=lambda other: other[1])
+        ahead = f"{top - rival_ap:.1f} AP more than {as_training(rival, runs)}"
         more = ", the best of the others" if len(others) > 1 else ""
         return capital(f"{first} wins: {reached}, {ahead}{more}")
     who = capital(listed([as_training(run, runs) for run in best]))

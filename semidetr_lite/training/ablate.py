@@ -247,13 +247,10 @@ def summarise(lines: list[dict]) -> list[Summary]:
         }
         key = tuple(line[name] for name in ("table", "preset", "detector", "percent", "row"))
         groups.setdefault((*key, line.get("steps", 0)), []).append(line)
-    means, found = (
-        {key: statistics.mean(100 * line["AP"] for line in groups[key]) for key in groups},
-        [],
-    )
+    means = {key: statistics.mean(100 * line["AP"] for line in groups[key]) for key in groups}
     lengths: dict[tuple, list[int]] = {}
-    for *key, steps in sorted(groups, key=lambda one: one[-1]):
-        lengths.setdefault(tuple(key), []).append(steps)
+    for *row_key, steps in sorted(groups, key=lambda key: key[-1]):
+        lengths.setdefault(tuple(row_key), []).append(steps)
 
     def reference_ap(time: float, *key) -> float:
         known = lengths.get(key, [])
@@ -262,6 +259,7 @@ def summarise(lines: list[dict]) -> list[Summary]:
             math.nan,
         )
 
+    summaries = []
     for key in sorted(groups, key=_sort_key):
         table, preset, detector, percent, row, steps = key
         members = groups[key]
@@ -276,7 +274,7 @@ def summarise(lines: list[dict]) -> list[Summary]:
         ap50 = statistics.mean(100 * line["AP50"] for line in members)
         minutes = statistics.mean(line["seconds"] for line in members) / 60
         name = row if steps == lengths[key[:-1]][0] else f"{row}, {steps:,} steps"
-        found.append(
+        summaries.append(
             Summary(
                 table,
                 preset,
@@ -291,7 +289,7 @@ def summarise(lines: list[dict]) -> list[Summary]:
                 gap,
             )
         )
-    return found
+    return summaries
 
 
 def _sort_key(key: tuple) -> tuple:

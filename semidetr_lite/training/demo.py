@@ -116,8 +116,10 @@ def _train_in_child(messages, name: str, out: Path, seed: int, changes: dict) ->
 
 def _stop_with_parent() -> None:
     """End this process, after it has saved, when the program that started it is gone."""
-    wait([multiprocessing.parent_process().sentinel])
-    os.kill(os.getpid(), signal.SIGTERM)
+    parent = multiprocessing.parent_process()
+    if parent is not None:  # None only in a program that nobody started as a child
+        wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _follow(processes: dict, out: Path, steps: int | None) -> None:

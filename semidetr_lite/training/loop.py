@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import torch
 from tqdm import tqdm
@@ -111,6 +112,8 @@ class Run:
             origin = str(self.folder.path / "config.json")
         else:
             self.folder.open_new()
+        if config is None:
+            raise ValueError("a new run needs a config; only resume=True goes without")
         if runtime:
             runtime = dataclasses.replace(runtime, threads=config.runtime.threads)
             config = dataclasses.replace(config, runtime=runtime)
@@ -158,7 +161,7 @@ class Run:
             load_state_strict(self.method, state["method"], self.folder.last)
             self.optimizer.load_state_dict(state["optimizer"])
             self.method.student.nms = self.method.teacher.nms = state["nms"]
-        elif burn_in:
+        elif config.burn_in and burn_in:
             for name in ("student", "teacher"):
                 tensors = {
                     key.removeprefix(f"{name}."): value
@@ -251,9 +254,10 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         self.optimizer.zero_grad(set_to_none=True)
-        names, means_of_parts = [], []
+        names: list[str] = []
+        means_of_parts: list[torch.Tensor] = []
         for losses, means in self.engine.losses(batch, step):
-            sum(losses.values()).backward()
+            cast(torch.Tensor, sum(losses.values())).backward()
             names += losses
             means_of_parts.append(means)
         trained = [parameter for parameter in self.method.parameters() if parameter.requires_grad]
@@ -465,7 +469,8 @@ def fingerprint(splits: Splits) -> list:
 
 def make_optimizer(method: TeacherStudent, recipe: Settings) -> torch.optim.Optimizer:
     """AdamW, the backbone at its own rate."""
-    backbone, others = [], []
+    backbone: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, parameter in method.named_parameters():
         if parameter.requires_grad:
             (backbone if ".backbone." in name else others).append(parameter)

@@ -1,6 +1,7 @@
 """Memory: the largest steps are run once before the first, so that they do not fail hours later."""
 
 import functools
+from typing import cast
 
 import torch
 
@@ -50,11 +51,12 @@ def memory_dry_run(
     state = [torch.empty_like(parameter) for parameter in trained for _ in range(2)]
     if isinstance(method, MeanTeacher):
         predict = method.predict_pseudo_labels
-        method.predict_pseudo_labels = functools.partial(_all_confident, predict)
+        confident = functools.partial(_all_confident, predict)
+        method.predict_pseudo_labels = confident  # type: ignore[method-assign]
     try:
         for step in (0, 2**31):  # the first stage, and the last
             for losses, _ in engine.losses(batch, step):
-                sum(losses.values()).backward()
+                cast(torch.Tensor, sum(losses.values())).backward()
             method.zero_grad(set_to_none=True)
     finally:
         method.__dict__.pop("predict_pseudo_labels", None)

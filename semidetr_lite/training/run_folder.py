@@ -91,9 +91,14 @@ class RunFolder:
             method: its student and teacher are written as weights.
             state: of optimizer, steps and so on; method and settings are added to it.
         """
-        kind = (config.detector, config.detector_kwargs.given(), config.categories)
-        for name in ("student", "teacher"):
-            save_weights(self.path / f"{name}.safetensors", getattr(method, name), *kind)
+        for name, detector in (("student", method.student), ("teacher", method.teacher)):
+            save_weights(
+                self.path / f"{name}.safetensors",
+                detector,
+                config.detector,
+                arguments=config.detector_kwargs.given(),
+                categories=config.categories or [],
+            )
         state = {
             "method": method.state_dict(),
             "nms": method.student.nms,
