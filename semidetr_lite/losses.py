@@ -363,7 +363,7 @@ def detection_losses(
     layers: Layers, target_sets: list[TargetSet], assignments: list[Assignment], stage: str
 ) -> dict[str, torch.Tensor]:
     """The detection losses of each kind of images: {"labelled/class", ..., "pseudo/giou"}."""
-    losses = {}
+    losses: dict[str, torch.Tensor] = {}
     for target_set, assignment in zip(target_sets, assignments, strict=True):
         loss = detection_loss(
             layers.of_images(target_set.images),
@@ -388,7 +388,7 @@ def denoising_losses(
         target_sets: of each kind of images with denoising: rows, weights and numbers of boxes.
     """
     by_name = {target_set.name: target_set for target_set in target_sets}
-    losses = {}
+    losses: dict[str, torch.Tensor] = {}
     for outputs, queries in zip(group_outputs, denoising, strict=True):
         target_set = by_name[queries.name]
         loss = denoising_loss(

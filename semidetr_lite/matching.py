@@ -70,7 +70,7 @@ def pad_targets(targets: list[dict], device: torch.device | str | None = None) -
         boxes = to_model(target["boxes"].float(), target["size"])[keep]
         labels = target["labels"][keep]
         rows.append((boxes, labels, torch.ones_like(labels, dtype=torch.bool)))
-    padded = [pad_sequence(entries, batch_first=True) for entries in zip(*rows, strict=True)]
+    padded = [pad_sequence(list(entries), batch_first=True) for entries in zip(*rows, strict=True)]
     return PaddedTargets(*(to_device(entry[: len(targets)], device) for entry in padded))
 
 
@@ -335,5 +335,7 @@ def match_layers(
     if stage == "one_to_many":
         targets = targets._replace(labels=layers.labels(targets.labels))
         return assign_one_to_many(layers.logits, layers.boxes, targets, candidates=candidates)
+    if costs is None or valid is None:
+        raise ValueError("one-to-one matching needs the costs and their valid columns")
     assigned = to_device(torch.from_numpy(assign_one_to_one(costs, valid)), layers.logits.device)
     return Assignment(assigned, (assigned >= 0).float())

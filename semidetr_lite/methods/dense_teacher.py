@@ -36,7 +36,6 @@ from semidetr_lite.detectors.pyramid import FCOS, FCOSOutputs
 from semidetr_lite.losses import LossWeights, add_prefix, quality_focal_loss
 from semidetr_lite.methods.mean_teacher import (
     RNG_LABELLED,
-    Prepared,
     TeacherStudent,
     weak_to_strong,
 )
@@ -102,6 +101,9 @@ class DenseTeacher(TeacherStudent):
         ema_decay, seed, loss_weights: see TeacherStudent; FCOS's losses have no weights.
     """
 
+    student: FCOS
+    teacher: FCOS
+
     def __init__(
         self,
         student: FCOS,
@@ -120,13 +122,10 @@ class DenseTeacher(TeacherStudent):
         self.class_weight = unlabelled_weight
         self.box_weight = unlabelled_weight * unlabelled_box_weight
 
-    def forward(
-        self, batch: dict, step: int, prepared: Prepared | None = None
-    ) -> dict[str, torch.Tensor]:
+    def forward(self, batch: dict, step: int, prepared: None = None) -> dict[str, torch.Tensor]:
         """The weighted losses of a batch; see TeacherStudent.forward."""
-        labelled_losses = self.student.losses(
-            *batch["labelled"], self.step_seed(step, RNG_LABELLED)
-        )
+        images, truths = batch["labelled"]
+        labelled_losses = self.student.losses(images, truths, self.step_seed(step, RNG_LABELLED))
         losses = add_prefix("labelled", labelled_losses)
         (weak_images, weak_views), (strong_images, strong_views) = batch["weak"], batch["strong"]
 

@@ -12,7 +12,7 @@ Shapes: B images, K pseudo-boxes per image, T targets, Q queries.
 """
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,7 +60,8 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     student_tensors = (*student.parameters(), *student.buffers())
     pairs = list(zip(teacher_tensors, student_tensors, strict=True))
     averaged = [(old, new) for old, new in pairs if old.is_floating_point()]
-    torch._foreach_lerp_(*map(list, zip(*averaged, strict=True)), 1 - momentum)
+    old_tensors, new_tensors = [old for old, _ in averaged], [new for _, new in averaged]
+    torch._foreach_lerp_(old_tensors, new_tensors, 1 - momentum)
     for old, new in pairs:
         if not old.is_floating_point():
             old.copy_(new)
@@ -76,6 +77,10 @@ class TeacherStudent(nn.Module):
         seed: of the random numbers of denoising and sampling.
         loss_weights: factors of the losses.
     """
+
+    pseudo_boxes_per_class: torch.Tensor  # (C,) running mean per image
+    score_threshold: float  # of the semi-supervised methods
+    max_pseudo_boxes: int  # of the semi-supervised methods
 
     def __init__(
         self,
@@ -98,9 +103,7 @@ class TeacherStudent(nn.Module):
         self.teacher.eval()
         return self
 
-    def forward(
-        self, batch: dict, step: int, prepared: "Prepared | None" = None
-    ) -> dict[str, torch.Tensor]:
+    def forward(self, batch: dict, step: int, prepared: Any = None) -> dict[str, torch.Tensor]:
         """The weighted losses of a batch, or of one of the micro-batches of a step.
 
         Args:
@@ -111,7 +114,7 @@ class TeacherStudent(nn.Module):
         """
         raise NotImplementedError
 
-    def prepare(self, micro_batches: list[dict], step: int) -> list["Prepared | None"]:
+    def prepare(self, micro_batches: list[dict], step: int) -> list[Any]:
         """What the losses of each micro-batch need to know of the whole step: here, nothing."""
         return [None] * len(micro_batches)
 
@@ -182,7 +185,7 @@ class TeacherStudent(nn.Module):
                 the strong views, if any.
             step: number of the step.
         """
-        denoising = []
+        denoising: list[DenoisingQueries] = []
         num_images = sum(len(targets) for targets in views)
         if self.student.denoising is None:
             return denoising
@@ -278,10 +281,10 @@ class Prepared(NamedTuple):
     """What the losses of a micro-batch need to know before the student runs."""
 
     labelled: TargetSet
-    pseudo: TargetSet | None = None  # the confident boxes
-    pseudo_labels: PseudoLabels | None = None
-    confident: np.ndarray | None = None  # `pseudo_labels.confident` on the CPU
-    candidates: np.ndarray | None = None  # `pseudo_labels.candidates` on the CPU
+    pseudo: TargetSet  # the confident boxes
+    pseudo_labels: PseudoLabels
+    confident: np.ndarray  # `pseudo_labels.confident` on the CPU
+    candidates: np.ndarray  # `pseudo_labels.candidates` on the CPU
 
 
 # ---- the method ----------------------------------------------------------------------------------
@@ -361,19 +364,21 @@ class MeanTeacher(TeacherStudent):
         losses = detection_losses(layers, target_sets, assignments, "one_to_one")
         return losses | denoising_losses(outputs["groups"], denoising, target_sets)
 
-    def prepare(
-        self, micro_batches: list[dict], step: int, keep_teacher: bool = False
-    ) -> list[Prepared]:
+    def has_consistency(self, step: int) -> bool:
+        """Whether a step has a consistency loss, which needs the teacher's memory and outputs."""
+        return False
+
+    def prepare(self, micro_batches: list[dict], step: int) -> list[Prepared]:
         """Predict the pseudo-labels of all micro-batches, then count the boxes of the whole step.
 
         Args:
             micro_batches: of one step, each with "labelled", "weak" and "strong".
             step: number of the step.
-            keep_teacher: whether the teacher's memory and outputs are kept.
         """
+        keep_teacher = self.has_consistency(step)
         predicted = [self.predict_pseudo_labels(batch, keep_teacher) for batch in micro_batches]
-        masks = [mask for labels in predicted for mask in (labels.confident, labels.candidates)]
-        masks = copy_to_host(*masks)
+        on_device = [mask for labels in predicted for mask in (labels.confident, labels.candidates)]
+        masks = copy_to_host(*on_device)
         confident, candidates = masks[::2], masks[1::2]
         labelled = self.make_labelled_sets(micro_batches)
         pseudo = make_target_sets(

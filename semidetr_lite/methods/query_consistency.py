@@ -19,7 +19,7 @@ D channels.
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -118,7 +118,8 @@ def query_consistency(
     total = sum(distributed.all_gather(int(mask.sum())))
     num_queries = max(total, 1) / distributed.world_size()
     if not mask.any():  # every process needs a gradient
-        return sum(parameter.sum() * 0.0 for parameter in projector.parameters())
+        zeros = [parameter.sum() * 0.0 for parameter in projector.parameters()]
+        return cast(torch.Tensor, sum(zeros))
 
     strong_boxes, weak_boxes = labels.strong.boxes, labels.weak.boxes
     # the boxes of `mask`, in a row: their image, their column in it, and their slot in the group
@@ -173,11 +174,11 @@ def consistency_loss(
         num_queries: what replaces the number of valid queries in the mean, where other processes
             share it.
     """
-    num_queries = num_queries or valid.sum().clamp(min=1)
+    count = num_queries or valid.sum().clamp(min=1)
     total = valid.new_zeros((), dtype=torch.float32)
     for student_layer, teacher_layer in zip(student, teacher, strict=True):
         student_direction = F.normalize(student_layer.float(), dim=-1)
         teacher_direction = F.normalize(teacher_layer.detach().float(), dim=-1)
         difference = (student_direction - teacher_direction).square().mean(-1)
-        total = total + (difference * valid).sum() / num_queries
+        total = total + (difference * valid).sum() / count
     return total

@@ -70,6 +70,8 @@ class SemiDETR(MeanTeacher):
     `consistency_boxes` or `mining`.
     """
 
+    cost_queue: torch.Tensor  # (cost_queue_size,) past matching costs, nan where there is none yet
+
     def __init__(
         self,
         student: Detector,
@@ -157,11 +159,12 @@ class SemiDETR(MeanTeacher):
         # 3. All matching costs to the CPU, in one copy
         if self.mined_targets:
             pseudo = pseudo._replace(targets=labels.strong)
-        costs = [layer_costs(strong_layers.last_of_decoder(), labels.strong)[0], self.cost_queue]
+        on_device = [layer_costs(strong_layers.last_of_decoder(), labels.strong)[0]]
+        on_device.append(self.cost_queue)
         if stage == "one_to_one":
-            costs.append(layer_costs(labelled_layers, labelled.targets))
-            costs.append(layer_costs(strong_layers, pseudo.targets))
-        last_costs, past_costs, *costs = copy_to_host(*costs)
+            on_device.append(layer_costs(labelled_layers, labelled.targets))
+            on_device.append(layer_costs(strong_layers, pseudo.targets))
+        last_costs, past_costs, *costs = copy_to_host(*on_device)
 
         # 4. CPM: mine the pseudo-boxes that match the student's predictions at low cost (3.4)
         matched = matched_costs(last_costs, confident | candidates)
@@ -195,10 +198,6 @@ class SemiDETR(MeanTeacher):
             "cost_threshold": threshold,
         }
         return losses
-
-    def prepare(self, micro_batches: list[dict], step: int) -> list[Prepared]:
-        """See MeanTeacher.prepare; the teacher's memory is kept where a step has consistency."""
-        return super().prepare(micro_batches, step, keep_teacher=self.has_consistency(step))
 
     def with_mined(self, pseudo: TargetSet, mask: np.ndarray) -> TargetSet:
         """The pseudo-boxes of a mask (B, K) bool as targets, counted within this micro-batch."""

@@ -40,7 +40,6 @@ from semidetr_lite.losses import LossWeights, add_prefix
 from semidetr_lite.methods.mean_teacher import (
     RNG_LABELLED,
     RNG_UNLABELLED,
-    Prepared,
     TeacherStudent,
     weak_to_strong,
 )
@@ -97,6 +96,9 @@ class SoftTeacher(TeacherStudent):
         ema_decay, seed, loss_weights: see TeacherStudent; Faster R-CNN's losses have no weights.
     """
 
+    student: FasterRCNN
+    teacher: FasterRCNN
+
     def __init__(
         self,
         student: FasterRCNN,
@@ -121,13 +123,10 @@ class SoftTeacher(TeacherStudent):
         self.class_weight = unlabelled_weight
         self.box_weight = unlabelled_weight * unlabelled_box_weight
 
-    def forward(
-        self, batch: dict, step: int, prepared: Prepared | None = None
-    ) -> dict[str, torch.Tensor]:
+    def forward(self, batch: dict, step: int, prepared: None = None) -> dict[str, torch.Tensor]:
         """The weighted losses of a batch; see TeacherStudent.forward."""
-        labelled_losses = self.student.losses(
-            *batch["labelled"], self.step_seed(step, RNG_LABELLED)
-        )
+        images, truths = batch["labelled"]
+        labelled_losses = self.student.losses(images, truths, self.step_seed(step, RNG_LABELLED))
         losses = add_prefix("labelled", labelled_losses)
         (weak_images, weak_views), (strong_images, strong_views) = batch["weak"], batch["strong"]
 
