@@ -11,7 +11,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -278,7 +278,7 @@ def predict(
         raise UserError(f"{unread[0]}{others}")
 
 
-def _picture(image, found: dict, detector, name: str) -> bytes:
+def _picture(image, found: Mapping, detector, name: str) -> bytes:
     """A PNG of an image with what was found.
 
     At its own size, but 320 pixels wide at least and 2,000 at most.

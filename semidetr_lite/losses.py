@@ -33,6 +33,7 @@ from torchvision.ops import box_convert
 
 from semidetr_lite import distributed
 from semidetr_lite.boxes import overlaps
+from semidetr_lite.contracts import Outputs, Target
 from semidetr_lite.detectors.denoising import DenoisingTargets
 from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.detectors.transformer import Layers, QueryGroup, slice_batch, stack_layers
@@ -277,7 +278,7 @@ def _xyxy(boxes: torch.Tensor) -> torch.Tensor:
 def layer_loss(
     logits: torch.Tensor,
     pred_boxes: torch.Tensor,
-    targets: list[dict],
+    targets: list[Target],
     stage: str,
     candidates: int = 13,
     loss_weights: LossWeights = LossWeights(),
@@ -327,7 +328,7 @@ def detection_loss(
 
 
 def denoising_loss(
-    outputs: dict,
+    outputs: Outputs,
     denoising_targets: DenoisingTargets,
     targets: PaddedTargets,
     loss_weights: LossWeights = LossWeights(),
@@ -378,7 +379,7 @@ def detection_losses(
 
 
 def denoising_losses(
-    group_outputs: list[dict], denoising: list[DenoisingQueries], target_sets: list[TargetSet]
+    group_outputs: list[Outputs], denoising: list[DenoisingQueries], target_sets: list[TargetSet]
 ) -> dict[str, torch.Tensor]:
     """The denoising losses of each kind of images: {"labelled denoising/class", ...}.
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from semidetr_lite import distributed
+from semidetr_lite.contracts import Batch, Views
 from semidetr_lite.data.splits import Dataset, Splits
 from semidetr_lite.data.views import ViewSettings, labelled_view, strong_view, weak_view
 from semidetr_lite.errors import UserError
@@ -133,11 +134,11 @@ class Batches(torch.utils.data.Dataset):
         in_this_cycle = int((order[:position] == shape).sum())
         return shape, cycle * self.schedule.count(shape) + in_this_cycle
 
-    def __getitem__(self, step: int) -> dict:
+    def __getitem__(self, step: int) -> Batch:
         shape, draw_index = self.shape_and_draw_index(step)
         indices = self.labelled.draw(shape, draw_index)
         scenes = self._read(RNG_LABELLED, self.labelled, indices, shape, step)
-        batch = {"labelled": self._views(scenes, labelled_view, step, RNG_LABELLED)}
+        batch: Batch = {"labelled": self._views(scenes, labelled_view, step, RNG_LABELLED)}
         if self.unlabelled is not None:
             indices = self.unlabelled.draw(shape, draw_index)
             # once for both views
@@ -192,9 +193,7 @@ class Batches(torch.utils.data.Dataset):
             message = f"{count} skipped so far by this process, the last: {problem}"
             print(f"warning: {message}", file=sys.stderr)
 
-    def _views(
-        self, scenes: list[tuple], view: Callable, step: int, stream: int
-    ) -> tuple[list[torch.Tensor], list[dict]]:
+    def _views(self, scenes: list[tuple], view: Callable, step: int, stream: int) -> Views:
         """(images, targets) of a view of this process's images."""
         images = []
         targets = []

@@ -20,6 +20,8 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from semidetr_lite.boxes import height_and_width
+from semidetr_lite.contracts import View
 from semidetr_lite.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
@@ -170,7 +172,7 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict]:
+    def __getitem__(self, index: int) -> View:
         index = range(len(self))[index]  # -1 is the last one
         image = read_image(self.paths[index], upright=True)
-        return image, {"size": tuple(image.shape[1:]), "image_id": self.first_id + index}
+        return image, {"size": height_and_width(image), "image_id": self.first_id + index}

@@ -10,8 +10,8 @@ from functools import cached_property
 from typing import Protocol
 
 import numpy as np
-import torch
 
+from semidetr_lite.contracts import Target, View
 from semidetr_lite.errors import UserError
 
 
@@ -24,7 +24,7 @@ class Dataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict]: ...
+    def __getitem__(self, index: int) -> View: ...
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict]:
+    def __getitem__(self, index: int) -> View:
         return self.dataset[self.indices[index]]
 
 
@@ -77,9 +77,9 @@ class WithoutLabels(Subset):
     measured against, never trained on.
     """
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict]:
+    def __getitem__(self, index: int) -> View:
         image, target = super().__getitem__(index)
-        unlabelled = {"size": target["size"], "image_id": target["image_id"]}
+        unlabelled: Target = {"size": target["size"], "image_id": target["image_id"]}
         if "boxes" in target:
             unlabelled["truth"] = target
         return image, unlabelled
@@ -99,7 +99,7 @@ class Concat:
     def __len__(self) -> int:
         return sum(len(dataset) for dataset in self.datasets)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict]:
+    def __getitem__(self, index: int) -> View:
         start = 0  # of the dataset
         for dataset in self.datasets:
             if index < start + len(dataset):

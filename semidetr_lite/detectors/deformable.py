@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from semidetr_lite.boxes import height_and_width, inverse_sigmoid
+from semidetr_lite.contracts import Outputs
 from semidetr_lite.detectors.backbone import make_backbone
 from semidetr_lite.detectors.denoising import group_mask
 from semidetr_lite.detectors.detector import Detector, valid_ratio
@@ -318,7 +319,7 @@ class DeformableDetector(Detector):
             memory = memory._replace(proposals=self.select_proposals(memory, mask))
         return memory
 
-    def select_proposals(self, memory: Memory, mask: torch.Tensor) -> dict:
+    def select_proposals(self, memory: Memory, mask: torch.Tensor) -> Outputs:
         """The Q best-scored tokens as an outputs dict; each box is an anchor at its token, refined.
 
         Anchors near the border or in the padding come last.
@@ -377,7 +378,7 @@ class DeformableDetector(Detector):
         """
         raise NotImplementedError
 
-    def decode(self, memory: Memory, groups: Sequence[QueryGroup] = ()) -> dict:
+    def decode(self, memory: Memory, groups: Sequence[QueryGroup] = ()) -> Outputs:
         """Decode the matching queries, and beside them query groups, to which they do not attend.
 
         Returns:
@@ -409,8 +410,8 @@ class DeformableDetector(Detector):
         return outputs
 
     def decode_groups(
-        self, memory: Memory, outputs: dict, groups: Sequence[QueryGroup]
-    ) -> list[dict]:
+        self, memory: Memory, outputs: Outputs, groups: Sequence[QueryGroup]
+    ) -> list[Outputs]:
         """Decode query groups after the matching queries: the result of decoding them together.
 
         Args:

@@ -17,6 +17,7 @@ from torch import nn
 from torchvision.ops import nms as non_maximum_suppression
 
 from semidetr_lite.boxes import height_and_width, to_pixels
+from semidetr_lite.contracts import Outputs, Target
 from semidetr_lite.data.images import read_image
 from semidetr_lite.data.views import resized
 from semidetr_lite.detectors.backbone import Backbone
@@ -67,15 +68,17 @@ class Detector(nn.Module):
         """Backbone and encoder; images as in `forward`."""
         raise NotImplementedError
 
-    def decode(self, memory: Memory, groups: Sequence = ()) -> dict:
+    def decode(self, memory: Memory, groups: Sequence = ()) -> Outputs:
         """Decoder and heads -> outputs; see DeformableDetector.decode for the groups."""
         raise NotImplementedError
 
-    def decode_groups(self, memory: Memory, outputs: dict, groups: Sequence) -> list[dict]:
+    def decode_groups(self, memory: Memory, outputs: Outputs, groups: Sequence) -> list[Outputs]:
         """An outputs dict per query group; see DeformableDetector.decode_groups."""
         raise NotImplementedError
 
-    def forward(self, images: Sequence[torch.Tensor] | torch.Tensor, groups: Sequence = ()) -> dict:
+    def forward(
+        self, images: Sequence[torch.Tensor] | torch.Tensor, groups: Sequence = ()
+    ) -> Outputs:
         """The outputs dict of a batch.
 
         Args:
@@ -198,7 +201,7 @@ class Detector(nn.Module):
         top: int = 100,
         nms: float | None = None,
         batch_size: int = 50,
-    ) -> list[dict]:
+    ) -> list[Target]:
         """Detect objects in images.
 
         Args:
@@ -222,7 +225,7 @@ class Detector(nn.Module):
         originals = [load_image(image) for image in images]
         inputs = [self._resize(image) for image in originals]
         nms = self.nms if nms is None else nms
-        detections: list[dict] = [{}] * len(inputs)
+        detections: list[Target] = [{}] * len(inputs)
         for chunk in same_size_chunks(inputs, batch_size):
             sizes = torch.tensor([originals[index].shape[-2:] for index in chunk])
             chunk_images = [inputs[index] for index in chunk]
@@ -321,7 +324,7 @@ def valid_ratio(mask: torch.Tensor) -> torch.Tensor:
 # ---- from outputs to boxes -----------------------------------------------------------------------
 
 
-def class_scores(outputs: dict) -> torch.Tensor:
+def class_scores(outputs: Outputs) -> torch.Tensor:
     """The scores (B, Q, C) of an outputs dict: sigmoids of the logits.
 
     With "no_object": the softmax without its last entry, and -1 except for the best class of each
@@ -335,7 +338,7 @@ def class_scores(outputs: dict) -> torch.Tensor:
 
 
 def postprocess(
-    outputs: dict,
+    outputs: Outputs,
     sizes: torch.Tensor,
     top: int,
     score: float = 0.0,

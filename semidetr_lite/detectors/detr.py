@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from semidetr_lite.boxes import height_and_width
+from semidetr_lite.contracts import Outputs
 from semidetr_lite.detectors.backbone import make_backbone
 from semidetr_lite.detectors.detector import IMAGENET_MEAN, IMAGENET_STD, Detector, valid_ratio
 from semidetr_lite.detectors.transformer import (
@@ -167,7 +168,7 @@ class DETR(Detector):
             positions=positions,
         )
 
-    def decode(self, memory: Memory, groups: Sequence = ()) -> dict:
+    def decode(self, memory: Memory, groups: Sequence = ()) -> Outputs:
         """Decode the matching queries -> outputs.
 
         Raises:

@@ -19,7 +19,7 @@ Shapes: B images, T targets, N cells or boxes, D channels, C classes.
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -37,6 +37,7 @@ from torchvision.ops.feature_pyramid_network import (
 from torchvision.ops.poolers import LevelMapper
 
 from semidetr_lite.boxes import height_and_width
+from semidetr_lite.contracts import Target
 from semidetr_lite.detectors.backbone import make_backbone
 from semidetr_lite.detectors.detector import IMAGENET_MEAN, IMAGENET_STD, Detector, PerImage
 
@@ -119,7 +120,7 @@ class TorchvisionDetector(Detector):
         self.strides = [first_stride * 2**level for level in range(num_levels)]
 
     def losses(
-        self, images: Sequence[torch.Tensor], targets: list[dict], seed: int = 0
+        self, images: Sequence[torch.Tensor], targets: list[Target], seed: int = 0
     ) -> dict[str, torch.Tensor]:
         """The losses of a supervised step, scalars by name; a function of weights and arguments.
 
@@ -130,9 +131,7 @@ class TorchvisionDetector(Detector):
         """
         raise NotImplementedError
 
-    def predict(
-        self, features: FeatureMaps, score: float, top: int, nms: float
-    ) -> list[dict[str, torch.Tensor]]:
+    def predict(self, features: FeatureMaps, score: float, top: int, nms: float) -> list[Target]:
         """Detections of each image: "boxes", "labels", "scores", in falling order of the scores.
 
         Args:
@@ -155,9 +154,9 @@ class TorchvisionDetector(Detector):
         maps = {str(level): x for level, x in enumerate(self.backbone(images))}
         return list(self.fpn(maps).values())
 
-    def to_torchvision_targets(self, targets: list[dict]) -> list[dict]:
+    def to_torchvision_targets(self, targets: list[Target]) -> list[Target]:
         """Targets on the device, with torchvision's labels, without crowd regions."""
-        converted = []
+        converted: list[Target] = []
         for target in targets:
             keep = ~target["crowd"] if "crowd" in target else slice(None)
             boxes = target["boxes"][keep].to(self.mean.device)
@@ -269,7 +268,7 @@ class FCOS(TorchvisionDetector):
         return FCOSOutputs(outputs, anchors, cells_per_level, features.image_sizes)
 
     def losses(
-        self, images: Sequence[torch.Tensor], targets: list[dict], seed: int = 0
+        self, images: Sequence[torch.Tensor], targets: list[Target], seed: int = 0
     ) -> dict[str, torch.Tensor]:
         """Losses "class", "giou" and "centerness"; nothing is random. See TorchvisionDetector."""
         predicted = self.head_outputs(self.extract(images))
@@ -281,9 +280,7 @@ class FCOS(TorchvisionDetector):
         )
         return dict(zip(("class", "giou", "centerness"), losses.values(), strict=True))
 
-    def predict(
-        self, features: FeatureMaps, score: float, top: int, nms: float
-    ) -> list[dict[str, torch.Tensor]]:
+    def predict(self, features: FeatureMaps, score: float, top: int, nms: float) -> list[Target]:
         """See TorchvisionDetector.predict. A score is sqrt(class score * centerness)."""
         predicted = self.head_outputs(features)
         self.net.score_thresh = score
@@ -296,11 +293,12 @@ class FCOS(TorchvisionDetector):
         detections = self.net.postprocess_detections(
             outputs, [anchors] * len(features.image_sizes), features.image_sizes
         )
-        kept = []
+        kept: list[Target] = []
         for image_detections in detections:
             boxes = image_detections["boxes"]
             area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-            kept.append({key: x[area > 0][:top] for key, x in image_detections.items()})
+            has_area = {key: x[area > 0][:top] for key, x in image_detections.items()}
+            kept.append(cast(Target, has_area))
         return kept
 
 
@@ -374,7 +372,7 @@ class FasterRCNN(TorchvisionDetector):
         return pool
 
     def propose(
-        self, features: FeatureMaps, targets: list[dict] | None = None
+        self, features: FeatureMaps, targets: list[Target] | None = None
     ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
         """Region proposals, (N, 4) xyxy pixels per image, and their losses.
 
@@ -406,14 +404,14 @@ class FasterRCNN(TorchvisionDetector):
         return heads.box_predictor(heads.box_head(pooled))
 
     def sample(
-        self, proposals: list[torch.Tensor], targets: list[dict]
+        self, proposals: list[torch.Tensor], targets: list[Target]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
         """The boxes to train on, targets among them; their labels and box codes; each per image."""
         boxes, _, labels, codes = self.net.roi_heads.select_training_samples(proposals, targets)
         return boxes, labels, codes
 
     def losses(
-        self, images: Sequence[torch.Tensor], targets: list[dict], seed: int = 0
+        self, images: Sequence[torch.Tensor], targets: list[Target], seed: int = 0
     ) -> dict[str, torch.Tensor]:
         """Losses "objectness", "proposals", "class" and "boxes"; see TorchvisionDetector.losses.
 
@@ -428,9 +426,7 @@ class FasterRCNN(TorchvisionDetector):
         losses["class"], losses["boxes"] = fastrcnn_loss(logits, box_codes, labels, codes)
         return losses
 
-    def predict(
-        self, features: FeatureMaps, score: float, top: int, nms: float
-    ) -> list[dict[str, torch.Tensor]]:
+    def predict(self, features: FeatureMaps, score: float, top: int, nms: float) -> list[Target]:
         """See TorchvisionDetector.predict; a score is the softmax over classes and background."""
         heads = self.net.roi_heads
         heads.score_thresh = score

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from semidetr_lite.contracts import Outputs
 from semidetr_lite.device import to_device
 
 
@@ -25,7 +26,7 @@ class Memory(NamedTuple):
     shapes: list[tuple[int, int]]  # (H, W) of each level
     valid_ratios: torch.Tensor  # (B, L, 2): fraction of each level's width and height that is image
     features: list[torch.Tensor]  # L projected maps (B, D, H, W), before the encoder
-    proposals: dict | None  # two-stage: outputs dict of the selected tokens
+    proposals: Outputs | None  # two-stage: of the selected tokens
     positions: torch.Tensor | None = None  # (B, S, D), where the decoder needs them again (DETR)
 
     def slice(self, images: slice) -> "Memory":
@@ -206,12 +207,12 @@ class SelfAttention(nn.Module):
 # ---- outputs -------------------------------------------------------------------------------------
 
 
-def as_outputs(layers: Sequence[dict]) -> dict:
+def as_outputs(layers: Sequence[dict]) -> Outputs:
     """The dict of the last layer, with those of the earlier layers under "aux_outputs"."""
-    return {**layers[-1], "aux_outputs": list(layers[:-1])}
+    return cast(Outputs, {**layers[-1], "aux_outputs": list(layers[:-1])})
 
 
-def split_outputs(layers: Sequence[dict], sizes: list[int]) -> list[dict]:
+def split_outputs(layers: Sequence[dict], sizes: list[int]) -> list[Outputs]:
     """One outputs dict for each block of queries.
 
     Args:
@@ -226,7 +227,7 @@ def split_outputs(layers: Sequence[dict], sizes: list[int]) -> list[dict]:
     return [as_outputs(block) for block in blocks]
 
 
-def slice_outputs(outputs: dict, images: slice) -> dict:
+def slice_outputs(outputs: Outputs, images: slice) -> Outputs:
     """The outputs dict of some images of the batch, without query groups."""
     return slice_batch({key: value for key, value in outputs.items() if key != "groups"}, images)
 
@@ -276,7 +277,7 @@ class Layers(NamedTuple):
         return labels
 
 
-def stack_layers(outputs: dict) -> Layers:
+def stack_layers(outputs: Outputs) -> Layers:
     """The layers of an outputs dict, all logits in one tensor and all boxes in another."""
     layers = [*outputs["aux_outputs"], outputs]
     if outputs.get("encoder"):

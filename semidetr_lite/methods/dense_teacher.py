@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torchvision.models.detection._utils import BoxLinearCoder
 from torchvision.ops import generalized_box_iou_loss
 
+from semidetr_lite.contracts import Batch
 from semidetr_lite.data.views import warp
 from semidetr_lite.detectors.pyramid import FCOS, FCOSOutputs
 from semidetr_lite.losses import LossWeights, add_prefix, quality_focal_loss
@@ -122,7 +123,7 @@ class DenseTeacher(TeacherStudent):
         self.class_weight = unlabelled_weight
         self.box_weight = unlabelled_weight * unlabelled_box_weight
 
-    def forward(self, batch: dict, step: int, prepared: None = None) -> dict[str, torch.Tensor]:
+    def forward(self, batch: Batch, step: int, prepared: None = None) -> dict[str, torch.Tensor]:
         """The weighted losses of a batch; see TeacherStudent.forward."""
         images, truths = batch["labelled"]
         labelled_losses = self.student.losses(images, truths, self.step_seed(step, RNG_LABELLED))
@@ -133,7 +134,7 @@ class DenseTeacher(TeacherStudent):
         device = self.student.mean.device
         matrices = weak_to_strong(weak_views, strong_views)
         teacher_views = [
-            warp(image.to(device), matrix, tuple(view["size"]))
+            warp(image.to(device), matrix, view["size"])
             for image, matrix, view in zip(weak_images, matrices, strong_views, strict=True)
         ]
         teacher = self.teacher

@@ -20,6 +20,7 @@ from torch import nn
 
 from semidetr_lite import distributed
 from semidetr_lite.boxes import to_model
+from semidetr_lite.contracts import Batch, Outputs, Target
 from semidetr_lite.data.views import map_boxes
 from semidetr_lite.detectors.detector import Detector, postprocess
 from semidetr_lite.detectors.transformer import Memory, stack_layers
@@ -103,7 +104,7 @@ class TeacherStudent(nn.Module):
         self.teacher.eval()
         return self
 
-    def forward(self, batch: dict, step: int, prepared: Any = None) -> dict[str, torch.Tensor]:
+    def forward(self, batch: Batch, step: int, prepared: Any = None) -> dict[str, torch.Tensor]:
         """The weighted losses of a batch, or of one of the micro-batches of a step.
 
         Args:
@@ -114,11 +115,11 @@ class TeacherStudent(nn.Module):
         """
         raise NotImplementedError
 
-    def prepare(self, micro_batches: list[dict], step: int) -> list[Any]:
+    def prepare(self, micro_batches: list[Batch], step: int) -> list[Any]:
         """What the losses of each micro-batch need to know of the whole step: here, nothing."""
         return [None] * len(micro_batches)
 
-    def make_labelled_sets(self, micro_batches: list[dict]) -> list[TargetSet]:
+    def make_labelled_sets(self, micro_batches: list[Batch]) -> list[TargetSet]:
         """The labelled targets of each micro-batch, with the box counts of the whole step."""
         truths = [pad_targets(batch["labelled"][1]) for batch in micro_batches]
         return make_target_sets(
@@ -161,7 +162,7 @@ class TeacherStudent(nn.Module):
         return None
 
     def image_generators(
-        self, step: int, stream: int, targets: list[dict]
+        self, step: int, stream: int, targets: list[Target]
     ) -> list[np.random.Generator]:
         """A generator per image, which depends on (seed, step, position in the whole step) alone.
 
@@ -175,7 +176,7 @@ class TeacherStudent(nn.Module):
         return int(np.random.default_rng([self.seed, 8, stream, step]).integers(2**63))
 
     def make_denoising_queries(
-        self, target_sets: list[TargetSet], views: list[list[dict]], step: int
+        self, target_sets: list[TargetSet], views: list[list[Target]], step: int
     ) -> list[DenoisingQueries]:
         """Denoising queries of each kind of images that has a box, if the detector has denoising.
 
@@ -216,7 +217,7 @@ class PseudoBoxes(NamedTuple):
         """The boxes whose score is at least the threshold: (B, K) bool."""
         return self.valid & (self.scores >= threshold)
 
-    def to_strong_view(self, weak: list[dict], strong: list[dict]) -> PaddedTargets:
+    def to_strong_view(self, weak: list[Target], strong: list[Target]) -> PaddedTargets:
         """The boxes in model coordinates of the strong views; those out of view are not valid.
 
         weak, strong: a target dict per image, with "matrix" and "size".
@@ -228,7 +229,7 @@ class PseudoBoxes(NamedTuple):
         return PaddedTargets(to_model(boxes, sizes), self.labels, self.valid & in_view)
 
 
-def weak_to_strong(weak: list[dict], strong: list[dict]) -> list[torch.Tensor]:
+def weak_to_strong(weak: list[Target], strong: list[Target]) -> list[torch.Tensor]:
     """The matrix (3, 3) of each image that takes pixels of its weak view to its strong view."""
     pairs = zip(weak, strong, strict=True)
     return [
@@ -237,13 +238,13 @@ def weak_to_strong(weak: list[dict], strong: list[dict]) -> list[torch.Tensor]:
     ]
 
 
-def image_sizes(targets: list[dict]) -> torch.Tensor:
+def image_sizes(targets: list[Target]) -> torch.Tensor:
     """(B, 2) the (H, W) of each image."""
     return torch.tensor([target["size"] for target in targets])
 
 
 def select_pseudo_boxes(
-    outputs: dict, sizes: torch.Tensor, max_boxes: int, nms: float
+    outputs: Outputs, sizes: torch.Tensor, max_boxes: int, nms: float
 ) -> PseudoBoxes:
     """The best boxes of the teacher: scores of at least 0.01, after class-wise NMS.
 
@@ -274,7 +275,7 @@ class PseudoLabels(NamedTuple):
     strong: PaddedTargets
     confident: torch.Tensor  # (B, K) bool, in view and of at least the score threshold
     candidates: torch.Tensor  # (B, K) bool, in view and what Semi-DETR's mining chooses from
-    teacher: tuple[Memory, dict] | None  # memory and outputs, where consistency needs them
+    teacher: tuple[Memory, Outputs] | None  # memory and outputs, where consistency needs them
 
 
 class Prepared(NamedTuple):
@@ -327,7 +328,7 @@ class MeanTeacher(TeacherStudent):
         self.pseudo_loss_weights = loss_weights.scaled(unlabelled_weight, unlabelled_box_weight)
 
     def forward(
-        self, batch: dict, step: int, prepared: Prepared | None = None
+        self, batch: Batch, step: int, prepared: Prepared | None = None
     ) -> dict[str, torch.Tensor]:
         """The weighted losses of a batch; see TeacherStudent.forward."""
         (images, truths), (strong_images, strong_views) = batch["labelled"], batch["strong"]
@@ -368,7 +369,7 @@ class MeanTeacher(TeacherStudent):
         """Whether a step has a consistency loss, which needs the teacher's memory and outputs."""
         return False
 
-    def prepare(self, micro_batches: list[dict], step: int) -> list[Prepared]:
+    def prepare(self, micro_batches: list[Batch], step: int) -> list[Prepared]:
         """Predict the pseudo-labels of all micro-batches, then count the boxes of the whole step.
 
         Args:
@@ -393,7 +394,7 @@ class MeanTeacher(TeacherStudent):
         return [Prepared(*entry) for entry in entries]
 
     @torch.no_grad()
-    def predict_pseudo_labels(self, micro_batch: dict, keep_teacher: bool) -> PseudoLabels:
+    def predict_pseudo_labels(self, micro_batch: Batch, keep_teacher: bool) -> PseudoLabels:
         """The teacher's boxes on the weak views of a micro-batch, mapped to its strong views."""
         (images, weak_views), (_, strong_views) = micro_batch["weak"], micro_batch["strong"]
         memory = self.teacher.encode(images)

@@ -29,6 +29,7 @@ from torchvision.ops import roi_align
 
 from semidetr_lite import distributed
 from semidetr_lite.boxes import to_model
+from semidetr_lite.contracts import Outputs
 from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.detectors.transformer import Memory, QueryGroup, slice_outputs
 from semidetr_lite.device import to_device
@@ -91,7 +92,7 @@ class DecodedView(NamedTuple):
 
     detector: Detector
     memory: Memory
-    outputs: dict
+    outputs: Outputs
 
     def of_images(self, images: slice) -> "DecodedView":
         """The same for some images of the batch."""

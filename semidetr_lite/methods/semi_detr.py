@@ -26,6 +26,7 @@ one standard deviation of its image's scores (with few boxes in an image that ba
 import numpy as np
 import torch
 
+from semidetr_lite.contracts import Batch
 from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.detectors.transformer import stack_layers
 from semidetr_lite.device import copy_to_host, to_device
@@ -137,7 +138,7 @@ class SemiDETR(MeanTeacher):
         self.student.nms = self.teacher.nms = nms
 
     def forward(
-        self, batch: dict, step: int, prepared: Prepared | None = None
+        self, batch: Batch, step: int, prepared: Prepared | None = None
     ) -> dict[str, torch.Tensor]:
         """The weighted losses of a batch; see TeacherStudent.forward."""
         stage = self.stage(step)

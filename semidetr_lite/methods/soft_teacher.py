@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 
+from semidetr_lite.contracts import Batch, Target
 from semidetr_lite.data.views import map_boxes, map_target
 from semidetr_lite.detectors.pyramid import FasterRCNN, FeatureMaps, seeded
 from semidetr_lite.losses import LossWeights, add_prefix
@@ -74,9 +75,13 @@ def box_regression_variance(refined: torch.Tensor, boxes: torch.Tensor) -> torch
     return variance.sqrt().mean(-1) / (0.5 * half_perimeter).clamp(min=1e-6)
 
 
-def select_boxes(detection: dict, keep: torch.Tensor) -> dict:
+def select_boxes(detection: Target, keep: torch.Tensor) -> Target:
     """The boxes of a detection where `keep` (T,) is True: "boxes", "labels", "scores"."""
-    return {key: detection[key][keep] for key in ("boxes", "labels", "scores")}
+    return {
+        "boxes": detection["boxes"][keep],
+        "labels": detection["labels"][keep],
+        "scores": detection["scores"][keep],
+    }
 
 
 class SoftTeacher(TeacherStudent):
@@ -123,7 +128,7 @@ class SoftTeacher(TeacherStudent):
         self.class_weight = unlabelled_weight
         self.box_weight = unlabelled_weight * unlabelled_box_weight
 
-    def forward(self, batch: dict, step: int, prepared: None = None) -> dict[str, torch.Tensor]:
+    def forward(self, batch: Batch, step: int, prepared: None = None) -> dict[str, torch.Tensor]:
         """The weighted losses of a batch; see TeacherStudent.forward."""
         images, truths = batch["labelled"]
         labelled_losses = self.student.losses(images, truths, self.step_seed(step, RNG_LABELLED))
@@ -159,8 +164,8 @@ class SoftTeacher(TeacherStudent):
         return losses
 
     def predict_pseudo_boxes(
-        self, teacher_features: FeatureMaps, step: int, weak_views: list[dict]
-    ) -> tuple[list[dict], list[dict]]:
+        self, teacher_features: FeatureMaps, step: int, weak_views: list[Target]
+    ) -> tuple[list[Target], list[Target]]:
         """The teacher's confident boxes and its box-reliable ones, in pixels of the weak views."""
         teacher = self.teacher
         score = min(self.score_threshold, self.box_score_threshold)
@@ -198,8 +203,8 @@ class SoftTeacher(TeacherStudent):
     def pseudo_losses(
         self,
         student_features: FeatureMaps,
-        confident: list[dict],
-        reliable: list[dict],
+        confident: list[Target],
+        reliable: list[Target],
         teacher_features: FeatureMaps,
         matrices: list[torch.Tensor],
         seed: int,
@@ -237,8 +242,8 @@ class SoftTeacher(TeacherStudent):
 
 
 def map_detections(
-    detections: list[dict], matrices: list[torch.Tensor], views: list[dict]
-) -> list[dict]:
+    detections: list[Target], matrices: list[torch.Tensor], views: list[Target]
+) -> list[Target]:
     """Detections of each image in another view: boxes mapped, those out of view dropped."""
     entries = zip(detections, matrices, views, strict=True)
     return [map_target(detection, matrix, view["size"]) for detection, matrix, view in entries]

@@ -6,6 +6,7 @@ start them.
 
 import torch
 
+from semidetr_lite.contracts import Batch
 from semidetr_lite.detectors.pyramid import TorchvisionDetector
 from semidetr_lite.detectors.transformer import stack_layers
 from semidetr_lite.device import copy_to_host
@@ -22,7 +23,7 @@ class Supervised(TeacherStudent):
     """
 
     def forward(
-        self, batch: dict, step: int, prepared: TargetSet | None = None
+        self, batch: Batch, step: int, prepared: TargetSet | None = None
     ) -> dict[str, torch.Tensor]:
         """The weighted losses of a batch with "labelled"; see TeacherStudent.forward."""
         images, truths = batch["labelled"]
@@ -40,7 +41,7 @@ class Supervised(TeacherStudent):
         losses = detection_losses(layers, [labelled], [assignment], "one_to_one")
         return losses | denoising_losses(outputs["groups"], denoising, [labelled])
 
-    def prepare(self, micro_batches: list[dict], step: int) -> list[TargetSet | None]:
+    def prepare(self, micro_batches: list[Batch], step: int) -> list[TargetSet | None]:
         """Count the boxes of the whole step; Faster R-CNN and FCOS divide by their own numbers."""
         if isinstance(self.student, TorchvisionDetector):
             return [None] * len(micro_batches)

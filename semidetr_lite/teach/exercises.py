@@ -20,6 +20,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from semidetr_lite import matching
 from semidetr_lite.boxes import inverse_sigmoid, pairwise_overlaps, to_model, to_pixels
+from semidetr_lite.contracts import Target
 from semidetr_lite.data import splits, views
 from semidetr_lite.detectors import deformable, transformer
 from semidetr_lite.detectors.denoising import group_mask, noise_boxes
@@ -68,13 +69,13 @@ def average_precision(hits: torch.Tensor, objects: int) -> float:
     """pycocotools' AP at one IoU, hits (N,) bool by falling score."""
     far_apart = torch.arange(len(hits) + objects)[:, None] * 20
     boxes = far_apart + torch.tensor([0.0, 0.0, 9.0, 9.0])
-    detection = {
+    detection: Target = {
         "boxes": boxes[: len(hits)],
         "labels": torch.zeros(len(hits)).long(),
         "scores": -torch.arange(len(hits)),
     }
     true_boxes = torch.cat([detection["boxes"][hits], boxes[len(hits) :]])[:objects]
-    target = {"boxes": true_boxes, "labels": torch.zeros(objects).long()}
+    target: Target = {"boxes": true_boxes, "labels": torch.zeros(objects).long()}
     return evaluate([detection], [target])["AP50"]
 
 
@@ -147,12 +148,13 @@ def average(start: torch.Tensor, moves: list[torch.Tensor], momentum: float) -> 
 
 
 def to_strong_view(
-    found: dict, matrix: torch.Tensor, size: tuple[int, int], score_threshold: float
+    detection: dict, matrix: torch.Tensor, size: tuple[int, int], score_threshold: float
 ) -> dict:
     """A teacher's boxes as targets of the strong view: over the threshold, mapped, in view."""
-    confident = found["scores"] >= score_threshold
-    mapped = views.map_target({key: found[key][confident] for key in found}, matrix, size)
-    return {key: mapped[key] for key in ("boxes", "labels")}
+    confident = detection["scores"] >= score_threshold
+    above = {key: values[confident] for key, values in detection.items()}
+    mapped = views.map_target(cast(Target, above), matrix, size)
+    return {"boxes": mapped["boxes"], "labels": mapped["labels"]}
 
 
 def box_cells(

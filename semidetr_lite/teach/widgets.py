@@ -25,6 +25,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from semidetr_lite.boxes import overlaps, to_pixels
+from semidetr_lite.contracts import Target
 from semidetr_lite.data.views import ViewSettings, map_boxes, strong_view, weak_view
 from semidetr_lite.detectors import deformable
 from semidetr_lite.detectors.denoising import Denoising, group_mask
@@ -219,7 +220,7 @@ def explore_views(scenes: Sequence[tuple], settings: ViewSettings) -> Explorer:
 
 def _show_above(
     score_threshold: float,
-    detections: list[dict],
+    detections: list[Target],
     scenes: Sequence[tuple],
     categories: list[dict],
     truth: bool,

@@ -13,13 +13,14 @@ locations of attention; heads, boxes, matching and losses are float32.
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import cast, get_args
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from semidetr_lite.contracts import Batch, Views
 from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.detectors.transformer import Memory
 from semidetr_lite.distributed import all_reduce_mean, world_size
@@ -35,18 +36,20 @@ def check_micro_batches(kind: str, images: int, count: int) -> None:
         raise UserError(f"{fault}; lower accumulate")
 
 
-def micro_batches(batch: dict, count: int) -> list[dict]:
+def micro_batches(batch: Batch, count: int) -> list[Batch]:
     """A batch in `count` parts with the same mix of labelled and unlabelled images.
 
     Their sizes are equal, or differ by one image.
     """
     pieces: dict[str, list] = {}
-    for name, (images, targets) in batch.items():
+    views: Mapping[str, Views] = cast(dict, batch)
+    for name, (images, targets) in views.items():
         check_micro_batches(name, len(images), count)
         edges = [len(images) * number // count for number in range(count + 1)]
         pairs = zip(edges, edges[1:], strict=False)
         pieces[name] = [(images[start:end], targets[start:end]) for start, end in pairs]
-    return [{name: cut[number] for name, cut in pieces.items()} for number in range(count)]
+    parts = [{name: cut[number] for name, cut in pieces.items()} for number in range(count)]
+    return cast(list[Batch], parts)
 
 
 def choose_precision(precision: str, device: torch.device) -> Precision:
@@ -147,7 +150,7 @@ class Engine:
                 )
 
     def losses(
-        self, batch: dict, step: int
+        self, batch: Batch, step: int
     ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         """The losses of a step, one micro-batch after the other.
 

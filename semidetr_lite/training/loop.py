@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from semidetr_lite import distributed
+from semidetr_lite.contracts import Batch
 from semidetr_lite.data.batches import Batches
 from semidetr_lite.data.splits import Splits
 from semidetr_lite.device import to_host
@@ -244,7 +245,7 @@ class Run:
                 signals.interrupt()
         return line
 
-    def train_step(self, batch: dict) -> dict[str, float]:
+    def train_step(self, batch: Batch) -> dict[str, float]:
         """One optimizer step.
 
         The losses as floats. It changes nothing where a loss or the gradient is not finite.
@@ -282,7 +283,7 @@ class Run:
         self.skipped = 0
         return values
 
-    def _skip(self, batch: dict, step: int, fault: str) -> None:
+    def _skip(self, batch: Batch, step: int, fault: str) -> None:
         """Count a step that changed no weights and keep the first of a row.
 
         UserError after PATIENCE of them.
@@ -336,7 +337,7 @@ class Run:
             pin_memory=self.device.type == "cuda",  # see to_device
         )
 
-    def _batches(self) -> Iterator[dict]:
+    def _batches(self) -> Iterator[Batch]:
         """What the loader gives.
 
         If it fails nothing keeps the loader: its processes would outlive the program.

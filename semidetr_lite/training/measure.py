@@ -12,6 +12,7 @@ from torchvision.ops import box_iou
 
 from semidetr_lite import distributed
 from semidetr_lite.boxes import to_model
+from semidetr_lite.contracts import Target, View
 from semidetr_lite.data.splits import Dataset
 from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.detectors.transformer import stack_layers
@@ -65,7 +66,7 @@ def plain_pseudo_boxes(method: TeacherStudent, images: list) -> PseudoBoxes:
     return select_pseudo_boxes(method.teacher(images), sizes, method.max_pseudo_boxes, method.nms)
 
 
-def iter_readable(dataset: Dataset, images: int) -> Iterator[tuple[torch.Tensor, dict]]:
+def iter_readable(dataset: Dataset, images: int) -> Iterator[View]:
     """The first `images` images of a dataset, less those that cannot be read."""
     for index in range(min(images, len(dataset))):
         try:
@@ -85,7 +86,7 @@ def pseudo_quality(method: TeacherStudent, dataset: Dataset, images: int = 100) 
             return {}
         pseudo = plain_pseudo_boxes(method, [image])
         keep = pseudo.above(method.score_threshold)[0]
-        detection = {
+        detection: Target = {
             "boxes": pseudo.boxes[0][keep].cpu(),
             "labels": pseudo.labels[0][keep].cpu(),
             "scores": pseudo.scores[0][keep].cpu(),

@@ -5,7 +5,7 @@ function writes its own unless a title is given, and `title=""` leaves it out.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.textpath import text_to_path
 from torchvision.ops import box_iou
 
+from semidetr_lite.contracts import Target, TargetLike
 from semidetr_lite.errors import UserError
 from semidetr_lite.evaluate import box_errors
 from semidetr_lite.visualize.style import (
@@ -46,8 +47,8 @@ SMALL = 256  # pixels of the longer side up to which pixels are drawn as squares
 def draw_boxes(
     ax: Axes,
     image: torch.Tensor,
-    target: dict | None = None,
-    truth: dict | None = None,
+    target: TargetLike | None = None,
+    truth: TargetLike | None = None,
     categories: list[dict] | None = None,
     style: str | Sequence[str] = "prediction",
 ) -> None:
@@ -218,7 +219,7 @@ def _summed_overlap(candidates: np.ndarray, others: Sequence | np.ndarray) -> to
     return box_iou(torch.tensor(candidates), other_boxes).sum(1)
 
 
-def _box_tuples(target: dict | None) -> list[tuple]:
+def _box_tuples(target: TargetLike | None) -> list[tuple]:
     """A target as a list of (box, label, score or None); empty for None and for an unlabelled one.
 
     A score of nan is taken for none.
@@ -243,10 +244,10 @@ def _with_score(name: str, score: float | None) -> str:
     return name if score is None else f"{name} {f'{score:.2f}'.removeprefix('0')}"
 
 
-def _select(target: dict, indices) -> dict:
+def _select(target: TargetLike, indices) -> Target:
     """The boxes, labels and scores of a target at `indices`."""
     keys = [key for key in ("boxes", "labels", "scores") if key in target]
-    return {key: torch.as_tensor(target[key]).cpu()[indices] for key in keys}
+    return cast(Target, {key: torch.as_tensor(target[key]).cpu()[indices] for key in keys})
 
 
 # ---- many images in one figure -------------------------------------------------------------------
@@ -254,7 +255,7 @@ def _select(target: dict, indices) -> dict:
 
 def show_targets(
     images: Sequence[torch.Tensor],
-    targets: Sequence[dict],
+    targets: Sequence[TargetLike],
     categories: list[dict] | None,
     titles: Sequence[str] | None = None,
     columns: int = 4,
@@ -422,8 +423,8 @@ def _add_legend(figure: Picture, styles: Sequence[str], columns: int) -> None:
 
 def show_hits(
     images: Sequence[torch.Tensor],
-    detections: Sequence[dict],
-    truths: Sequence[dict],
+    detections: Sequence[Target],
+    truths: Sequence[Target],
     categories: list[dict] | None,
     score: float = 0.3,
     columns: int = 4,
@@ -454,8 +455,8 @@ def show_hits(
 
 def show_comparison(
     images: Sequence[torch.Tensor],
-    detections: Mapping[str, Sequence[dict]],
-    truths: Sequence[dict],
+    detections: Mapping[str, Sequence[Target]],
+    truths: Sequence[Target],
     categories: list[dict] | None,
     score: float = 0.3,
     title: str | None = None,
@@ -495,12 +496,12 @@ def show_comparison(
 
 
 def _draw_hits(
-    ax: Axes, image: torch.Tensor, detection: dict, truth: dict, errors: dict, categories
+    ax: Axes, image: torch.Tensor, detection: Target, truth: Target, errors: dict, categories
 ) -> None:
     """An image with its hits, false alarms and misses, as `count_hits` gives them."""
     missed = _select(truth, errors["misses"])
     missed["scores"] = torch.full((len(errors["misses"]),), torch.nan)
-    parts = {
+    parts: dict[str, TargetLike] = {
         "missed": missed,
         "false_alarm": _select(detection, errors["false_alarms"]),
         "hit": _select(detection, errors["hits"]),
@@ -511,7 +512,7 @@ def _draw_hits(
     draw_boxes(ax, image, merged, categories=categories, style=styles)
 
 
-def count_hits(detection: dict, truth: dict, score: float = 0.3) -> dict[str, torch.Tensor]:
+def count_hits(detection: Target, truth: Target, score: float = 0.3) -> dict[str, torch.Tensor]:
     """`box_errors` at IoU 0.5 of the boxes that score at least `score`.
 
     Returns {"hits", "false_alarms", "misses"}; the first two index the whole detection, the last
@@ -545,7 +546,7 @@ def _found_sentence(errors: dict) -> str:
 def show_pseudo_boxes(
     image: torch.Tensor,
     line: dict | Sequence[dict],
-    truth: dict | None = None,
+    truth: Target | None = None,
     categories: list[dict] | None = None,
     title: str | None = None,
 ) -> Picture:
@@ -593,7 +594,7 @@ def hidden_dropped(scores: Sequence[float], styles: Sequence[str]) -> set[int]:
     return set(sorted(dropped, key=lambda index: -scores[index])[BEST_DROPPED:])
 
 
-def pseudo_sentence(line: dict, truth: dict | None = None) -> str:
+def pseudo_sentence(line: dict, truth: Target | None = None) -> str:
     """The counts of a line of `pseudo_boxes.jsonl`: "2 kept (1 right), 1 mined only, 3 dropped".
 
     How many of the kept boxes are right is said only with a truth.
@@ -608,7 +609,7 @@ def pseudo_sentence(line: dict, truth: dict | None = None) -> str:
     return f"{len(kept)} kept{right}, {mined} mined only, {dropped} dropped"
 
 
-def pseudo_styles(line: dict, truth: dict | None = None) -> list[str]:
+def pseudo_styles(line: dict, truth: Target | None = None) -> list[str]:
     """A key of STYLES for each box of a line of `pseudo_boxes.jsonl`.
 
     A box is kept, else mined, else dropped. With a truth, kept boxes that are no hit (IoU 0.5) are
@@ -632,7 +633,7 @@ def pseudo_styles(line: dict, truth: dict | None = None) -> list[str]:
 
 def plot_matching(
     image: torch.Tensor,
-    truth: dict,
+    truth: Target,
     pred_boxes_pixels: torch.Tensor,
     match_queries: Sequence[int] | torch.Tensor,
     match_targets: Sequence[int] | torch.Tensor,
