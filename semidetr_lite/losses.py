@@ -1,5 +1,6 @@
-"""From assignments to losses: class, L1 and GIoU, for every decoder layer, the encoder's proposals
-and the denoising queries.
+"""From assignments to losses: class, L1 and GIoU.
+
+For every decoder layer, the encoder's proposals and the denoising queries.
 
 One-to-one (DINO; released code: dino_detr_ssod_head.py:751-804): focal loss, weighted 2, over the
 number of matched pairs; L1 (5) and GIoU (2) of the pairs over the same number.

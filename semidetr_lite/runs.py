@@ -52,6 +52,7 @@ class Record:
 
     @property
     def method(self) -> str:
+        """The name of its method in the commands, "" where that is not known."""
         return str(self.config.get("method") or "")
 
     @property

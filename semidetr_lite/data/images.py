@@ -152,6 +152,7 @@ class ImageFolder:
 
     @cached_property
     def sizes(self) -> list[tuple[int, int]]:
+        """(H, W) of every image."""
         sizes: list[tuple[int, int]] = []
         problems: list[UserError] = []
         many = len(self.paths) >= 10_000

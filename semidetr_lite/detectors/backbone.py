@@ -67,6 +67,7 @@ class ResidualBlock(nn.Module):
         self.layers = nn.Sequential(*first, *second)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Features (B, C, H, W) from features of the same shape."""
         return torch.relu(x + self.layers(x))
 
 
@@ -99,6 +100,7 @@ class Tiny(Backbone):
             self.stages.append(nn.Sequential(*layers))
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """The maps (B, C, H, W) of images (B, 3, H, W), from the finest to the coarsest."""
         return _stage_outputs(self.stages, images)[self.first_output :]
 
 
@@ -130,6 +132,7 @@ class ResNet(Backbone):
         self.layers[0].requires_grad_(False)
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """The maps (B, C, H, W) of images (B, 3, H, W), from the finest to the coarsest."""
         conv, norm, _, pool = self.stem
         scale, shift = _fold_frozen_bn([norm])[norm]
         x = pool(_conv_frozen_bn(images, cast(nn.Conv2d, conv), scale, shift).relu_())
@@ -144,6 +147,7 @@ class FusedStage(nn.Sequential):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The stage's map (B, C, H, W) from the map of the stage before."""
         norms = [module for module in self.modules() if isinstance(module, FrozenBatchNorm2d)]
         folded = _fold_frozen_bn(norms)
         block: Any  # torchvision's BasicBlock or Bottleneck

@@ -1,10 +1,9 @@
-"""Contrastive denoising (DINO, section 3.3): extra queries with known targets, beside the matching
-queries.
+"""Contrastive denoising (DINO, section 3.3): extra queries with known targets.
 
-Every target box gives several pairs of denoising queries. The positive query is the box, slightly
-shifted, with a label that may be wrong; its target is the box. The negative query is shifted
-further; its target is "no object". The queries form groups that do not see each other and that the
-matching queries do not see.
+They are decoded beside the matching queries. Every target box gives several pairs of them. The
+positive query is the box, slightly shifted, with a label that may be wrong; its target is the box.
+The negative query is shifted further; its target is "no object". The queries form groups that do
+not see each other and that the matching queries do not see.
 
 Shapes: B images, T targets, N denoising queries, D channels.
 """

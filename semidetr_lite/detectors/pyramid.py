@@ -1,5 +1,7 @@
-"""Faster R-CNN (Ren et al., NeurIPS 2015) and FCOS (Tian et al., ICCV 2019) on a feature pyramid
-(Lin et al., CVPR 2017): the detectors of Soft Teacher and Dense Teacher.
+"""Faster R-CNN and FCOS on a feature pyramid: the detectors of Soft Teacher and Dense Teacher.
+
+Faster R-CNN: Ren et al., NeurIPS 2015; FCOS: Tian et al., ICCV 2019; feature pyramid: Lin et al.,
+CVPR 2017.
 
     images -> backbone -> pyramid -> FCOS: a class, a box and a centerness in every cell
                                   -> Faster R-CNN: proposals -> class and box of each proposal

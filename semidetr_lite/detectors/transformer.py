@@ -1,5 +1,7 @@
-"""What all detection transformers here share: positional encodings, small networks, self-attention,
-the encoder's memory, query groups and the layers of their outputs.
+"""What all detection transformers here share.
+
+Positional encodings, small networks, self-attention, the encoder's memory, query groups and the
+layers of their outputs.
 
 Shapes: B images, Q matching queries, N queries, S tokens, D channels, L levels, M heads, P points,
 C classes. Batch first; no dropout (as in DINO).
@@ -151,6 +153,7 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, D) -> (B, N, D)."""
         return self.norm(x + self.linear2(F.relu(self.linear1(x))))
 
 

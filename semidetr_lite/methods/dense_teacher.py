@@ -1,5 +1,6 @@
-"""Dense Teacher (Zhou et al., ECCV 2022): FCOS learns from the raw maps of its EMA, without boxes
-in between.
+"""Dense Teacher (Zhou et al., ECCV 2022): FCOS learns from the raw maps of its EMA.
+
+There are no boxes in between.
 
     teacher(weak pixels, strong geometry) -> scores, boxes, centerness of all cells
                                           -> targets of the same cells of student(strong view)

@@ -1,5 +1,6 @@
-"""Mean teacher for detection transformers: an exponential moving average (EMA) of the student
-labels the images that nobody labelled.
+"""Mean teacher for detection transformers.
+
+An exponential moving average (EMA) of the student labels the images that nobody labelled.
 
     teacher(weak view) -> confident boxes -> mapped to the strong view -> targets of the student
 

@@ -1,5 +1,6 @@
-"""Cross-view query consistency (CQC, paper section 3.3): the decoders of student and teacher should
-describe the same object alike, each in its own view.
+"""Cross-view query consistency (CQC, paper section 3.3).
+
+The decoders of student and teacher should describe the same object alike, each in its own view.
 
 The matching queries of student and teacher do not correspond, so extra queries are made that do.
 The content of each comes from the teacher's features of a pseudo-box (RoIAlign and a small

@@ -1,5 +1,6 @@
-"""Semi-DETR (Zhang et al., CVPR 2023): stage-wise hybrid matching, cross-view query consistency and
-cost-based pseudo-label mining.
+"""Semi-DETR (Zhang et al., CVPR 2023), in three parts on top of a mean teacher.
+
+Stage-wise hybrid matching, cross-view query consistency and cost-based pseudo-label mining.
 
 One step, in the paper's words:
 

@@ -1,5 +1,6 @@
-"""Soft Teacher (Xu et al., ICCV 2021): Faster R-CNN learns from the boxes of its EMA, each loss
-with its own measure of reliability.
+"""Soft Teacher (Xu et al., ICCV 2021): Faster R-CNN learns from the boxes of its EMA.
+
+Each loss has its own measure of reliability.
 
     teacher(weak view) -> confident boxes    -> targets of the class losses of student(strong view)
                        -> box-reliable boxes -> targets of its box loss

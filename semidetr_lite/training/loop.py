@@ -1,5 +1,6 @@
-"""The training loop: one for every method, since a method is `losses = method(batch, step)` and
-`method.after_step(step)`.
+"""The training loop, one for every method.
+
+A method is `losses = method(batch, step)` and `method.after_step(step)`.
 
     Run(config, out).run()    config: see settings.new_config; files in `out`: see run_folder.py
 
