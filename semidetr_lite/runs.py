@@ -18,15 +18,9 @@ from semidetr_lite.files import read_jsonl
 from semidetr_lite.training import presets
 from semidetr_lite.training.checkpoint import read_config
 from semidetr_lite.training.measure import measure
+from semidetr_lite.training.settings import METHOD_TITLES
 
 STEPS_OF_SAME_TIME = 2  # supervised steps that take no longer than one semi-supervised step
-METHODS = {
-    "supervised": "supervised",
-    "mean-teacher": "mean teacher",
-    "semi-detr": "Semi-DETR",
-    "soft-teacher": "Soft Teacher",
-    "dense-teacher": "Dense Teacher",
-}
 DIGITS = {"data": "digits", "percent": 10, "fold": 1, "recipe": {}}  # to load the embedded data
 DATA_KEYS = ("data", "validation", "categories")  # settings in which compared runs must agree
 
@@ -123,7 +117,7 @@ def _read_weights(path: Path) -> Record:
     detector_names = {kind: name for name, kind in presets.DETECTORS.items()}
     method = path.stem.lower().replace("_", "-")
     config = {
-        "method": method if method in METHODS else None,
+        "method": method if method in METHOD_TITLES else None,
         "detector": detector_names.get(type(detector)),
         "categories": detector.categories,
     }
@@ -155,7 +149,7 @@ def _burn_in(folder: Path, config: dict) -> tuple[str, list[dict]]:
             burn_in_config = read_config(burn_in)
             _, earlier = _burn_in(burn_in, burn_in_config)
             method = str(burn_in_config.get("method", ""))
-            name = f"{METHODS.get(method, method)} burn-in"
+            name = f"{METHOD_TITLES.get(method, method)} burn-in"
             return name, earlier + _lines(burn_in / "log.jsonl", earlier)
     return "", []
 
@@ -196,7 +190,7 @@ def default_name(run: Record, runs: list[Record]) -> str:
     path = run.path.resolve()
     if path.stem in ("teacher", "student") and path.is_file():  # one of a run folder's
         return f"{path.parent.name} {path.stem}"
-    name = METHODS.get(run.method, run.method or path.stem.replace("_", " "))
+    name = METHOD_TITLES.get(run.method, run.method or path.stem.replace("_", " "))
     return f"{name}, same time" if same_time(run, runs) else name
 
 

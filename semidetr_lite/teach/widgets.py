@@ -558,11 +558,11 @@ def explore_denoising(scenes: Sequence[tuple]) -> Explorer:
         image, target = scenes[scene]
         padded = pad_targets([target])
         make_queries = Denoising(10, 1, queries, box_noise=box_noise)
-        made = make_queries(*padded, [np.random.default_rng(seed)])
-        if made is None:
+        queries_and_targets = make_queries(*padded, [np.random.default_rng(seed)])
+        if queries_and_targets is None:
             title = "No object: no denoising query"
             return show_targets([image], [target], None, title=title)
-        _, boxes, copies, _ = made[0]
+        _, boxes, copies, _ = queries_and_targets[0]
         count = len(target["labels"])
         labels = padded.labels[0].repeat(2)
         noised = {"boxes": to_pixels(boxes[0, : 2 * count], target["size"]), "labels": labels}

@@ -41,6 +41,13 @@ PresetName = Literal[
 ]
 Precision = Literal["auto", "float32", "tf32", "bfloat16"]
 
+METHOD_TITLES: dict[str, str] = {  # in tables, legends and sentences
+    "supervised": "supervised",
+    "mean-teacher": "mean teacher",
+    "semi-detr": "Semi-DETR",
+    "soft-teacher": "Soft Teacher",
+    "dense-teacher": "Dense Teacher",
+}
 WITH_QUERIES = ("dino", "deformable-detr", "detr")
 # The detectors that a method can train; a method that is not named here trains all.
 COMPATIBLE_DETECTORS = {
@@ -479,7 +486,7 @@ def _groups_of_fields() -> dict[str, str]:
     for part in dataclasses.fields(Config):
         groups[part.name] = ""
         if dataclasses.is_dataclass(part.type) and part.name not in PREFIXED_GROUPS:
-            groups |= {one.name: part.name for one in dataclasses.fields(part.type)}
+            groups |= {option.name: part.name for option in dataclasses.fields(part.type)}
     return groups
 
 
@@ -550,15 +557,14 @@ def checked_json(kind: type, text: str | bytes, origin: str) -> Any:
         return _adapter(kind).validate_json(text, strict=True)
     except ValidationError as problem:
         fault = problem.errors(include_url=False, include_context=False)[0]
-        place = [part for part in fault["loc"] if isinstance(part, str)]
-        values = fault["input"]
-        got = f", got {json.dumps(values)[:100]}" if fault["type"] != "missing" else ""
-        what = {"unexpected_keyword_argument": "there is no such setting"}
-        said = what.get(fault["type"], f"{fault['msg'][:1].lower()}{fault['msg'][1:]}{got}")
-        path = [part for part in place if "[" not in part]
+        got = f", got {json.dumps(fault['input'])[:100]}" if fault["type"] != "missing" else ""
+        reason = f"{fault['msg'][:1].lower()}{fault['msg'][1:]}{got}"
+        if fault["type"] == "unexpected_keyword_argument":
+            reason = "there is no such setting"
+        path = [part for part in fault["loc"] if isinstance(part, str) and "[" not in part]
         if origin == OPTIONS:
-            raise UserError(f"{option_name(path)}: {said}") from None
-        raise UserError(f"{origin}: {'.'.join(path) or 'the settings'}: {said}") from None
+            raise UserError(f"{option_name(path)}: {reason}") from None
+        raise UserError(f"{origin}: {'.'.join(path) or 'the settings'}: {reason}") from None
 
 
 def read_settings(config: dict, file: str | Path) -> Config:
@@ -581,7 +587,8 @@ def fields_with(role: Role) -> list[tuple[str, ...]]:
     for name, kind in get_type_hints(Settings, include_extras=True).items():
         if dataclasses.is_dataclass(kind):
             kinds = get_type_hints(kind, include_extras=True)
-            paths += [(name, one) for one, own in kinds.items() if role in get_args(own)]
+            fields = [field for field, hint in kinds.items() if role in get_args(hint)]
+            paths += [(name, field) for field in fields]
         elif role in get_args(kind):
             paths.append((name,))
     return paths
@@ -610,8 +617,7 @@ def differences(one: Settings, other: Settings) -> dict[tuple[str, ...], tuple[A
         if not dataclasses.is_dataclass(value):
             pairs[(part.name,)] = (value, other_value)
             continue
-        for field_ in dataclasses.fields(value):
-            name = field_.name
+        for name in [option.name for option in dataclasses.fields(value)]:
             pairs[(part.name, name)] = (getattr(value, name), getattr(other_value, name))
     return {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
 
