@@ -100,8 +100,8 @@ def main() -> None:
         ax.set_xlabel("step after the 1,000-step supervised run")
     axes[0][0].legend(fontsize=7.5)
     figure.suptitle(
-        "With 5 % of the labels the mean teacher finds few objects and declines; with 10 % both end "
-        "alike (seed 0)\n"
+        "With 5 % of the labels the mean teacher finds few objects and declines; with 10 % both "
+        "end alike (seed 0)\n"
         "The dips of Semi-DETR at 1,250: duplicates after its switch at 1,200, where NMS ends",
         fontsize=11,
     )

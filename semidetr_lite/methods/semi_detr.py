@@ -161,12 +161,11 @@ class SemiDETR(MeanTeacher):
         # 3. All matching costs to the CPU, in one copy
         if self.mined_targets:
             pseudo = pseudo._replace(targets=labels.strong)
-        on_device = [layer_costs(strong_layers.last_of_decoder(), labels.strong)[0]]
-        on_device.append(self.cost_queue)
+        to_copy = [layer_costs(strong_layers.last_of_decoder(), labels.strong)[0], self.cost_queue]
         if stage == "one_to_one":
-            on_device.append(layer_costs(labelled_layers, labelled.targets))
-            on_device.append(layer_costs(strong_layers, pseudo.targets))
-        last_costs, past_costs, *costs = copy_to_host(*on_device)
+            to_copy.append(layer_costs(labelled_layers, labelled.targets))
+            to_copy.append(layer_costs(strong_layers, pseudo.targets))
+        last_costs, past_costs, *costs = copy_to_host(*to_copy)
 
         # 4. CPM: mine the pseudo-boxes that match the student's predictions at low cost (3.4)
         matched = matched_costs(last_costs, confident | candidates)
