@@ -67,6 +67,7 @@ def test_one_data_set_after_the_other():
     assert [both[index][1]["image_id"] for index in range(3)] == [
         SPLITS.test[index][1]["image_id"] for index in (4, 2, 7)
     ]
+    assert both[-1][1]["image_id"] == SPLITS.test[7][1]["image_id"]
     with pytest.raises(IndexError):
         both[3]
 

@@ -148,7 +148,7 @@ class Batches(torch.utils.data.Dataset):
         return batch
 
     def _read(
-        self, stream: int, sampler: "Sampler", indices: list[int], shape: int, step: int
+        self, stream: int, sampler: Sampler, indices: list[int], shape: int, step: int
     ) -> list[tuple]:
         """This process's images and targets of a step; those that cannot be read are replaced.
 

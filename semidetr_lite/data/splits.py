@@ -100,9 +100,9 @@ class Concat:
         return sum(len(dataset) for dataset in self.datasets)
 
     def __getitem__(self, index: int) -> View:
-        start = 0  # of the dataset
+        index = range(len(self))[index]  # -1 is the last one
         for dataset in self.datasets:
-            if index < start + len(dataset):
-                return dataset[index - start]
-            start += len(dataset)
-        raise IndexError(f"image {index} of {start}")
+            if index < len(dataset):
+                break
+            index -= len(dataset)
+        return dataset[index]
