@@ -148,11 +148,11 @@ def average(start: torch.Tensor, moves: list[torch.Tensor], momentum: float) -> 
 
 
 def to_strong_view(
-    detection: dict, matrix: torch.Tensor, size: tuple[int, int], score_threshold: float
+    found: dict, matrix: torch.Tensor, size: tuple[int, int], score_threshold: float
 ) -> dict:
     """A teacher's boxes as targets of the strong view: over the threshold, mapped, in view."""
-    confident = detection["scores"] >= score_threshold
-    above = {key: values[confident] for key, values in detection.items()}
+    confident = found["scores"] >= score_threshold
+    above = {key: values[confident] for key, values in found.items()}
     mapped = views.map_target(cast(Target, above), matrix, size)
     return {"boxes": mapped["boxes"], "labels": mapped["labels"]}
 
