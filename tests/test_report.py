@@ -255,8 +255,9 @@ def test_two_runs_side_by_side(tmp_path):
     # Images 1 and 2 hold an object; the blind run misses them all, and raises five false alarms on
     # five images.
     hits = re.findall(HITS, page.text)
-    assert hits[:2] == [("0", "5", "4"), ("4", "0", "0")]  # of all images: supervised, Semi-DETR
-    assert hits[2:4] == [("0", "1", "1"), ("1", "0", "0")]  # of the first image shown
+    assert hits[:2] == [("0", "1", "1"), ("1", "0", "0")]  # of the first image: supervised, ours
+    totals = (("0", "5", "4"), ("4", "0", "0"))  # of all images, in this order
+    assert tuple(counts for counts in hits if counts in totals) == totals
     (better,) = re.findall(r"(\d+) images: .*?(\d+); .*?(\d+); .*?(\d+)\.", page.text)
     assert better == ("5", "0", "5", "0")  # images; on how many each is alone best, and equal
     # first images with an object; then by difference: 3, 2, 2, 1, 1 errors apart
@@ -625,7 +626,7 @@ def test_a_weights_file_stands_where_a_run_does(tmp_path):
         "weights" in page.text
         and page.text.count("AP live, measured while this page was written") == 1
     )
-    assert re.findall(HITS, page.text)[0] == ("0", "5", "4")
+    assert re.findall(HITS, page.text).count(("0", "5", "4")) == 1  # of all images
 
 
 def test_weights_files_of_the_digits_need_no_run(tmp_path, monkeypatch):
