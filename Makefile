@@ -32,11 +32,12 @@ ifneq ($(NOTEBOOKS),)
 	$(PY) -m pytest --nbval --nbval-current-env notebooks
 endif
 
-lint: $(INSTALLED)  ## ruff: faults and format
+lint: $(INSTALLED)  ## ruff: faults, docstrings and format; mypy: the types of the package
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check --exclude '*.ipynb' .
+	$(PY) -m mypy
 
-check: lint  ## ruff and the unit tests
+check: lint  ## ruff, mypy and the unit tests
 	$(PY) -m pytest -n 2 --dist loadfile tests
 
 lab: $(INSTALLED)  ## JupyterLab on the notebooks

@@ -59,9 +59,11 @@ def gap_closed(lines: list[dict]) -> Figure:
                 )
     ax.axhline(0, color="#888888", linewidth=1)
     ax.set(xlabel="step after the 1,000-step supervised run", ylabel="gap closed, %, tune scenes")
-    said = "More steps help with 10 % of the labels, little or not with 5 % (seed 0);\nthe dips at 1,250: "
     ax.set_title(
-        f"{said}duplicates after the switch at 1,200, where NMS ends", fontsize=9.5, loc="left"
+        "More steps help with 10 % of the labels, little or not with 5 % (seed 0);\n"
+        "the dips at 1,250: duplicates after the switch at 1,200, where NMS ends",
+        fontsize=9.5,
+        loc="left",
     )
     ax.grid(alpha=0.3)
     ax.legend(fontsize=7.5, bbox_to_anchor=(1.01, 1), loc="upper left")
@@ -97,9 +99,10 @@ def main() -> None:
     for ax in axes[-1]:
         ax.set_xlabel("step after the 1,000-step supervised run")
     axes[0][0].legend(fontsize=7.5)
-    said = "With 5 % of the labels the mean teacher finds few objects and declines; with 10 % both end alike (seed 0)"
     figure.suptitle(
-        f"{said}\nThe dips of Semi-DETR at 1,250: duplicates after its switch at 1,200, where NMS ends",
+        "With 5 % of the labels the mean teacher finds few objects and declines; with 10 % both "
+        "end alike (seed 0)\n"
+        "The dips of Semi-DETR at 1,250: duplicates after its switch at 1,200, where NMS ends",
         fontsize=11,
     )
     figure.savefig(out)

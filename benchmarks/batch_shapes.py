@@ -117,7 +117,8 @@ def main(argv=None) -> int:
             shapes = [(who, len(images), *padded_to(images, multiple)) for who, images in found]
             areas[multiple] = sum(count * height * width for _, count, height, width in shapes)
             print(
-                f"{parts} parts, multiples of {multiple}: {len(set(shapes))} shapes of {len(shapes)} batches, "
+                f"{parts} parts, multiples of {multiple}: "
+                f"{len(set(shapes))} shapes of {len(shapes)} batches, "
                 f"{100 * known_shapes(shapes):.1f} % known, area {areas[multiple] / areas[1]:.3f}",
                 flush=True,
             )

@@ -89,7 +89,7 @@ TOY = {
 
 
 class Clock:
-    """Adds up the seconds spent in named parts, those of inner parts not counted in the outer ones."""
+    """Adds up the seconds spent in named parts; those of inner parts do not count in outer ones."""
 
     def __init__(self, device: torch.device):
         self.device, self.total, self.inner = device, {}, [0.0]

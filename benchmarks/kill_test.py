@@ -23,12 +23,14 @@ from pathlib import Path
 import torch
 
 SMALL = {
-    "num_queries": 12, "dim": 32, "heads": 2, "levels": 3, "points": 2, "dim_feedforward": 32, "encoder_layers": 1,
-    "decoder_layers": 2, "backbone": "tiny", "anchor_size": 0.1, "denoising_queries": 6,
+    "num_queries": 12, "dim": 32, "heads": 2, "levels": 3, "points": 2, "dim_feedforward": 32,
+    "encoder_layers": 1, "decoder_layers": 2, "backbone": "tiny", "anchor_size": 0.1,
+    "denoising_queries": 6,
 }  # fmt: skip
 CHANGES = {
     **SMALL, "batch_size": 2, "unlabelled_batch_size": 2, "log_every": 2, "watch_every": 20,
-    "evaluate_every": 50, "evaluate_images": 4, "max_pseudo_boxes": 8, "score_threshold": 0.0, "cost_queue_size": 20,
+    "evaluate_every": 50, "evaluate_images": 4, "max_pseudo_boxes": 8, "score_threshold": 0.0,
+    "cost_queue_size": 20,
 }  # fmt: skip
 
 

@@ -33,7 +33,8 @@ seconds, busy = time.perf_counter() - began, time.process_time() - busy
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 boxes = len(splits.labelled.dataset.dataset.fields["boxes"])
 print(f"opened in {seconds:.1f} s ({busy:.1f} s of one core)")
-print(f"{len(splits.labelled):,} labelled, {len(splits.unlabelled):,} unlabelled images, {boxes:,} boxes")
+labelled, unlabelled = len(splits.labelled), len(splits.unlabelled)
+print(f"{labelled:,} labelled, {unlabelled:,} unlabelled images, {boxes:,} boxes")
 print(f"memory before {before:.0f} MB, at its height {peak:.0f} MB, held {resident():.0f} MB")
 """
 
@@ -111,7 +112,8 @@ def main() -> None:
         _ = opened.sizes
         each = (time.perf_counter() - began) / len(opened)
         print(
-            f"image sizes of an unlabelled folder: {1e3 * each:.2f} ms each, {123_403 * each:.0f} s for unlabeled2017"
+            f"image sizes of an unlabelled folder: {1e3 * each:.2f} ms each, "
+            f"{123_403 * each:.0f} s for unlabeled2017"
         )
 
 

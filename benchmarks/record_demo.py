@@ -68,7 +68,8 @@ def collect(out: Path) -> None:
                 statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
             )
             minutes = statistics.mean(line["seconds"] for line in lines if line["row"] == arm) / 60
-            text = f"{arm:<14} AP {100 * statistics.mean(values):5.1f} +- {100 * error:.1f}   {minutes:.1f} min"
+            mean = 100 * statistics.mean(values)
+            text = f"{arm:<14} AP {mean:5.1f} +- {100 * error:.1f}   {minutes:.1f} min"
             if means["all-labels"] and means["control"] and arm in ("mean-teacher", "semi-detr"):
                 low, high = statistics.mean(means["control"]), statistics.mean(means["all-labels"])
                 text += (

@@ -27,7 +27,7 @@ OFTEN = {"log_every": 50, "watch_every": 100, "evaluate_every": 200}
 
 
 def main() -> int:
-    """Run it, print and record the figures; 1 if the run ended in another way than by the signal."""
+    """Run it, print and record the figures; 1 if the run did not end by the signal."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--every", type=float, default=30, help="seconds between two looks")

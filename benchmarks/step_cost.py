@@ -103,7 +103,8 @@ def main() -> None:
                 times[name].append(time.perf_counter() - began)
                 shares[name].append(spent["seconds"] / times[name][-1])
     print(
-        f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}, {options.steps} steps in turn"
+        f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}, "
+        f"{options.steps} steps in turn"
     )
     base = statistics.median(times["supervised"])
     for name in stages:
@@ -115,7 +116,8 @@ def main() -> None:
             f"matching and loss {100 * statistics.median(shares[name]):.1f} %"
         )
     print(
-        f"pseudo-boxes asked for an image: {runs['one-to-many'].method.stats} (supervised median {base:.3f} s)"
+        f"pseudo-boxes per image: {runs['one-to-many'].method.stats} "
+        f"(supervised median {base:.3f} s)"
     )
 
 

@@ -78,12 +78,14 @@ def main() -> None:
             timed("strong: erase", views.random_erase, coloured, rng, settings)
 
     print(
-        f"{platform.machine()}, one thread, torch {torch.__version__}, 640 x 480 to short side {options.short_side}"
+        f"{platform.machine()}, one thread, torch {torch.__version__}, "
+        f"640 x 480 to short side {options.short_side}"
     )
     for name, spent in (("by the clock", clock), ("of processor time", times.pop("all"))):
         each = statistics.median(spent)
         print(
-            f"{1 / each:5.1f} images a second {name}, weak and strong view each ({1e3 * each:.1f} ms)"
+            f"{1 / each:5.1f} images a second {name}, "
+            f"weak and strong view each ({1e3 * each:.1f} ms)"
         )
     for name, spent in times.items():
         median, mean = 1e3 * statistics.median(spent), 1e3 * statistics.fmean(spent)

@@ -1,11 +1,11 @@
-"""`make colab`: badges and install cells for Google Colab, once it is known where the repository lies on GitHub.
+"""`make colab`: badges and install cells for Google Colab, in a fork whose address is known.
 
     python notebooks/colab.py [OWNER]
 
-A clone does not know who hosts it, so the course comes without badges. This command writes them into README.md and an
-install cell into every notebook; commit the change in your fork. OWNER is a name on GitHub, or OWNER/REPOSITORY.
-Without it the address of the remote `origin` is taken, if it is on github.com. Where no address is known, badges and
-cells are removed.
+A clone does not know who hosts it, so the course comes without badges. This command writes them
+into README.md and an install cell into every notebook; commit the change in your fork. OWNER is a
+name on GitHub, or OWNER/REPOSITORY. Without it the address of the remote `origin` is taken, if it
+is on github.com. Where no address is known, badges and cells are removed.
 """
 
 import re
@@ -17,7 +17,10 @@ import nbformat
 
 HERE = Path(__file__).parent
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
-FIRST = "import semidetr_lite  # before torch: it lets waiting threads sleep. Not installed? See notebooks/README.md"
+FIRST = (
+    "import semidetr_lite  # before torch: it lets waiting threads sleep. Not installed? "
+    "See notebooks/README.md"
+)
 INSTALL = """from importlib.util import find_spec
 
 if not find_spec("semidetr_lite"):  # on Colab, for instance
@@ -29,9 +32,9 @@ BEGIN, END = "<!-- colab badges, written by `make colab` -->", "<!-- end of badg
 
 
 def find_repository(owner: str = "", folder: Path = HERE) -> str | None:
-    """OWNER/REPOSITORY on GitHub: from `owner`, else from the remote `origin` of the clone; None if not known.
+    """OWNER/REPOSITORY on GitHub: from `owner`, else from the remote `origin` of the clone.
 
-    Raises ValueError for an owner that GitHub cannot have.
+    None if it is not known. Raises ValueError for an owner that GitHub cannot have.
     """
     if owner:
         if not re.fullmatch(r"[A-Za-z0-9-]+(/[\w.-]+)?", owner):
@@ -68,7 +71,10 @@ def is_first_cell(source: str) -> bool:
 
 
 def write_addresses(folder: Path, repository: str | None) -> list[str]:
-    """Put the address into the notebooks and the README of a folder, or take it out; returns the changed files."""
+    """Put the address into the notebooks and the README of a folder, or take it out.
+
+    Returns the changed files.
+    """
     changed = []
     paths = sorted(folder.glob("*.ipynb"))
     for path in paths:
@@ -108,9 +114,8 @@ def main() -> int:
         if repository
         else "no address known (make colab OWNER=name), so no badges"
     )
-    print(
-        f"{where}: {f'changed {len(changed)} files, to be committed' if changed else 'nothing to change'}"
-    )
+    news = f"changed {len(changed)} files, to be committed" if changed else "nothing to change"
+    print(f"{where}: {news}")
     return 0
 
 

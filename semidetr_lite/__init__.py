@@ -1,6 +1,4 @@
-"""semidetr-lite: a teaching and reproduction kit for Semi-DETR, semi-supervised object detection
-with detection transformers.
-"""
+"""A teaching and reproduction kit for Semi-DETR: semi-supervised detection transformers."""
 
 import os
 

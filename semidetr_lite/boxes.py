@@ -42,6 +42,12 @@ def _whwh(size: torch.Tensor | Sequence[int], boxes: torch.Tensor) -> torch.Tens
     return boxes.new_tensor([width, height, width, height])
 
 
+def height_and_width(image: torch.Tensor) -> tuple[int, int]:
+    """(H, W) of an image or a feature map (..., H, W)."""
+    height, width = image.shape[-2:]
+    return height, width
+
+
 def inverse_sigmoid(x: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
     """The logit of x, with x clamped to [eps, 1 - eps]."""
     return torch.logit(x, eps=eps)

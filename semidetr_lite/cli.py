@@ -11,7 +11,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -278,7 +278,7 @@ def predict(
         raise UserError(f"{unread[0]}{others}")
 
 
-def _picture(image, found: dict, detector, name: str) -> bytes:
+def _picture(image, found: Mapping, detector, name: str) -> bytes:
     """A PNG of an image with what was found.
 
     At its own size, but 320 pixels wide at least and 2,000 at most.
@@ -546,7 +546,7 @@ def _starting_settings(words: list[str], kind: type[Settings]) -> Settings:
         preset, detector = _value_of(words, "--preset"), _value_of(words, "--detector")
         settings = preset_settings(
             preset if preset in PRESETS else "digits",
-            detector=detector if detector in get_args(DetectorName) else "dino",
+            detector=detector if detector and detector in get_args(DetectorName) else "dino",
         )
     return kind(
         **{part.name: getattr(settings, part.name) for part in dataclasses.fields(Settings)}

@@ -13,12 +13,15 @@ wrong.
 
 import io
 import os
+from collections.abc import Sequence
 from contextlib import redirect_stdout
+from typing import Literal
 
 import numpy as np
 import torch
 from torchvision.ops import box_area, box_iou
 
+from semidetr_lite.contracts import Target
 from semidetr_lite.data.coco import is_numbers, read_coco
 from semidetr_lite.errors import UserError
 from semidetr_lite.files import read_json
@@ -31,7 +34,7 @@ TOP = 100  # detections per image that count, those with the highest scores
 
 
 def evaluate(
-    detections: list[dict] | str | os.PathLike, targets: list[dict] | str | os.PathLike
+    detections: Sequence[Target] | str | os.PathLike, targets: Sequence[Target] | str | os.PathLike
 ) -> dict[str, float]:
     """COCO's twelve figures, each in 0..1, nan where there is no truth to measure it on.
 
@@ -44,22 +47,24 @@ def evaluate(
 
     Raises:
         UserError: a file that cannot be used.
-        ValueError: lists of unequal length.
+        ValueError: lists of unequal length, or a list and a path.
     """
     if isinstance(detections, str | os.PathLike) and isinstance(targets, str | os.PathLike):
         truth = read_coco(targets)
         return _figures(truth, _detections_of_file(detections, truth))
+    if isinstance(detections, str | os.PathLike) or isinstance(targets, str | os.PathLike):
+        raise ValueError("evaluate takes two lists of dicts or two paths, not one of each")
     _check_lengths(detections, targets)
     return _figures(_truth_of_dicts(targets), _detections_of_dicts(detections))
 
 
-def _check_lengths(detections: list[dict], targets: list[dict]) -> None:
+def _check_lengths(detections: Sequence[Target], targets: Sequence[Target]) -> None:
     if len(detections) != len(targets):
         counts = f"{len(detections)} detections for {len(targets)} targets"
         raise ValueError(f"{counts}: one dict per image in each")
 
 
-def evaluate_voc(detections: list[dict], targets: list[dict]) -> dict:
+def evaluate_voc(detections: Sequence[Target], targets: Sequence[Target]) -> dict:
     """Pascal VOC's AP at an IoU of 0.5, all detections counted, by score over all images.
 
     A detection goes to the truth box of its class that it overlaps most, whether taken or not: the
@@ -85,8 +90,8 @@ def evaluate_voc(detections: list[dict], targets: list[dict]) -> dict:
     ignored = [_marked(target, "difficult") | _marked(target, "crowd") for target in targets]
     verdicts = [_voc_verdicts(*image) for image in zip(detections, targets, ignored)]
     labels, scores, right = np.concatenate([np.zeros((3, 0)), *verdicts], axis=1)
-    to_find = [target["labels"].cpu()[~ignore] for target, ignore in zip(targets, ignored)]
-    to_find = np.concatenate([np.zeros(0, dtype=int), *to_find])
+    per_image = [target["labels"].cpu()[~ignore] for target, ignore in zip(targets, ignored)]
+    to_find = np.concatenate([np.zeros(0, dtype=int), *per_image])
     per_class = {}
     for label, boxes in zip(*np.unique(to_find, return_counts=True)):
         order = np.argsort(-scores[labels == label], kind="stable")
@@ -116,7 +121,7 @@ def _voc_average_precision(right: np.ndarray, boxes: int) -> tuple[float, float]
     return float(np.mean(at_levels)), float(area)
 
 
-def _voc_verdicts(detection: dict, target: dict, ignored: torch.Tensor) -> np.ndarray:
+def _voc_verdicts(detection: Target, target: Target, ignored: torch.Tensor) -> np.ndarray:
     """Label, score and whether it is right (3, N), of the detections of one image that count.
 
     They come by falling score; those on `ignored` (T,) boxes do not count.
@@ -137,7 +142,7 @@ def _voc_verdicts(detection: dict, target: dict, ignored: torch.Tensor) -> np.nd
     return np.stack([labels.numpy(), scores.numpy(), first])[:, counted]
 
 
-def _marked(target: dict, name: str) -> torch.Tensor:
+def _marked(target: Target, name: Literal["crowd", "difficult"]) -> torch.Tensor:
     """The marks `name` of a target's boxes, (T,) bool; none where the target has no such field."""
     if name in target:
         return target[name].cpu().bool()
@@ -145,7 +150,7 @@ def _marked(target: dict, name: str) -> torch.Tensor:
 
 
 def to_coco_json(
-    detections: list[dict], image_ids: list[int], categories: list[dict]
+    detections: list[Target], image_ids: list[int], categories: list[dict]
 ) -> list[dict]:
     """Detections as the rows of a COCO results file.
 
@@ -179,7 +184,7 @@ def _rows(
     return [{"image_id": image_id, **dict(zip(columns, row))} for row in values]
 
 
-def box_errors(detection: dict, truth: dict, iou: float = 0.5) -> dict[str, torch.Tensor]:
+def box_errors(detection: Target, truth: Target, iou: float = 0.5) -> dict[str, torch.Tensor]:
     """Which boxes of an image are hits, false alarms and misses.
 
     From the highest score down, a detection takes the free truth box of its label that it overlaps
@@ -223,7 +228,7 @@ def _covered(boxes: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
     return inside / box_area(boxes)[:, None].clamp(min=1e-9)
 
 
-def _truth_of_dicts(targets: list[dict]) -> dict:
+def _truth_of_dicts(targets: Sequence[Target]) -> dict:
     """Targets as one COCO ground truth; an image id is an index, a category id is a label."""
     rows = []
     for image_id, target in enumerate(targets):
@@ -235,7 +240,7 @@ def _truth_of_dicts(targets: list[dict]) -> dict:
     return {"images": images, "annotations": rows}
 
 
-def _detections_of_dicts(detections: list[dict]) -> list[dict]:
+def _detections_of_dicts(detections: Sequence[Target]) -> list[dict]:
     """The `TOP` highest scores of each image, as rows of a COCO results file."""
     rows = []
     for image_id, detection in enumerate(detections):

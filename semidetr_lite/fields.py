@@ -4,7 +4,7 @@ A group of settings is a frozen dataclass. Its fields are options of the command
 and entries of config.json (checked by pydantic), both from the same annotation.
 """
 
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import tyro
 from pydantic import Field
@@ -13,13 +13,14 @@ Count = Annotated[int, Field(ge=1)]
 WholeNumber = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+GroupType = TypeVar("GroupType", bound=type)  # a dataclass, which a decorator returns
 Range = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
 
 # In files: unknown keys are refused, and so are numbers that are not finite.
 STRICT = {"extra": "forbid", "allow_inf_nan": False}
 
 
-def option_group(group: type) -> type:
+def option_group(group: GroupType) -> GroupType:
     """Class decorator, below `@dataclass`: options of the group are `--field`, not `--group.field`.
 
     The help still lists them under the name of the group.
@@ -30,7 +31,7 @@ def option_group(group: type) -> type:
     return strict_group(group)
 
 
-def strict_group(group: type) -> type:
+def strict_group(group: GroupType) -> GroupType:
     """Class decorator, below `@dataclass`: how pydantic checks the group in a file."""
-    group.__pydantic_config__ = STRICT
+    group.__pydantic_config__ = STRICT  # type: ignore[attr-defined]  # a new attribute
     return group

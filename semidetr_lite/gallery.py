@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from semidetr_lite.contracts import Target
 from semidetr_lite.data import digits
 from semidetr_lite.errors import UserError
 from semidetr_lite.files import write_atomic
@@ -26,8 +27,8 @@ class Gallery(NamedTuple):
     """Detections on the first test scenes."""
 
     images: list[torch.Tensor]
-    truths: list[dict]
-    detections: dict[str, list[dict]]  # by the name of the detector
+    truths: list[Target]
+    detections: dict[str, list[Target]]  # by the name of the detector
 
     def counts(self, score: float) -> dict[str, tuple[int, int, int]]:
         """Hits, false alarms and misses of each detector, of boxes that score at least `score`."""
@@ -36,7 +37,10 @@ class Gallery(NamedTuple):
             pairs = zip(detections, self.truths, strict=True)
             errors = [count_hits(*pair, score) for pair in pairs]
             kinds = ("hits", "false_alarms", "misses")
-            counts[name] = tuple(sum(len(image[kind]) for image in errors) for kind in kinds)
+            hits, false_alarms, misses = (
+                sum(len(image[kind]) for image in errors) for kind in kinds
+            )
+            counts[name] = (hits, false_alarms, misses)
         return counts
 
     def picture(self, scenes: list[int], score: float, title: str | None = None) -> Picture:

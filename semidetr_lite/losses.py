@@ -1,5 +1,6 @@
-"""From assignments to losses: class, L1 and GIoU, for every decoder layer, the encoder's proposals
-and the denoising queries.
+"""From assignments to losses: class, L1 and GIoU.
+
+For every decoder layer, the encoder's proposals and the denoising queries.
 
 One-to-one (DINO; released code: dino_detr_ssod_head.py:751-804): focal loss, weighted 2, over the
 number of matched pairs; L1 (5) and GIoU (2) of the pairs over the same number.
@@ -33,6 +34,7 @@ from torchvision.ops import box_convert
 
 from semidetr_lite import distributed
 from semidetr_lite.boxes import overlaps
+from semidetr_lite.contracts import Outputs, Target
 from semidetr_lite.detectors.denoising import DenoisingTargets
 from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.detectors.transformer import Layers, QueryGroup, slice_batch, stack_layers
@@ -277,7 +279,7 @@ def _xyxy(boxes: torch.Tensor) -> torch.Tensor:
 def layer_loss(
     logits: torch.Tensor,
     pred_boxes: torch.Tensor,
-    targets: list[dict],
+    targets: list[Target],
     stage: str,
     candidates: int = 13,
     loss_weights: LossWeights = LossWeights(),
@@ -327,7 +329,7 @@ def detection_loss(
 
 
 def denoising_loss(
-    outputs: dict,
+    outputs: Outputs,
     denoising_targets: DenoisingTargets,
     targets: PaddedTargets,
     loss_weights: LossWeights = LossWeights(),
@@ -363,7 +365,7 @@ def detection_losses(
     layers: Layers, target_sets: list[TargetSet], assignments: list[Assignment], stage: str
 ) -> dict[str, torch.Tensor]:
     """The detection losses of each kind of images: {"labelled/class", ..., "pseudo/giou"}."""
-    losses = {}
+    losses: dict[str, torch.Tensor] = {}
     for target_set, assignment in zip(target_sets, assignments, strict=True):
         loss = detection_loss(
             layers.of_images(target_set.images),
@@ -378,7 +380,7 @@ def detection_losses(
 
 
 def denoising_losses(
-    group_outputs: list[dict], denoising: list[DenoisingQueries], target_sets: list[TargetSet]
+    group_outputs: list[Outputs], denoising: list[DenoisingQueries], target_sets: list[TargetSet]
 ) -> dict[str, torch.Tensor]:
     """The denoising losses of each kind of images: {"labelled denoising/class", ...}.
 
@@ -388,7 +390,7 @@ def denoising_losses(
         target_sets: of each kind of images with denoising: rows, weights and numbers of boxes.
     """
     by_name = {target_set.name: target_set for target_set in target_sets}
-    losses = {}
+    losses: dict[str, torch.Tensor] = {}
     for outputs, queries in zip(group_outputs, denoising, strict=True):
         target_set = by_name[queries.name]
         loss = denoising_loss(

@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert
 
 from semidetr_lite.boxes import pairwise_overlaps, to_model
+from semidetr_lite.contracts import Target
 from semidetr_lite.detectors.transformer import Layers
 from semidetr_lite.device import to_device
 
@@ -54,12 +55,12 @@ class Assignment(NamedTuple):
     quality: torch.Tensor  # (..., B, Q) soft class target, 0 where unassigned
 
 
-def pad_targets(targets: list[dict], device: torch.device | str | None = None) -> PaddedTargets:
+def pad_targets(targets: list[Target], device: torch.device | str | None = None) -> PaddedTargets:
     """Target dicts (xyxy pixels) as PaddedTargets on a device.
 
     Crowd regions stand for many objects and are left out.
     """
-    empty = {
+    empty: Target = {
         "boxes": torch.zeros(0, 4),
         "labels": torch.zeros(0, dtype=torch.int64),
         "size": (1, 1),
@@ -70,7 +71,7 @@ def pad_targets(targets: list[dict], device: torch.device | str | None = None) -
         boxes = to_model(target["boxes"].float(), target["size"])[keep]
         labels = target["labels"][keep]
         rows.append((boxes, labels, torch.ones_like(labels, dtype=torch.bool)))
-    padded = [pad_sequence(entries, batch_first=True) for entries in zip(*rows, strict=True)]
+    padded = [pad_sequence(list(entries), batch_first=True) for entries in zip(*rows, strict=True)]
     return PaddedTargets(*(to_device(entry[: len(targets)], device) for entry in padded))
 
 
@@ -80,7 +81,7 @@ def pad_targets(targets: list[dict], device: torch.device | str | None = None) -
 def matching_cost(
     logits: torch.Tensor,
     pred_boxes: torch.Tensor,
-    target: dict,
+    target: Target,
     class_cost: str = "focal",
     class_weight: float = 2.0,
     l1_weight: float = 5.0,
@@ -109,7 +110,7 @@ def matching_cost(
     )
 
 
-def one_to_one(logits: torch.Tensor, pred_boxes: torch.Tensor, target: dict) -> Match:
+def one_to_one(logits: torch.Tensor, pred_boxes: torch.Tensor, target: Target) -> Match:
     """The Hungarian assignment of `matching_cost`.
 
     Args:
@@ -131,7 +132,7 @@ def one_to_one(logits: torch.Tensor, pred_boxes: torch.Tensor, target: dict) -> 
 def one_to_many(
     logits: torch.Tensor,
     pred_boxes: torch.Tensor,
-    target: dict,
+    target: Target,
     alpha: float = 1.0,
     beta: float = 6.0,
     candidates: int = 13,
@@ -335,5 +336,7 @@ def match_layers(
     if stage == "one_to_many":
         targets = targets._replace(labels=layers.labels(targets.labels))
         return assign_one_to_many(layers.logits, layers.boxes, targets, candidates=candidates)
+    if costs is None or valid is None:
+        raise ValueError("one-to-one matching needs the costs and their valid columns")
     assigned = to_device(torch.from_numpy(assign_one_to_one(costs, valid)), layers.logits.device)
     return Assignment(assigned, (assigned >= 0).float())

@@ -18,6 +18,7 @@ from jinja2 import Template
 
 import semidetr_lite
 from semidetr_lite import visualize
+from semidetr_lite.contracts import Target, TargetLike
 from semidetr_lite.data.images import ImageFolder
 from semidetr_lite.data.splits import Concat, Splits, Subset
 from semidetr_lite.errors import as_user_error
@@ -103,7 +104,7 @@ class DetectedRun:
     """A run with its detections on the first test images."""
 
     name: str
-    detections: list[dict]  # of each image
+    detections: list[Target]  # of each image
     errors: list[dict]  # count_hits of each image
 
 
@@ -304,10 +305,10 @@ def image_name(dataset, index: int) -> str | None:
     return Path(file_names[index]).name if file_names else None
 
 
-def _detect(run: Record, test, truths: list[dict], score: float) -> DetectedRun:
+def _detect(run: Record, test, truths: list[Target], score: float) -> DetectedRun:
     """The detections of a run's teacher (or of its student, if alone) on the first test images."""
     detector = semidetr_lite.load_detector(run.path, weights=run.weights[0])
-    detections: list[dict] = []
+    detections: list[Target] = []
     for start in range(0, len(truths), BATCH_SIZE):
         batch = range(start, min(start + BATCH_SIZE, len(truths)))
         detections += detector.detect([test[index][0] for index in batch], score=0.0)
@@ -362,7 +363,7 @@ def _card(
 
 
 def _box_rows(
-    target: dict, indices: Iterable[int], style: str, categories: list[dict]
+    target: TargetLike, indices: Iterable[int], style: str, categories: list[dict]
 ) -> list[tuple]:
     """Some boxes of a target as rows of a picture: (style, box, "class .score")."""
     rows = []
@@ -413,12 +414,12 @@ def _timeline(run: Record, splits: Splits, names: _Names, pictures: dict) -> dic
 
 
 def _pseudo_rows(
-    line: dict, truth: dict | None, categories: list[dict]
+    line: dict, truth: Target | None, categories: list[dict]
 ) -> tuple[list[tuple], set[int]]:
     """A line of pseudo_boxes.jsonl as rows over the truth; and the indices of rows first hidden."""
     styles = visualize.pseudo_styles(line, truth)
-    true_boxes = truth["boxes"] if truth is not None else []
-    rows = [("truth", [float(side) for side in box], "") for box in true_boxes]
+    true_boxes = truth["boxes"].tolist() if truth is not None else []
+    rows = [("truth", box, "") for box in true_boxes]
     hidden_boxes = visualize.hidden_dropped(line["scores"], styles)
     hidden_rows = {len(rows) + index for index in hidden_boxes}
     for index, style in enumerate(styles):

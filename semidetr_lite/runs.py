@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeGuard
 
 import semidetr_lite
 from semidetr_lite.data import digits
@@ -17,15 +18,9 @@ from semidetr_lite.files import read_jsonl
 from semidetr_lite.training import presets
 from semidetr_lite.training.checkpoint import read_config
 from semidetr_lite.training.measure import measure
+from semidetr_lite.training.settings import METHOD_TITLES
 
 STEPS_OF_SAME_TIME = 2  # supervised steps that take no longer than one semi-supervised step
-METHODS = {
-    "supervised": "supervised",
-    "mean-teacher": "mean teacher",
-    "semi-detr": "Semi-DETR",
-    "soft-teacher": "Soft Teacher",
-    "dense-teacher": "Dense Teacher",
-}
 DIGITS = {"data": "digits", "percent": 10, "fold": 1, "recipe": {}}  # to load the embedded data
 DATA_KEYS = ("data", "validation", "categories")  # settings in which compared runs must agree
 
@@ -51,6 +46,7 @@ class Record:
 
     @property
     def method(self) -> str:
+        """The name of its method in the commands, "" where that is not known."""
         return str(self.config.get("method") or "")
 
     @property
@@ -121,7 +117,7 @@ def _read_weights(path: Path) -> Record:
     detector_names = {kind: name for name, kind in presets.DETECTORS.items()}
     method = path.stem.lower().replace("_", "-")
     config = {
-        "method": method if method in METHODS else None,
+        "method": method if method in METHOD_TITLES else None,
         "detector": detector_names.get(type(detector)),
         "categories": detector.categories,
     }
@@ -153,7 +149,7 @@ def _burn_in(folder: Path, config: dict) -> tuple[str, list[dict]]:
             burn_in_config = read_config(burn_in)
             _, earlier = _burn_in(burn_in, burn_in_config)
             method = str(burn_in_config.get("method", ""))
-            name = f"{METHODS.get(method, method)} burn-in"
+            name = f"{METHOD_TITLES.get(method, method)} burn-in"
             return name, earlier + _lines(burn_in / "log.jsonl", earlier)
     return "", []
 
@@ -180,13 +176,13 @@ def _name_runs(runs: list[Record], names: dict) -> None:
         given = [names[key] for key in (path.name, path.stem) if key in names]
         run.name = str(given[0]) if given else default_name(run, runs)
     taken = [run.name for run in runs]
-    paths = [run.path.resolve().parts for run in runs]
+    all_parts = [run.path.resolve().parts for run in runs]
     shared = -1  # parts of the paths that need not be said: all but the folder's name
-    if len({path[-1] for path in paths}) < len(paths):
-        shared = len(os.path.commonprefix([path[:-1] for path in paths]))
-    for run, path in zip(runs, paths):
+    if len({parts[-1] for parts in all_parts}) < len(all_parts):
+        shared = len(os.path.commonprefix([parts[:-1] for parts in all_parts]))
+    for run, parts in zip(runs, all_parts):
         if taken.count(run.name) > 1:
-            run.name += f" ({'/'.join(path[shared:])})"
+            run.name += f" ({'/'.join(parts[shared:])})"
 
 
 def default_name(run: Record, runs: list[Record]) -> str:
@@ -194,7 +190,7 @@ def default_name(run: Record, runs: list[Record]) -> str:
     path = run.path.resolve()
     if path.stem in ("teacher", "student") and path.is_file():  # one of a run folder's
         return f"{path.parent.name} {path.stem}"
-    name = METHODS.get(run.method, run.method or path.stem.replace("_", " "))
+    name = METHOD_TITLES.get(run.method, run.method or path.stem.replace("_", " "))
     return f"{name}, same time" if same_time(run, runs) else name
 
 
@@ -241,7 +237,7 @@ def fill_figures(run: Record, splits: Splits | None = None) -> None:
             run.figures[network] = measure(detector, test)
 
 
-def is_measured(value: float | None) -> bool:
+def is_measured(value: float | None) -> TypeGuard[float]:
     """Whether a figure exists: COCO marks a class of objects that does not occur by nan or -1."""
     return value is not None and value >= 0
 
@@ -257,19 +253,20 @@ def best_sentence(runs: list[Record]) -> str:
     Where the first run is the best, the difference to the best of the others. AP that are equal at
     one decimal are a tie.
     """
-    base, measured = runs[0], [run for run in runs if run.ap is not None]
+    base = runs[0]
+    measured = [(run, ap) for run in runs if (ap := run.ap) is not None]
     if not measured:
         return "No AP on the test split yet"
-    top = max(run.ap for run in measured)
+    top = max(ap for _, ap in measured)
     reached, first = f"{top:.1f} AP on the test split", as_training(base, runs)
-    best = [run for run in measured if f"{run.ap:.1f}" == f"{top:.1f}"]
-    others = [run for run in measured if run is not base]
+    best = [run for run, ap in measured if f"{ap:.1f}" == f"{top:.1f}"]
+    others = [(run, ap) for run, ap in measured if run is not base]
     if base in best and len(best) > 1:
         equal = listed([as_training(run, runs) for run in best])
         return capital(f"a tie: {equal} reach {reached}")
     if base in best and others:
-        rival = max(others, key=lambda run: run.ap)
-        ahead = f"{top - rival.ap:.1f} AP more than {as_training(rival, runs)}"
+        rival, rival_ap = max(others, key=lambda other: other[1])
+        ahead = f"{top - rival_ap:.1f} AP more than {as_training(rival, runs)}"
         more = ", the best of the others" if len(others) > 1 else ""
         return capital(f"{first} wins: {reached}, {ahead}{more}")
     who = capital(listed([as_training(run, runs) for run in best]))

@@ -116,8 +116,8 @@ def test_the_shares_of_all_processes_are_the_batch(processes, monkeypatch):
         assert all(len(part[kind][0]) >= 1 for part in parts)
         together = [image for part in parts for image in part[kind][0]]
         assert all(torch.equal(*pair) for pair in zip(together, images, strict=True))
-        places = [target["position"] for part in parts for target in part[kind][1]]
-        assert places == [target["position"] for target in targets]
+        positions = [target["position"] for part in parts for target in part[kind][1]]
+        assert positions == [target["position"] for target in targets]
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
     with pytest.raises(UserError, match="4 processes .*3 labelled images"):
         Batches(some_splits(), 3, 5, VIEWS, seed=0)
@@ -169,9 +169,9 @@ def test_an_unreadable_unlabelled_image_is_replaced_and_counted(capsys):
     good = [Batches(some_splits(), 2, 4, VIEWS, seed=0)[step] for step in range(15)]
     bad = {1000, 1007, 1011, 1024, 1033}
     batches = Batches(some_splits(bad=bad), 2, 4, VIEWS, seed=0)
-    seen = [batches[step] for step in range(15)]
+    expected = [batches[step] for step in range(15)]
     replaced = 0
-    for before, after in zip(good, seen):
+    for before, after in zip(good, expected):
         assert ids(after, "weak") == ids(after, "strong") and not bad & set(ids(after, "weak"))
         assert len({shape_of(image) for image in after["weak"][0]}) == 1
         assert ids(before, "labelled") == ids(after, "labelled")
@@ -180,7 +180,7 @@ def test_an_unreadable_unlabelled_image_is_replaced_and_counted(capsys):
             replaced += old != new
     assert replaced > 3
     assert all(
-        same(batches[step], seen[step]) for step in (14, 3, 12)
+        same(batches[step], expected[step]) for step in (14, 3, 12)
     )  # whatever was skipped before
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and all(
@@ -212,8 +212,8 @@ def test_an_unreadable_labelled_image_ends_the_run_unless_told_otherwise(capsys)
     with pytest.raises(UserError, match="4.jpg"):
         [batches[step] for step in range(20)]
     batches = Batches(splits, 3, 0, VIEWS, seed=0, skip_unreadable=True)
-    seen = {number for step in range(20) for number in ids(batches[step], "labelled")}
-    assert seen == set(range(10)) - {4} and "4.jpg" in capsys.readouterr().err
+    numbers = {number for step in range(20) for number in ids(batches[step], "labelled")}
+    assert numbers == set(range(10)) - {4} and "4.jpg" in capsys.readouterr().err
 
 
 def test_where_nothing_can_be_read_the_run_ends(capsys):
@@ -248,12 +248,12 @@ def shape_of(image: torch.Tensor) -> int:
 
 def test_a_step_has_one_shape():
     batches = Batches(some_splits(), 2, 3, ViewSettings(patches=0), seed=0)
-    seen = Counter()
+    steps_of_shape = Counter()
     for step in range(40):
         shapes = {shape_of(image) for images, _ in batches[step].values() for image in images}
         assert len(shapes) == 1
-        seen[shapes.pop()] += 1
-    assert set(seen) == {-1, 0, 1}
+        steps_of_shape[shapes.pop()] += 1
+    assert set(steps_of_shape) == {-1, 0, 1}
 
 
 def test_shapes_come_in_their_proportions():

@@ -108,15 +108,15 @@ def test_the_gpu_kernel_equals_the_formula(points, monkeypatch):
     value, shapes, locations, weights = some_inputs(torch.float32, 2, 37, 3, points, 8, sizes)
     inputs = [each.to(device).requires_grad_() for each in (value, locations * 1.4 - 0.2, weights)]
     upstream = torch.randn(2, 37, 24, device=device)
-    found = []
+    results = []
     for read in (deformable_attention, TritonAttention.apply):
         sums = read(inputs[0], shapes, *inputs[1:])
-        found.append([sums, *torch.autograd.grad(sums, inputs, upstream)])
-    for readable, fused in zip(*found, strict=True):
+        results.append([sums, *torch.autograd.grad(sums, inputs, upstream)])
+    for readable, fused in zip(*results, strict=True):
         assert readable.abs().max() > 0.1
         assert torch.allclose(fused, readable, atol=1e-4), (fused - readable).abs().max()
     rough = TritonAttention.apply(inputs[0].bfloat16(), shapes, *inputs[1:])
-    assert rough.dtype == torch.bfloat16 and torch.allclose(rough.float(), found[0][0], atol=0.1)
+    assert rough.dtype == torch.bfloat16 and torch.allclose(rough.float(), results[0][0], atol=0.1)
     nothing = TritonAttention.apply(
         inputs[0], shapes, inputs[1][:, :0], inputs[2][:, :0]
     )  # no queries

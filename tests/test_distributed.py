@@ -140,7 +140,7 @@ def skipping(rank: int, out: Path) -> tuple:
     run = Run(
         small("supervised", steps=3, log_every=9), out, splits=few_digits(), quiet=True, workers=0
     )
-    forward, train_step, seen = run.method.forward, run.train_step, []
+    forward, train_step, losses_of_steps = run.method.forward, run.train_step, []
 
     def spoiled(batch, step, prepared=None):
         return {
@@ -149,9 +149,9 @@ def skipping(rank: int, out: Path) -> tuple:
         }
 
     run.method.forward, run._measure = spoiled, dict
-    run.train_step = lambda batch: seen.append(train_step(batch)) or seen[-1]
+    run.train_step = lambda batch: losses_of_steps.append(train_step(batch)) or losses_of_steps[-1]
     run.run()
-    return [losses["labelled/class"] for losses in seen], sum(
+    return [losses["labelled/class"] for losses in losses_of_steps], sum(
         p.double().sum() for p in run.method.parameters()
     ).item()
 

@@ -29,12 +29,12 @@ def engine(kind: str, **options) -> tuple[Engine, int]:
 
 def run(kind: str, **options) -> tuple[dict, dict]:
     """Losses and gradients of a step."""
-    made, step = engine(kind, **options)
-    (losses, values), *more = made.losses(some_batch(**BATCH), step)
+    runner, step = engine(kind, **options)
+    (losses, values), *more = runner.losses(some_batch(**BATCH), step)
     sum(losses.values()).backward()
     assert not more
     return dict(zip(losses, values.tolist(), strict=True)), {
-        name: p.grad for name, p in made.method.named_parameters() if p.grad is not None
+        name: p.grad for name, p in runner.method.named_parameters() if p.grad is not None
     }
 
 
@@ -70,8 +70,8 @@ def test_other_options_change_only_the_rounding(kind, options, monkeypatch):
     assert_close(run(kind, **options), run(kind), 1e-3)
     assert bool(compiled) == ("compile" in options)
     if "channels_last" in options:
-        made, _ = engine(kind, **options)
-        weight = made.method.student.backbone.stages[1][0].weight
+        runner, _ = engine(kind, **options)
+        weight = runner.method.student.backbone.stages[1][0].weight
         assert (
             weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
         )
@@ -79,37 +79,37 @@ def test_other_options_change_only_the_rounding(kind, options, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_is_close_and_keeps_costs_losses_and_places_in_full_precision(kind, monkeypatch):
-    seen, places = [], []
+    stacked, sampled = [], []
     real_stack, real_read = mean_teacher.stack_layers, deformable.deformable_attention
 
     def stack(outputs):
-        seen.append(real_stack(outputs))
-        return seen[-1]
+        stacked.append(real_stack(outputs))
+        return stacked[-1]
 
     def read(value, shapes, locations, weights):
-        places.append((value.dtype, locations.dtype, weights.dtype))
+        sampled.append((value.dtype, locations.dtype, weights.dtype))
         return real_read(value, shapes, locations, weights)
 
     for module in ("mean_teacher", "semi_detr", "supervised"):
         monkeypatch.setattr(f"semidetr_lite.methods.{module}.stack_layers", stack)
     monkeypatch.setattr(deformable, "deformable_attention", read)
-    asked, real_linear = set(), torch.nn.Linear.forward
+    linear_dtypes, real_linear = set(), torch.nn.Linear.forward
 
     def linear(self, x):  # 2 heads, 3 levels, 2 points
-        found = real_linear(self, x)
-        asked.update([found.dtype] if self.out_features in (12, 24) else [])
-        return found
+        outputs = real_linear(self, x)
+        linear_dtypes.update([outputs.dtype] if self.out_features in (12, 24) else [])
+        return outputs
 
     monkeypatch.setattr(torch.nn.Linear, "forward", linear)
     plain = run(kind)
-    assert {kinds[0] for kinds in places} == {torch.float32}
-    seen.clear(), places.clear()
+    assert {kinds[0] for kinds in sampled} == {torch.float32}
+    stacked.clear(), sampled.clear()
     values, gradients = run(kind, precision="bfloat16")
-    assert set(places) == {(torch.bfloat16, torch.float32, torch.float32)} and asked == {
+    assert set(sampled) == {(torch.bfloat16, torch.float32, torch.float32)} and linear_dtypes == {
         torch.float32
     }
-    assert seen and all(
-        layers.logits.dtype == layers.boxes.dtype == torch.float32 for layers in seen
+    assert stacked and all(
+        layers.logits.dtype == layers.boxes.dtype == torch.float32 for layers in stacked
     )
     # pseudo-boxes of a random teacher lie near the cut, so that rounding decides which are kept
     steady = [
@@ -151,19 +151,19 @@ def test_a_state_is_the_same_with_every_option():
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("kind", ["supervised", "mean teacher", "stage one"])
 def test_the_rehearsal_has_the_most_of_everything_and_changes_nothing(kind, parts):
-    made, _ = engine(kind, accumulate=parts)
-    before = {key: value.clone() for key, value in made.method.state_dict().items()}
-    seen, real = [], made.method.forward
+    runner, _ = engine(kind, accumulate=parts)
+    before = {key: value.clone() for key, value in runner.method.state_dict().items()}
+    calls, real = [], runner.method.forward
 
     def forward(batch, step, prepared=None):
         losses = real(batch, step, prepared)
-        seen.append((batch, set(losses), dict(made.method.stats)))
+        calls.append((batch, set(losses), dict(runner.method.stats)))
         return losses
 
-    made.method.forward = forward
-    memory_dry_run(made, (64, 96), 2, 0 if kind == "supervised" else 4, max_boxes=9)
-    assert len(seen) == 2 * parts
-    for batch, losses, stats in seen:
+    runner.method.forward = forward
+    memory_dry_run(runner, (64, 96), 2, 0 if kind == "supervised" else 4, max_boxes=9)
+    assert len(calls) == 2 * parts
+    for batch, losses, stats in calls:
         assert all(
             image.shape == (3, 64, 96)
             for images, _ in (batch[name] for name in ("labelled",))
@@ -176,24 +176,24 @@ def test_the_rehearsal_has_the_most_of_everything_and_changes_nothing(kind, part
         assert (
             kind == "supervised" or stats["pseudo_per_image"] == 12
         )  # `max_pseudo_boxes` of the method
-    names = set.union(*(losses for _, losses, _ in seen))
+    names = set.union(*(losses for _, losses, _ in calls))
     assert kind != "stage one" or {"consistency", "pseudo denoising/l1"} <= names  # both stages
-    after = made.method.state_dict()
+    after = runner.method.state_dict()
     assert all(
         torch.equal(after[key].nan_to_num(), value.nan_to_num()) for key, value in before.items()
     )
-    assert made.method.stats == {} and "predict_pseudo_labels" not in vars(made.method)
-    assert all(parameter.grad is None for parameter in made.method.parameters())
+    assert runner.method.stats == {} and "predict_pseudo_labels" not in vars(runner.method)
+    assert all(parameter.grad is None for parameter in runner.method.parameters())
 
 
 def test_the_dry_run_of_a_run_has_the_largest_size_of_its_views(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(loop, "memory_dry_run", lambda engine, *how: asked.append(how))
+    rehearsals = []
+    monkeypatch.setattr(loop, "memory_dry_run", lambda engine, *how: rehearsals.append(how))
     Run(small("supervised"), tmp_path / "a", workers=0).memory_dry_run()
     sized = small("mean-teacher", short_sides=(48, 64), long_side=80)
     Run(sized, tmp_path / "b", workers=0).memory_dry_run()
-    assert [how[0] for how in asked] in ([(96, 128), (64, 80)], [(128, 96), (64, 80)])
-    assert [how[1:] for how in asked] == [(2, 0, 8), (2, 2, 8)]
+    assert [how[0] for how in rehearsals] in ([(96, 128), (64, 80)], [(128, 96), (64, 80)])
+    assert [how[1:] for how in rehearsals] == [(2, 0, 8), (2, 2, 8)]
 
 
 @pytest.mark.parametrize(("options", "named"), [
@@ -201,12 +201,12 @@ def test_the_dry_run_of_a_run_has_the_largest_size_of_its_views(tmp_path, monkey
     ({"checkpointing": True, "precision": "bfloat16", "accumulate": 2}, ["raise --accumulate (now 2)"]),
 ])  # fmt: skip
 def test_out_of_memory_names_what_to_turn(options, named):
-    made, _ = engine("supervised", **options)
+    runner, _ = engine("supervised", **options)
     with pytest.raises(UserError) as caught:
         problem = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        raise_if_out_of_memory(problem, made.runtime, made.precision)
+        raise_if_out_of_memory(problem, runner.runtime, runner.precision)
     assert str(caught.value) == f"out of memory in the largest steps: {', or '.join(named)}"
-    raise_if_out_of_memory(RuntimeError("another"), made.runtime, made.precision)
+    raise_if_out_of_memory(RuntimeError("another"), runner.runtime, runner.precision)
 
 
 def test_a_run_without_memory_ends_with_a_line(tmp_path, monkeypatch):

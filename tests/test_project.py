@@ -23,6 +23,7 @@ ROOMS = [
     "errors",
     "files",
     "fields",
+    "contracts",
     "boxes",
     "device",
     "distributed",

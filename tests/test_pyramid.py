@@ -73,18 +73,18 @@ def torchvisions(detector) -> torch.nn.Module:
 @pytest.mark.parametrize("size", [(64, 64), (64, 96)])
 def test_detections_are_those_of_torchvisions_forward(name, size):
     detector, images = small(name).eval(), some_images(size, size)
-    found = detector.detect(images, score=0.05, top=30)
+    detections = detector.detect(images, score=0.05, top=30)
     net = torchvisions(detector)
     heads = net.roi_heads if name == "faster-rcnn" else net
     heads.score_thresh, heads.nms_thresh, heads.detections_per_img = 0.05, detector.nms, 30
     with torch.no_grad():
         expected = net(images)
-    assert any(len(one["boxes"]) for one in found)
-    for ours, theirs in zip(found, expected):
-        seen = (theirs["boxes"][:, 2:] > theirs["boxes"][:, :2]).all(
+    assert any(len(one["boxes"]) for one in detections)
+    for ours, theirs in zip(detections, expected):
+        has_area = (theirs["boxes"][:, 2:] > theirs["boxes"][:, :2]).all(
             1
         )  # of torchvision's FCOS some have no area
-        theirs = {key: entry[seen] for key, entry in theirs.items()}
+        theirs = {key: entry[has_area] for key, entry in theirs.items()}
         ours |= {key: ours[key][: len(theirs["labels"])] for key in theirs}
         torch.testing.assert_close(ours["boxes"], theirs["boxes"], **CLOSE)
         torch.testing.assert_close(ours["scores"], theirs["scores"], **CLOSE)
@@ -121,12 +121,12 @@ def test_losses_are_those_of_torchvisions_forward(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_anchors_stand_on_the_cells_of_images_of_any_size(name):
     detector = small(name)
-    seen = detector.extract(some_images((70, 93)))
-    maps = list(seen.maps.values())
+    features = detector.extract(some_images((70, 93)))
+    maps = list(features.maps.values())
     generator = (
         detector.net.anchor_generator if name == "fcos" else detector.net.rpn.anchor_generator
     )
-    anchors = generator(seen, maps)[0]
+    anchors = generator(features, maps)[0]
     centres = ((anchors[:, :2] + anchors[:, 2:]) / 2).tolist()
     shapes = 1 if name == "fcos" else 3
     expected = [
@@ -157,15 +157,15 @@ def test_detections_of_an_image_do_not_depend_on_its_neighbours_or_on_the_mode(n
     detector, images = small(name), some_images((64, 64), (50, 81), (64, 64))
     together = detector.train().detect(images, score=0.1)
     assert detector.training and sum(len(one["scores"]) for one in together)
-    for image, found in zip(images, together):
+    for image, detection in zip(images, together):
         alone = detector.eval().detect(image, score=0.1)[0]
         height, width = image.shape[-2:]
-        assert found["size"] == (height, width)
-        torch.testing.assert_close(alone["boxes"], found["boxes"], **CLOSE)
-        assert (found["scores"] >= 0.1).all() and (found["scores"].diff() <= 0).all()
-        assert ((found["labels"] >= 0) & (found["labels"] < CLASSES)).all()
-        assert (found["boxes"] >= 0).all() and (
-            found["boxes"] <= torch.tensor([width, height] * 2)
+        assert detection["size"] == (height, width)
+        torch.testing.assert_close(alone["boxes"], detection["boxes"], **CLOSE)
+        assert (detection["scores"] >= 0.1).all() and (detection["scores"].diff() <= 0).all()
+        assert ((detection["labels"] >= 0) & (detection["labels"] < CLASSES)).all()
+        assert (detection["boxes"] >= 0).all() and (
+            detection["boxes"] <= torch.tensor([width, height] * 2)
         ).all()
 
 
@@ -180,9 +180,9 @@ def test_detect_keeps_the_contract(name):
         detector.detect([(images[0] * 255).round() / 255])[0]["boxes"], bytes_given["boxes"]
     )
     strict, loose = (detector.detect(images, nms=nms, top=1000)[0] for nms in (0.1, 0.9))
-    for nms, found in ((0.1, strict), (0.9, loose)):
-        overlap = box_iou(found["boxes"], found["boxes"]) * (
-            found["labels"][:, None] == found["labels"]
+    for nms, detection in ((0.1, strict), (0.9, loose)):
+        overlap = box_iou(detection["boxes"], detection["boxes"]) * (
+            detection["labels"][:, None] == detection["labels"]
         )
         assert overlap.fill_diagonal_(0).max() <= nms + 1e-5
     assert len(strict["scores"]) < len(loose["scores"])
@@ -192,13 +192,15 @@ def test_detect_keeps_the_contract(name):
 def test_a_test_size_only_changes_what_the_detector_looks_at(name):
     detector, image = small(name), some_images((40, 60))[0]
     detector.test_size = (80, 200)
-    found = detector.detect([image], score=0.1)[0]
+    detection = detector.detect([image], score=0.1)[0]
     large = torch.nn.functional.interpolate(
         image[None], (80, 120), mode="bilinear", antialias=True
     )[0]
     detector.test_size = None
-    torch.testing.assert_close(found["boxes"] * 2, detector.detect([large], score=0.1)[0]["boxes"])
-    assert found["size"] == (40, 60)
+    torch.testing.assert_close(
+        detection["boxes"] * 2, detector.detect([large], score=0.1)[0]["boxes"]
+    )
+    assert detection["size"] == (40, 60)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -280,8 +282,8 @@ def test_no_norm_has_live_statistics_and_the_stem_is_frozen_on_a_resnet(name):
     ]
     assert not any(p.requires_grad for p in detector.backbone.stem.parameters())
     assert detector.strides == [(8 if name == "fcos" else 4) * 2**level for level in range(5)]
-    seen = detector.extract(some_images((100, 130)))
-    assert [tuple(level.shape[-2:]) for level in seen.maps.values()] == [
+    features = detector.extract(some_images((100, 130)))
+    assert [tuple(level.shape[-2:]) for level in features.maps.values()] == [
         (-(-100 // stride), -(-130 // stride)) for stride in detector.strides
     ]
     assert len(
@@ -311,7 +313,7 @@ def test_supervised_trains_it(name):
 def test_fcos_reads_a_planted_object():
     """One cell says class 1 and 6, 5, 10, 11 pixels to the sides: that is the one box found."""
     detector = FCOS(CLASSES, **SMALL["fcos"])
-    seen = FeatureMaps(
+    features = FeatureMaps(
         {str(n): torch.zeros(1, 32, 8 // 2**n, 8 // 2**n) for n in range(3)}, [(64, 64)]
     )
     outputs = {"cls_logits": torch.full((1, 84, 3), -9.0), "bbox_regression": torch.zeros(1, 84, 4)}
@@ -319,12 +321,12 @@ def test_fcos_reads_a_planted_object():
     outputs["cls_logits"][0, 2 * 8 + 3, 1] = 3.0
     outputs["bbox_regression"][0, 2 * 8 + 3] = torch.tensor([6.0, 5, 10, 11]) / 4
     detector.net.head.forward = lambda maps: outputs
-    found = detector.predict(seen, 0.1, 10, 0.5)[0]
-    assert found["boxes"].tolist() == [[24 - 6, 16 - 5, 24 + 10, 16 + 11]] and found[
+    detection = detector.predict(features, 0.1, 10, 0.5)[0]
+    assert detection["boxes"].tolist() == [[24 - 6, 16 - 5, 24 + 10, 16 + 11]] and detection[
         "labels"
     ].tolist() == [1]
     scores = torch.tensor([3.0, 2.0]).sigmoid()
-    torch.testing.assert_close(found["scores"], scores.prod().sqrt()[None])
+    torch.testing.assert_close(detection["scores"], scores.prod().sqrt()[None])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -339,8 +341,11 @@ def test_one_image_can_be_learned(name):
         optimizer.zero_grad()
         sum(detector.losses([image], [TARGET], step).values()).backward()
         optimizer.step()
-    found = detector.detect([image], score=0.3)[0]
-    best = {int(label): box for box, label in reversed(list(zip(found["boxes"], found["labels"])))}
+    detection = detector.detect([image], score=0.3)[0]
+    best = {
+        int(label): box
+        for box, label in reversed(list(zip(detection["boxes"], detection["labels"])))
+    }
     for box, label in zip(TARGET["boxes"], TARGET["labels"].tolist()):
         assert box_iou(best[label][None], box[None]) > 0.5
 
@@ -371,10 +376,10 @@ def test_presets_have_arguments_for_them(preset, name):
 def test_image_sizes_are_all_torchvision_reads_of_an_image_list():
     """`FeatureMaps` stands for an ImageList; if torchvision read more of it, this would fail."""
     detector, images = small("faster-rcnn").eval(), some_images((64, 64))
-    seen = detector.extract(images)
-    theirs = ImageList(torch.zeros(1, 3, 64, 64), seen.image_sizes)
+    features = detector.extract(images)
+    theirs = ImageList(torch.zeros(1, 3, 64, 64), features.image_sizes)
     for ours, expected in zip(
-        detector.net.rpn(seen, seen.maps)[0], detector.net.rpn(theirs, seen.maps)[0]
+        detector.net.rpn(features, features.maps)[0], detector.net.rpn(theirs, features.maps)[0]
     ):
         assert torch.equal(ours, expected)
 

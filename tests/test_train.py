@@ -93,8 +93,8 @@ def test_other_detectors_train_too(name, method, splits, tmp_path):
         "student",
         "teacher",
     }
-    found = load_detector(tmp_path / "run").detect([splits.test[0][0]])[0]
-    assert len(found["boxes"]) > 0 and found["labels"].max() < 10
+    detection = load_detector(tmp_path / "run").detect([splits.test[0][0]])[0]
+    assert len(detection["boxes"]) > 0 and detection["labels"].max() < 10
 
 
 def test_semi_detr_needs_queries_that_are_boxes(splits, tmp_path):
@@ -130,8 +130,10 @@ def test_accumulated_parts_keep_the_mix_and_give_the_gradient_of_the_whole(split
     parted.optimizer.step = lambda: None
     parted.config = change(parted.config, clip_grad_norm=1e9)
     parted.train_step(batch)
-    found = torch.cat([p.grad.flatten() for p in parted.method.parameters() if p.grad is not None])
-    assert torch.allclose(found, expected, atol=1e-4, rtol=1e-3) and found.abs().max() > 0.01
+    gradient = torch.cat(
+        [p.grad.flatten() for p in parted.method.parameters() if p.grad is not None]
+    )
+    assert torch.allclose(gradient, expected, atol=1e-4, rtol=1e-3) and gradient.abs().max() > 0.01
     with pytest.raises(UserError, match="lower accumulate"):
         micro_batches(batch, 3)
 
@@ -189,8 +191,8 @@ def test_a_run_leaves_every_file_and_figure(method, splits, tmp_path):
     for part in ("student", "teacher"):
         detector = load_detector(tmp_path / "run", weights=part)
         assert detector.categories == digits.CATEGORIES and not detector.training
-        found = detector.detect([splits.test[0][0]])
-        assert found[0]["size"] == splits.test[0][1]["size"]
+        detections = detector.detect([splits.test[0][0]])
+        assert detections[0]["size"] == splits.test[0][1]["size"]
     if method != "supervised":
         assert {"pseudo_precision", "pseudo_recall", "pseudo_per_image"} <= set(lines[-1])
         boxes = [

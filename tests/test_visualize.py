@@ -34,6 +34,11 @@ def target(*boxes, labels=None, scores=None) -> dict:
     return made
 
 
+def numbers(text: str) -> list[float]:
+    """The numbers of a sentence, in their order."""
+    return [float(number) for number in re.findall(r"\d*\.?\d+", text)]
+
+
 def drawn(ax) -> list[Rectangle]:
     return [patch for patch in ax.patches if isinstance(patch, Rectangle)]
 
@@ -161,7 +166,7 @@ def test_images_share_one_scale_and_the_page_its_width():
     assert width <= 720
     scales = {round(ax.get_position().width * width / ax.get_xlim()[1], 2) for ax in figure.axes}
     assert len(scales) == 1
-    assert figure.texts[0].get_text() == "9 objects on 5 images"
+    assert numbers(figure.texts[0].get_text()) == [9, 5]  # objects, images
     assert all(ax.get_position().y0 >= 0 and ax.get_position().x1 <= 1 for ax in figure.axes)
     assert height < 2 * 128 / 96 * width
 
@@ -186,7 +191,7 @@ def test_hits_false_alarms_and_misses_are_told_apart():
     assert alarm.get_hatch() and not hit.get_hatch() and not missed.get_hatch()
     assert to_hex(hit.get_edgecolor()) == to_hex(class_color(0))
     assert words(figure) == ["dog", r"$\cow$", r"$\cow$ .80", "dog .70", "cat .90"]
-    assert ax.get_title(loc="left").replace("\n", " ") == "1 hit, 2 false alarms, 2 missed"
+    assert numbers(ax.get_title(loc="left")) == [1, 2, 2]  # hits, false alarms, missed
     assert len(figure.legends[0].get_texts()) == 3
 
 
@@ -197,7 +202,7 @@ def test_hits_with_nothing_found_and_nothing_true():
     )
     assert styles(figure.axes[0]) == ["missed"] * 3
     assert styles(figure.axes[1]) == ["false_alarm"] * 2
-    assert figure.texts[0].get_text() == "0 hits, 2 false alarms, 3 missed at score 0.75"
+    assert numbers(figure.texts[0].get_text()) == [0, 2, 3, 0.75]
 
 
 def test_count_hits_points_into_the_whole_detection():
@@ -245,7 +250,7 @@ def test_pseudo_boxes_are_kept_mined_or_dropped():
     assert wrong.get_hatch() and not kept.get_hatch()
     assert words(figure) == ["cat .90", "dog .30", r"$\cow$ .80"]
     title = ax.get_title(loc="left").replace("\n", " ")
-    assert title == "step 400: 2 kept (1 right), 1 mined only, 1 dropped"
+    assert numbers(title) == [400, 2, 1, 1, 1]  # step; kept, of them right, mined only, dropped
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert legend == ["truth", "kept", "kept, wrong", "mined only", "dropped"]
 
@@ -270,7 +275,7 @@ def test_a_mined_box_is_right_by_itself():
     }
     assert visualize.pseudo_styles(line, TRUTH) == ["kept", "mined", "mined_wrong", "kept_wrong"]
     assert visualize.pseudo_styles(line) == ["kept", "mined", "mined", "kept"]
-    assert visualize.pseudo_sentence(line, TRUTH) == "2 kept (1 right), 2 mined only, 0 dropped"
+    assert numbers(visualize.pseudo_sentence(line, TRUTH)) == [2, 1, 2, 0]
 
 
 def test_pseudo_boxes_over_the_steps_without_truth():
@@ -334,9 +339,9 @@ def test_curves_hold_student_and_teacher_of_each_run():
         == lines["semi-detr again AP_teacher"].get_color()
     )
     assert teacher.get_marker() != lines["semi-detr again AP_teacher"].get_marker()
-    assert figure.get_suptitle() == (
-        "semi-detr: the teacher ends at 42.0 AP, 10.0 above supervised"
-    )
+    finding = figure.get_suptitle()
+    assert finding.startswith("semi-detr") and finding.endswith("supervised")
+    assert numbers(finding) == [42.0, 10.0]  # its AP, and how far above the second
     minutes = visualize.plot_curves({"mine": log(0.3)}, x="minutes").axes[0].lines[0]
     assert np.allclose(minutes.get_xdata(), [2, 4])
 
@@ -380,8 +385,8 @@ def test_a_title_is_text_and_not_mathematics():
 
 def test_curves_without_an_evaluation():
     lines = [{"step": 1, "seconds": 1.0, "losses": {}, "AP_teacher": float("nan")}]
-    assert visualize.plot_curves({"supervised": lines}).get_suptitle() == "No evaluation yet"
-    assert visualize.plot_losses([]).get_suptitle() == "No loss logged yet"
+    for figure in (visualize.plot_curves({"supervised": lines}), visualize.plot_losses([])):
+        assert figure.get_suptitle() and numbers(figure.get_suptitle()) == []
     png(visualize.plot_losses([]))
 
 
@@ -395,7 +400,7 @@ def test_losses_leave_out_zeros_and_name_the_largest_first():
     ax = figure.axes[0]
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
     assert np.isnan(ax.lines[1].get_ydata()[1]) and ax.lines[0].get_ydata().tolist() == [0.5, 4.0]
-    assert figure.get_suptitle() == "The total goes from 1.50 to 4.00"
+    assert numbers(figure.get_suptitle()) == [1.5, 4.0]  # the first total and the last
 
 
 def test_pseudo_quality_reads_the_last_known_values():
@@ -405,9 +410,9 @@ def test_pseudo_quality_reads_the_last_known_values():
         {"step": 3, "cost_threshold": -1.0},
     ]
     figure = visualize.plot_pseudo_quality(lines)
-    assert "80 % of the pseudo-boxes are right; they find 45 %" in figure.get_suptitle()
+    assert numbers(figure.get_suptitle()) == [80, 45]  # precision and recall
     assert figure.axes[2].lines[0].get_xydata().tolist() == [[2, -1.5], [3, -1.0]]
-    assert "No pseudo-box" in visualize.plot_pseudo_quality(lines[:1]).get_suptitle()
+    assert numbers(visualize.plot_pseudo_quality(lines[:1]).get_suptitle()) == []
 
 
 def test_cost_mixture_counts_what_the_cut_mines():
@@ -420,7 +425,7 @@ def test_cost_mixture_counts_what_the_cut_mines():
     }
     figure = visualize.plot_cost_mixture(costs, threshold=costs[2], correct=correct, **settings)
     ax, title = figure.axes[0], figure.get_suptitle().replace("\n", " ")
-    assert title == "The cut mines 3 of 8 boxes; 67 % of these are right, against 38 % of all"
+    assert numbers(title) == [3, 8, 67, 38]  # mined, of all; right of these, right of all
     wide = (2.5 - -2.0) / 10  # a bar
 
     def boxes(outline):
@@ -452,7 +457,7 @@ def test_matching_draws_pairs_by_quality():
     assert len(pairs) == 3 and pairs[0].get_linewidth() > pairs[1].get_linewidth()
     texts = [text.get_text() for text in right.texts]
     assert r"object 2: $\cow$" in texts and "query 3 .40" in texts and "query 0" in texts
-    assert figure.texts[0].get_text() == "3 of 8 queries answer for 2 of 3 objects"
+    assert numbers(figure.texts[0].get_text()) == [3, 8, 2, 3]  # queries, objects
     png(visualize.plot_matching(WIDE, target(), boxes, [], [], torch.zeros(0)))
 
 
@@ -461,7 +466,7 @@ def test_attention_mask_shows_a_leak():
     mask[:, 4:] = False
     mask[:2, :2] = mask[2:4, 2:4] = False
     figure = visualize.plot_attention_mask(mask, queries=5)
-    assert figure.get_suptitle() == "No matching query sees a group"
+    assert numbers(figure.get_suptitle()) == [] and "leak" not in figure.get_suptitle()
     assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == [
         "group 1",
         "group 2",
@@ -469,7 +474,7 @@ def test_attention_mask_shows_a_leak():
     ]
     mask[6, 1] = False
     leaking = visualize.plot_attention_mask(mask, queries=5)
-    assert leaking.get_suptitle() == "The matching queries see 1 group query: a leak"
+    assert numbers(leaking.get_suptitle()) == [1] and "leak" in leaking.get_suptitle()
     assert len(leaking.axes[0].get_xticklabels()) == 3
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from semidetr_lite import distributed
+from semidetr_lite.contracts import Batch, Views
 from semidetr_lite.data.splits import Dataset, Splits
 from semidetr_lite.data.views import ViewSettings, labelled_view, strong_view, weak_view
 from semidetr_lite.errors import UserError
@@ -133,30 +134,33 @@ class Batches(torch.utils.data.Dataset):
         in_this_cycle = int((order[:position] == shape).sum())
         return shape, cycle * self.schedule.count(shape) + in_this_cycle
 
-    def __getitem__(self, step: int) -> dict:
+    def __getitem__(self, step: int) -> Batch:
         shape, draw_index = self.shape_and_draw_index(step)
         indices = self.labelled.draw(shape, draw_index)
-        scenes = self._read(RNG_LABELLED, indices, shape, step)
-        batch = {"labelled": self._views(scenes, labelled_view, step, RNG_LABELLED)}
+        scenes = self._read(RNG_LABELLED, self.labelled, indices, shape, step)
+        batch: Batch = {"labelled": self._views(scenes, labelled_view, step, RNG_LABELLED)}
         if self.unlabelled is not None:
             indices = self.unlabelled.draw(shape, draw_index)
-            scenes = self._read(RNG_WEAK, indices, shape, step)  # once for both views
+            # once for both views
+            scenes = self._read(RNG_WEAK, self.unlabelled, indices, shape, step)
             batch["weak"] = self._views(scenes, weak_view, step, RNG_WEAK)
             batch["strong"] = self._views(scenes, strong_view, step, RNG_STRONG)
         return batch
 
-    def _read(self, stream: int, indices: list[int], shape: int, step: int) -> list[tuple]:
+    def _read(
+        self, stream: int, sampler: Sampler, indices: list[int], shape: int, step: int
+    ) -> list[tuple]:
         """This process's images and targets of a step; those that cannot be read are replaced.
 
         Args:
             stream: RNG_LABELLED or RNG_WEAK: which of the two data sets to read.
+            sampler: of that data set, which draws replacements.
             indices: of the images of the whole step.
             shape: their shape group.
             step: the step.
         """
         labelled = stream == RNG_LABELLED
         dataset: Dataset = self.splits.labelled if labelled else self.splits.unlabelled
-        sampler = self.labelled if labelled else self.unlabelled
         may_skip = not labelled or self.skip_unreadable
         scenes = []
         for position in self._shard(stream):
@@ -189,9 +193,7 @@ class Batches(torch.utils.data.Dataset):
             message = f"{count} skipped so far by this process, the last: {problem}"
             print(f"warning: {message}", file=sys.stderr)
 
-    def _views(
-        self, scenes: list[tuple], view: Callable, step: int, stream: int
-    ) -> tuple[list[torch.Tensor], list[dict]]:
+    def _views(self, scenes: list[tuple], view: Callable, step: int, stream: int) -> Views:
         """(images, targets) of a view of this process's images."""
         images = []
         targets = []

@@ -23,11 +23,12 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 import torch
 
+from semidetr_lite.contracts import Target, View
 from semidetr_lite.data.folds import labelled_in_manifest
 from semidetr_lite.data.formats import Annotations, read_voc, read_yolo
 from semidetr_lite.data.images import IMAGE_SUFFIXES, ImageFolder, read_image
@@ -79,11 +80,13 @@ def load(
     train_annotations, val_annotations = find_annotations(data, images, validation)
     whole = CocoDataset(train_annotations)
     datasets = [whole]
+    train: Dataset = whole
+    held_out: Dataset
     if val_annotations is None:
         train, held_out = _set_aside(whole)
     else:
-        train, held_out = whole, CocoDataset(val_annotations)
-        datasets.append(held_out)
+        datasets.append(CocoDataset(val_annotations))
+        held_out = datasets[1]
         for problem in category_problems(train_annotations, val_annotations):
             raise UserError(problem)
     if folds is None:
@@ -92,7 +95,7 @@ def load(
         problem = "folds leave no image to evaluate on; give a json with --validation"
         raise UserError(f"{folds}: {problem}")
     else:
-        labelled = labelled_in_manifest(folds, train.image_ids, percent, fold)
+        labelled = labelled_in_manifest(folds, whole.image_ids, percent, fold)
     rest = sorted(set(range(len(train))) - set(labelled))
     pool: Dataset = WithoutLabels(train, rest)
     if unlabelled is not None:
@@ -211,7 +214,7 @@ class CocoDataset:
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict]:
+    def __getitem__(self, index: int) -> View:
         target = self.target(index)
         path = self.image_dir / self.names[index]
         height, width = target["size"]
@@ -227,12 +230,13 @@ class CocoDataset:
             )
         return image, target
 
-    def target(self, index: int) -> dict:
+    def target(self, index: int) -> Target:
         """The target of one image, without decoding the image."""
         index = range(len(self))[index]  # -1 is the last one
         rows = slice(self._starts[index], self._starts[index + 1])
         fields = {name: torch.tensor(values[rows]) for name, values in self.fields.items()}
-        return {**fields, "size": self.sizes[index], "image_id": self.image_ids[index]}
+        size, image_id = self.sizes[index], self.image_ids[index]
+        return cast(Target, {**fields, "size": size, "image_id": image_id})
 
     def paths(self) -> list[str]:
         """The image files, links resolved, so that two ways to one file compare equal."""

@@ -8,7 +8,7 @@ pixels are equal, whatever their names and metadata.
 import hashlib
 
 import numpy as np
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from semidetr_lite.data.coco import CocoDataset, category_problems, find_annotations
@@ -66,7 +66,7 @@ def _open(
     data, images, unlabelled, validation
 ) -> tuple[dict[str, CocoDataset | ImageFolder], list[str]]:
     """The data sets there are, and what is wrong with their annotations."""
-    datasets: dict[str, CocoDataset | ImageFolder] = {}
+    annotated: dict[str, CocoDataset] = {}
     problems: list[str] = []
     try:
         train, val = find_annotations(data, images, validation)
@@ -80,15 +80,16 @@ def _open(
             problems += annotations.problems
             continue
         try:
-            datasets[split] = CocoDataset(annotations, problems=problems)
+            annotated[split] = CocoDataset(annotations, problems=problems)
         except UserError as problem:
             problems.append(str(problem))
-    if len(datasets) == 2:
-        problems += category_problems(train, val)
-    if "train" in datasets:
-        problems += _classes_without_box(train, datasets["train"])
+    if train is not None and "train" in annotated:
+        if val is not None and "validation" in annotated:
+            problems += category_problems(train, val)
+        problems += _classes_without_box(train, annotated["train"])
+    datasets: dict[str, CocoDataset | ImageFolder] = {**annotated}
     if unlabelled is not None:
-        listed = {path for dataset in datasets.values() for path in dataset.paths()}
+        listed = {path for dataset in annotated.values() for path in dataset.paths()}
         try:
             datasets["unlabelled"] = ImageFolder(unlabelled, listed=listed)
         except UserError as problem:
@@ -105,7 +106,7 @@ def _classes_without_box(annotations: Annotations, dataset: CocoDataset) -> list
     ]
 
 
-class _ImageChecks:
+class _ImageChecks(Dataset):
     """(digest of the pixels, longer side, path) of an image, or (None, 0, what is wrong)."""
 
     def __init__(self, dataset: CocoDataset | ImageFolder):
@@ -124,7 +125,7 @@ class _ImageChecks:
         except UserError as problem:
             return None, 0, str(problem)
         pixels = image.permute(1, 2, 0).contiguous().numpy()  # (H, W, 3)
-        digest = hashlib.blake2b(pixels, digest_size=16).hexdigest() + str(pixels.shape)
+        digest = hashlib.blake2b(pixels.data, digest_size=16).hexdigest() + str(pixels.shape)
         return digest, max(pixels.shape), str(self.paths[index])
 
 

@@ -231,8 +231,8 @@ def voc_annotation(path: Path, image) -> tuple[tuple[int, int], list[BoxObject]]
         name = (entry.findtext("name") or "").strip()
         corners = [entry.findtext(f"bndbox/{end}") for end in ("xmin", "ymin", "xmax", "ymax")]
         try:
-            x1, y1, x2, y2 = map(float, corners)
-        except (TypeError, ValueError):
+            x1, y1, x2, y2 = (float(corner or "") for corner in corners)
+        except ValueError:
             name = ""
         if not name:
             numbers = ", ".join(map(str, corners))
@@ -293,7 +293,7 @@ def read_yolo(folder: Path) -> tuple[Annotations, Annotations | None]:
     validation = next(
         (split for split in ("val", "test") if images[split] or problems[split]), None
     )
-    return annotations("train"), validation and annotations(validation)
+    return annotations("train"), annotations(validation) if validation else None
 
 
 def _yolo_label_file(folder: Path, file_name: str) -> Path | None:

@@ -20,6 +20,8 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from semidetr_lite.boxes import height_and_width
+from semidetr_lite.contracts import View
 from semidetr_lite.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
@@ -67,7 +69,7 @@ def _opened(path) -> Iterator[Image.Image]:
             with Image.open(path, formats=FORMATS) as file:
                 yield file
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as problem:
-        limit = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
+        limit = f"{(Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} million pixels"
         reason = f"it has more than {limit}; make it smaller"
         raise UserError(f"{path}: not a readable image: {reason}") from problem
     except (
@@ -150,6 +152,7 @@ class ImageFolder:
 
     @cached_property
     def sizes(self) -> list[tuple[int, int]]:
+        """(H, W) of every image."""
         sizes: list[tuple[int, int]] = []
         problems: list[UserError] = []
         many = len(self.paths) >= 10_000
@@ -170,7 +173,7 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict]:
+    def __getitem__(self, index: int) -> View:
         index = range(len(self))[index]  # -1 is the last one
         image = read_image(self.paths[index], upright=True)
-        return image, {"size": tuple(image.shape[1:]), "image_id": self.first_id + index}
+        return image, {"size": height_and_width(image), "image_id": self.first_id + index}

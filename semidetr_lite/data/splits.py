@@ -4,25 +4,27 @@ A split is drawn from (percent, fold) alone, so that two processes, two machines
 train on the same images.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
 import numpy as np
-import torch
-from torch.utils.data import ConcatDataset
 
+from semidetr_lite.contracts import Target, View
 from semidetr_lite.errors import UserError
 
 
 class Dataset(Protocol):
     """Images and targets by index, with the image sizes known before an image is decoded."""
 
-    sizes: list[tuple[int, int]]  # (H, W) of every image
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(H, W) of every image."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict]: ...
+    def __getitem__(self, index: int) -> View: ...
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict]:
+    def __getitem__(self, index: int) -> View:
         return self.dataset[self.indices[index]]
 
 
@@ -75,17 +77,32 @@ class WithoutLabels(Subset):
     measured against, never trained on.
     """
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict]:
+    def __getitem__(self, index: int) -> View:
         image, target = super().__getitem__(index)
-        unlabelled = {"size": target["size"], "image_id": target["image_id"]}
+        unlabelled: Target = {"size": target["size"], "image_id": target["image_id"]}
         if "boxes" in target:
             unlabelled["truth"] = target
         return image, unlabelled
 
 
-class Concat(ConcatDataset):
-    """Several datasets, one after the other, with `.sizes`."""
+class Concat:
+    """Several datasets, one after the other."""
+
+    def __init__(self, datasets: Sequence[Dataset]):
+        self.datasets = list(datasets)
 
     @cached_property
     def sizes(self) -> list[tuple[int, int]]:
+        """(H, W) of every image."""
         return [size for dataset in self.datasets for size in dataset.sizes]
+
+    def __len__(self) -> int:
+        return sum(len(dataset) for dataset in self.datasets)
+
+    def __getitem__(self, index: int) -> View:
+        index = range(len(self))[index]  # -1 is the last one
+        for dataset in self.datasets:
+            if index < len(dataset):
+                break
+            index -= len(dataset)
+        return dataset[index]

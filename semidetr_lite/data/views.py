@@ -19,7 +19,8 @@ targets of zero width), and the shear factor is the tangent of its angle (there 
 tangent).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ import torch.nn.functional as nnf
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
+from semidetr_lite.boxes import height_and_width
+from semidetr_lite.contracts import Target, View
 from semidetr_lite.data.view_settings import ViewSettings
 
 GREY = 125  # uint8 value outside the image and of erased patches, as in the released code
@@ -39,7 +42,6 @@ PER_BOX = (
     "difficult",
     "area",
 )  # target entries with a row per box
-View = tuple[torch.Tensor, dict]  # an image and its target
 
 
 def map_boxes(boxes: torch.Tensor, matrix: torch.Tensor, size) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,8 +76,8 @@ def _bounding_boxes_of_corners(boxes: torch.Tensor, matrix: torch.Tensor) -> tor
 
 
 def map_target(
-    target: dict, matrix: torch.Tensor, size: tuple[int, int], visible: float = 0.0
-) -> dict:
+    target: Target, matrix: torch.Tensor, size: tuple[int, int], visible: float = 0.0
+) -> Target:
     """The same target in another view.
 
     Args:
@@ -85,7 +87,8 @@ def map_target(
         visible: a box of which a smaller fraction remains in view is dropped, with its row in every
             other entry.
     """
-    mapped = {key: value for key, value in target.items() if key not in PER_BOX and key != "truth"}
+    entries: Mapping[str, Any] = target
+    mapped = {key: value for key, value in entries.items() if key not in PER_BOX and key != "truth"}
     mapped["size"] = (int(size[0]), int(size[1]))
     mapped["matrix"] = matrix.float() @ target.get("matrix", torch.eye(3))
     if "boxes" in target:
@@ -94,22 +97,19 @@ def map_target(
         keep &= _areas(boxes) >= visible * _areas(whole)
         mapped["boxes"] = boxes[keep]
         for key in PER_BOX:
-            if key in target and key not in ("boxes", "area"):
-                mapped[key] = target[key][keep]
+            if key in entries and key not in ("boxes", "area"):
+                mapped[key] = entries[key][keep]
         if "area" in target:
             scale = float(torch.linalg.det(matrix[:2, :2].double()).abs())
             mapped["area"] = target["area"][keep] * scale
     if "truth" in target:
         mapped["truth"] = map_target(target["truth"], matrix, size)
-    return mapped
+    return cast(Target, mapped)
 
 
 def _areas(boxes: torch.Tensor) -> torch.Tensor:
     """(T,) areas of boxes (T, 4) xyxy."""
     return (boxes[:, 2:] - boxes[:, :2]).prod(1)
-
-
-BILINEAR = {"mode": "bilinear", "padding_mode": "zeros", "align_corners": False}
 
 
 def warp(image: torch.Tensor, matrix: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -131,16 +131,17 @@ def warp(image: torch.Tensor, matrix: torch.Tensor, size: tuple[int, int]) -> to
             return image.flip(-1)
     to_source = torch.linalg.inv(matrix.double())
     if image.dtype == torch.uint8:
-        grid = _grid(to_source, size, image.shape[1:])[None].to(image.device)
+        grid = _grid(to_source, size, height_and_width(image))[None].to(image.device)
         centred = image[None].contiguous().float().sub_(GREY)  # outside is 0, which is grey
-        moved = nnf.grid_sample(centred, grid, **BILINEAR)
+        moved = nnf.grid_sample(centred, grid, align_corners=False)
         return moved[0].add_(GREY).round_().byte()
     xs = torch.arange(width) + 0.5
     ys = torch.arange(height) + 0.5
     ys, xs = torch.meshgrid(ys, xs, indexing="ij")
     source = torch.stack([xs, ys, torch.ones_like(xs)], -1) @ to_source.float().T  # (H', W', 3)
     grid = 2 * source[..., :2] / source.new_tensor([image.shape[2], image.shape[1]]) - 1
-    return nnf.grid_sample(image[None] - FILL, grid[None].to(image.device), **BILINEAR)[0] + FILL
+    grid = grid[None].to(image.device)
+    return nnf.grid_sample(image[None] - FILL, grid, align_corners=False)[0] + FILL
 
 
 def _grid(
@@ -162,7 +163,7 @@ def _grid(
 
 
 def labelled_view(
-    image: torch.Tensor, target: dict, rng: np.random.Generator, settings: ViewSettings
+    image: torch.Tensor, target: Target, rng: np.random.Generator, settings: ViewSettings
 ) -> View:
     """A labelled image as the student sees it: base geometry and one colour operation."""
     zoom = settings.zoom
@@ -171,7 +172,7 @@ def labelled_view(
 
 
 def weak_view(
-    image: torch.Tensor, target: dict, rng: np.random.Generator, settings: ViewSettings
+    image: torch.Tensor, target: Target, rng: np.random.Generator, settings: ViewSettings
 ) -> View:
     """An unlabelled image as the teacher sees it: base geometry only.
 
@@ -182,7 +183,7 @@ def weak_view(
 
 def _base_view(
     image: torch.Tensor,
-    target: dict,
+    target: Target,
     rng: np.random.Generator,
     settings: ViewSettings,
     zoom: tuple[float, float],
@@ -196,7 +197,7 @@ def _base_view(
 
 
 def strong_view(
-    image: torch.Tensor, target: dict, rng: np.random.Generator, settings: ViewSettings
+    image: torch.Tensor, target: Target, rng: np.random.Generator, settings: ViewSettings
 ) -> View:
     """An unlabelled image as the student sees it.
 

@@ -6,6 +6,7 @@ statistics: the tiny one has GroupNorm, a ResNet has frozen BatchNorm.
 """
 
 from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +17,21 @@ from torchvision.ops import FrozenBatchNorm2d
 from semidetr_lite.errors import UserError
 
 
+class Backbone(nn.Module):
+    """What a detector asks of its backbone; any module with these attributes is one."""
+
+    channels: tuple[int, ...]  # of each map
+    # whether images of different sizes are padded and run together, see Detector.extract_features
+    pad_before_backbone: bool
+
+
 def make_backbone(
     backbone: str | nn.Module, weights: str | None = None, with_stride_4: bool = False
-) -> nn.Module:
+) -> Backbone:
     """A backbone by name ("tiny" or a torchvision ResNet), or the module given.
 
     Args:
-        backbone: "tiny", "resnet18" ... "resnet152", or a module with the attributes `channels`
-            (of each map) and `pad_before_backbone` (whether images of different sizes are padded
-            and run together, see Detector.extract_features).
+        backbone: "tiny", "resnet18" ... "resnet152", or a module with the attributes of Backbone.
         weights: name of torchvision weights ("IMAGENET1K_V1"), path of a torchvision state dict,
             or None for random weights.
         with_stride_4: whether the map at stride 4 comes out too, of a backbone by name.
@@ -33,7 +40,7 @@ def make_backbone(
         UserError: an unknown name, or weights that cannot be read.
     """
     if isinstance(backbone, nn.Module):
-        return backbone
+        return cast(Backbone, backbone)
     if backbone == "tiny":
         return Tiny(with_stride_4=with_stride_4)
     if backbone.startswith("resnet") and hasattr(torchvision.models, backbone):
@@ -60,10 +67,11 @@ class ResidualBlock(nn.Module):
         self.layers = nn.Sequential(*first, *second)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Features (B, C, H, W) from features of the same shape."""
         return torch.relu(x + self.layers(x))
 
 
-class Tiny(nn.Module):
+class Tiny(Backbone):
     """A residual network for images of about 100 pixels.
 
     A strided convolution at strides 2, 4, 8, 16 and 32; at strides 4, 8 and 16 a residual block
@@ -92,10 +100,11 @@ class Tiny(nn.Module):
             self.stages.append(nn.Sequential(*layers))
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """The maps (B, C, H, W) of images (B, 3, H, W), from the finest to the coarsest."""
         return _stage_outputs(self.stages, images)[self.first_output :]
 
 
-class ResNet(nn.Module):
+class ResNet(Backbone):
     """A torchvision ResNet without its classifier.
 
     Stem and first stage are not trained (as in the DETR family).
@@ -123,9 +132,10 @@ class ResNet(nn.Module):
         self.layers[0].requires_grad_(False)
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """The maps (B, C, H, W) of images (B, 3, H, W), from the finest to the coarsest."""
         conv, norm, _, pool = self.stem
         scale, shift = _fold_frozen_bn([norm])[norm]
-        x = pool(_conv_frozen_bn(images, conv, scale, shift).relu_())
+        x = pool(_conv_frozen_bn(images, cast(nn.Conv2d, conv), scale, shift).relu_())
         return _stage_outputs(self.layers, x)[self.first_output :]
 
 
@@ -137,8 +147,10 @@ class FusedStage(nn.Sequential):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The stage's map (B, C, H, W) from the map of the stage before."""
         norms = [module for module in self.modules() if isinstance(module, FrozenBatchNorm2d)]
         folded = _fold_frozen_bn(norms)
+        block: Any  # torchvision's BasicBlock or Bottleneck
         for block in self:
             shortcut = x
             if block.downsample is not None:

@@ -17,12 +17,14 @@ C classes.
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from semidetr_lite.boxes import inverse_sigmoid
+from semidetr_lite.boxes import height_and_width, inverse_sigmoid
+from semidetr_lite.contracts import Outputs
 from semidetr_lite.detectors.backbone import make_backbone
 from semidetr_lite.detectors.denoising import group_mask
 from semidetr_lite.detectors.detector import Detector, valid_ratio
@@ -278,11 +280,11 @@ class DeformableDetector(Detector):
                 sampling = ".offsets." in name or ".weights." in name
                 if parameter.dim() > 1 and not sampling:
                     nn.init.xavier_uniform_(parameter)
-        for head in class_heads:
-            nn.init.constant_(head.bias, -math.log(0.99 / 0.01))
-        for head in box_heads:
-            nn.init.zeros_(head[-1].weight)
-            nn.init.zeros_(head[-1].bias)
+        for class_head in class_heads:
+            nn.init.constant_(class_head.bias, -math.log(0.99 / 0.01))
+        for box_head in box_heads:
+            nn.init.zeros_(box_head.last_layer.weight)
+            nn.init.zeros_(box_head.last_layer.bias)
 
     # ---- encoder ---------------------------------------------------------------------------------
 
@@ -293,13 +295,13 @@ class DeformableDetector(Detector):
             images: B images, see Detector.forward.
         """
         maps, masks, padded = self.extract_features(self.normalize(images))
-        shapes = [tuple(level.shape[-2:]) for level in maps]
+        shapes = [height_and_width(level) for level in maps]
         tokens = torch.cat([level.flatten(2).transpose(1, 2) for level in maps], 1)  # (B, S, D)
-        positions = []
+        level_positions = []
         for mask, embedding in zip(masks, self.level_embedding, strict=True):
             code = map_positions(mask, self.dim, self.temperature, self.offset)  # (B, H, W, D)
-            positions.append((code + embedding).flatten(1, 2))
-        positions = torch.cat(positions, 1)
+            level_positions.append((code + embedding).flatten(1, 2))
+        positions = torch.cat(level_positions, 1)
         mask = torch.cat([mask.flatten(1) for mask in masks], 1)
         valid_ratios = torch.stack([valid_ratio(mask) for mask in masks], 1)  # (B, L, 2)
         memory = Memory(
@@ -317,7 +319,7 @@ class DeformableDetector(Detector):
             memory = memory._replace(proposals=self.select_proposals(memory, mask))
         return memory
 
-    def select_proposals(self, memory: Memory, mask: torch.Tensor) -> dict:
+    def select_proposals(self, memory: Memory, mask: torch.Tensor) -> Outputs:
         """The Q best-scored tokens as an outputs dict; each box is an anchor at its token, refined.
 
         Anchors near the border or in the padding come last.
@@ -376,7 +378,7 @@ class DeformableDetector(Detector):
         """
         raise NotImplementedError
 
-    def decode(self, memory: Memory, groups: Sequence[QueryGroup] = ()) -> dict:
+    def decode(self, memory: Memory, groups: Sequence[QueryGroup] = ()) -> Outputs:
         """Decode the matching queries, and beside them query groups, to which they do not attend.
 
         Returns:
@@ -408,8 +410,8 @@ class DeformableDetector(Detector):
         return outputs
 
     def decode_groups(
-        self, memory: Memory, outputs: dict, groups: Sequence[QueryGroup]
-    ) -> list[dict]:
+        self, memory: Memory, outputs: Outputs, groups: Sequence[QueryGroup]
+    ) -> list[Outputs]:
         """Decode query groups after the matching queries: the result of decoding them together.
 
         Args:
@@ -423,6 +425,7 @@ class DeformableDetector(Detector):
         attn_mask = _group_attn_mask(groups, outputs["pred_boxes"].shape[1])
         content = torch.cat([group.content for group in groups], 1)
         boxes = torch.cat([group.boxes for group in groups], 1)
+        assert attn_mask is not None  # there is a group
         attn_mask = attn_mask[:, : content.shape[1]]  # the rows of the groups
         layers, _ = self.run_decoder(memory, content, boxes, attn_mask, outputs["layer_inputs"])
         return split_outputs(layers, [group.content.shape[1] for group in groups])
@@ -449,7 +452,7 @@ def _projection(channels: int, dim: int, kernel: int) -> nn.Sequential:
     stride = 2 if kernel == 3 else 1
     conv = nn.Conv2d(channels, dim, kernel, stride=stride, padding=kernel // 2)
     nn.init.xavier_uniform_(conv.weight)
-    nn.init.zeros_(conv.bias)
+    nn.init.zeros_(cast(torch.Tensor, conv.bias))
     return nn.Sequential(conv, nn.GroupNorm(math.gcd(32, dim // 2), dim))
 
 
@@ -492,9 +495,9 @@ def _anchors(
         anchors (B, S, 4) cxcywh in [0, 1] of the unpadded image; (B, S) bool, whether all four
         numbers lie between 0.01 and 0.99.
     """
-    anchors = []
+    level_anchors = []
     for level, centers in enumerate(_cell_centers(shapes, valid_ratios)):
         side = min(size * 2.0**level, 0.98)
-        anchors.append(torch.cat([centers, torch.full_like(centers, side)], -1))
-    anchors = torch.cat(anchors, 1)
+        level_anchors.append(torch.cat([centers, torch.full_like(centers, side)], -1))
+    anchors = torch.cat(level_anchors, 1)
     return anchors, ((anchors > 0.01) & (anchors < 0.99)).all(-1)

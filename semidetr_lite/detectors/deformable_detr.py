@@ -112,16 +112,16 @@ class DeformableDETR(DeformableDetector):
     def _add_heads(self, num_heads: int) -> None:
         """The heads of the decoder layers: one of each kind per layer, or one for all layers."""
         dim = self.dim
-        self.class_heads = nn.ModuleList(nn.Linear(dim, self.num_classes) for _ in range(num_heads))
-        self.box_heads = nn.ModuleList(MLP(dim, dim, 4, 3) for _ in range(num_heads))
+        class_heads = [nn.Linear(dim, self.num_classes) for _ in range(num_heads)]
+        box_heads = [MLP(dim, dim, 4, 3) for _ in range(num_heads)]
+        self.class_heads, self.box_heads = nn.ModuleList(class_heads), nn.ModuleList(box_heads)
         if self.two_stage:
-            class_heads = [*self.class_heads, self.proposal_class]
-            box_heads = [*self.box_heads, self.proposal_box]
-            self.init_heads(class_heads, box_heads)
-        else:
-            self.init_heads(self.class_heads, self.box_heads)
+            class_heads.append(self.proposal_class)
+            box_heads.append(self.proposal_box)
+        self.init_heads(class_heads, box_heads)
+        if not self.two_stage:
             # references are points; a box around one starts at sigmoid(-2) = 0.12 of the image
-            nn.init.constant_(self.box_heads[0][-1].bias[2:], -2.0)
+            nn.init.constant_(box_heads[0].last_layer.bias[2:], -2.0)
 
     def matching_queries(self, memory: Memory) -> tuple[torch.Tensor, torch.Tensor]:
         """Content (B, Q, D) and boxes (B, Q, 4) cxcywh in [0, 1], or points (B, Q, 2).
@@ -130,6 +130,7 @@ class DeformableDETR(DeformableDetector):
         both are learned.
         """
         if self.two_stage:
+            assert memory.proposals is not None  # the encoder selects them
             boxes = memory.proposals["pred_boxes"].detach()
             _, content = self._encode_boxes(boxes)
             return content, boxes

@@ -1,10 +1,9 @@
-"""Contrastive denoising (DINO, section 3.3): extra queries with known targets, beside the matching
-queries.
+"""Contrastive denoising (DINO, section 3.3): extra queries with known targets.
 
-Every target box gives several pairs of denoising queries. The positive query is the box, slightly
-shifted, with a label that may be wrong; its target is the box. The negative query is shifted
-further; its target is "no object". The queries form groups that do not see each other and that the
-matching queries do not see.
+They are decoded beside the matching queries. Every target box gives several pairs of them. The
+positive query is the box, slightly shifted, with a label that may be wrong; its target is the box.
+The negative query is shifted further; its target is "no object". The queries form groups that do
+not see each other and that the matching queries do not see.
 
 Shapes: B images, T targets, N denoising queries, D channels.
 """
@@ -88,8 +87,8 @@ class Denoising(nn.Module):
             return None
         groups = max(1, self.queries // max_targets)
         layout = (batch, groups, 2, max_targets)  # of N: group, positive or negative, target
-        noise = np.stack([rng.random((*layout[1:], 10), dtype=np.float32) for rng in generators])
-        noise = to_device(torch.from_numpy(noise), boxes.device)  # uniform in [0, 1)
+        drawn = np.stack([rng.random((*layout[1:], 10), dtype=np.float32) for rng in generators])
+        noise = to_device(torch.from_numpy(drawn), boxes.device)  # uniform in [0, 1)
         boxes = boxes[:, None, None].expand(*layout, 4)
         labels = labels[:, None, None].expand(layout)
         valid = valid[:, None, None].expand(layout)

@@ -16,13 +16,17 @@ from PIL import Image
 from torch import nn
 from torchvision.ops import nms as non_maximum_suppression
 
-from semidetr_lite.boxes import to_pixels
+from semidetr_lite.boxes import height_and_width, to_pixels
+from semidetr_lite.contracts import Outputs, Target
 from semidetr_lite.data.images import read_image
 from semidetr_lite.data.views import resized
+from semidetr_lite.detectors.backbone import Backbone
 from semidetr_lite.detectors.transformer import Memory
 from semidetr_lite.device import to_device
 from semidetr_lite.errors import UserError
 
+# What holds an entry per image: a tensor (B, ...), or a list where their lengths differ.
+PerImage = torch.Tensor | list[torch.Tensor]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -38,6 +42,14 @@ class Detector(nn.Module):
 
     used_maps = slice(None)  # which of the backbone's maps are projected
     takes_groups = False  # whether `decode` takes query groups
+    num_classes: int  # C
+    num_queries: int  # Q, where there are queries
+    dim: int  # D
+    backbone: Backbone
+    projections: nn.ModuleList  # of the backbone's maps to D channels, then of further levels
+    categories: list[dict]  # [{"id", "name"}] of the labels, of a trained detector
+    mean: torch.Tensor  # (3, 1, 1)
+    std: torch.Tensor  # (3, 1, 1)
 
     def __init__(
         self,
@@ -56,11 +68,17 @@ class Detector(nn.Module):
         """Backbone and encoder; images as in `forward`."""
         raise NotImplementedError
 
-    def decode(self, memory: Memory, groups: Sequence = ()) -> dict:
+    def decode(self, memory: Memory, groups: Sequence = ()) -> Outputs:
         """Decoder and heads -> outputs; see DeformableDetector.decode for the groups."""
         raise NotImplementedError
 
-    def forward(self, images: Sequence[torch.Tensor] | torch.Tensor, groups: Sequence = ()) -> dict:
+    def decode_groups(self, memory: Memory, outputs: Outputs, groups: Sequence) -> list[Outputs]:
+        """An outputs dict per query group; see DeformableDetector.decode_groups."""
+        raise NotImplementedError
+
+    def forward(
+        self, images: Sequence[torch.Tensor] | torch.Tensor, groups: Sequence = ()
+    ) -> Outputs:
         """The outputs dict of a batch.
 
         Args:
@@ -134,7 +152,7 @@ class Detector(nn.Module):
         self, images: list[torch.Tensor]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Pad the images with zeros to one size, before the backbone -> maps and masks."""
-        sizes = [tuple(image.shape[-2:]) for image in images]
+        sizes = [height_and_width(image) for image in images]
         height = padded_side(max(height for height, _ in sizes))
         width = padded_side(max(width for _, width in sizes))
         padded = images[0].new_zeros(len(images), 3, height, width)
@@ -162,7 +180,7 @@ class Detector(nn.Module):
         for level_maps in zip(*maps_per_chunk, strict=True):
             sizes = []
             for chunk, level_map in zip(chunks, level_maps, strict=True):
-                sizes += [tuple(level_map.shape[-2:])] * len(chunk)
+                sizes += [height_and_width(level_map)] * len(chunk)
             height = max(height for height, _ in sizes)
             width = max(width for _, width in sizes)
             padded = [
@@ -183,7 +201,7 @@ class Detector(nn.Module):
         top: int = 100,
         nms: float | None = None,
         batch_size: int = 50,
-    ) -> list[dict]:
+    ) -> list[Target]:
         """Detect objects in images.
 
         Args:
@@ -207,7 +225,7 @@ class Detector(nn.Module):
         originals = [load_image(image) for image in images]
         inputs = [self._resize(image) for image in originals]
         nms = self.nms if nms is None else nms
-        detections: list[dict] = [{}] * len(inputs)
+        detections: list[Target] = [{}] * len(inputs)
         for chunk in same_size_chunks(inputs, batch_size):
             sizes = torch.tensor([originals[index].shape[-2:] for index in chunk])
             chunk_images = [inputs[index] for index in chunk]
@@ -217,7 +235,7 @@ class Detector(nn.Module):
                     "boxes": boxes[row][valid[row]].cpu(),
                     "labels": labels[row][valid[row]].cpu(),
                     "scores": scores[row][valid[row]].cpu(),
-                    "size": tuple(originals[index].shape[-2:]),
+                    "size": height_and_width(originals[index]),
                 }
         return detections
 
@@ -228,7 +246,7 @@ class Detector(nn.Module):
         top: int,
         score: float,
         nms: float | None,
-    ) -> tuple[Sequence[torch.Tensor], ...]:
+    ) -> tuple[PerImage, PerImage, PerImage, PerImage]:
         """Boxes, scores, labels and valid masks of images of one size, an entry per image.
 
         Args:
@@ -242,7 +260,7 @@ class Detector(nn.Module):
         """The image at the detector's test size."""
         if self.test_size is None:
             return image
-        size = resized(tuple(image.shape[-2:]), *self.test_size)
+        size = resized(height_and_width(image), *self.test_size)
         image = image.float() / 255 if image.dtype == torch.uint8 else image
         return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
 
@@ -306,7 +324,7 @@ def valid_ratio(mask: torch.Tensor) -> torch.Tensor:
 # ---- from outputs to boxes -----------------------------------------------------------------------
 
 
-def class_scores(outputs: dict) -> torch.Tensor:
+def class_scores(outputs: Outputs) -> torch.Tensor:
     """The scores (B, Q, C) of an outputs dict: sigmoids of the logits.
 
     With "no_object": the softmax without its last entry, and -1 except for the best class of each
@@ -320,7 +338,7 @@ def class_scores(outputs: dict) -> torch.Tensor:
 
 
 def postprocess(
-    outputs: dict,
+    outputs: Outputs,
     sizes: torch.Tensor,
     top: int,
     score: float = 0.0,

@@ -22,6 +22,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from semidetr_lite.boxes import height_and_width
+from semidetr_lite.contracts import Outputs
 from semidetr_lite.detectors.backbone import make_backbone
 from semidetr_lite.detectors.detector import IMAGENET_MEAN, IMAGENET_STD, Detector, valid_ratio
 from semidetr_lite.detectors.transformer import (
@@ -71,6 +73,7 @@ class DecoderLayer(nn.Module):
         self, content: torch.Tensor, positions: torch.Tensor, memory: Memory
     ) -> torch.Tensor:
         """New content (B, Q, D) from content and positions (B, Q, D)."""
+        assert memory.positions is not None  # DETR.encode computes them
         content = self.self_attention(content, positions)
         keys = memory.tokens + memory.positions
         attended, _ = self.attention(
@@ -152,20 +155,20 @@ class DETR(Detector):
         positions = map_positions(masks[0], self.dim, temperature=10_000.0)
         positions = positions.flatten(1, 2).to(tokens.dtype)
         mask = masks[0].flatten(1) if padded else None
-        attn_mask = ~mask[:, None] if padded else None
+        attn_mask = None if mask is None else ~mask[:, None]
         for layer in self.encoder:
             tokens = layer(tokens, positions, attn_mask)
         return Memory(
             tokens=tokens,
             mask=mask,
-            shapes=[tuple(maps[0].shape[-2:])],
+            shapes=[height_and_width(maps[0])],
             valid_ratios=valid_ratio(masks[0])[:, None],  # (B, 1, 2)
             features=maps,
             proposals=None,
             positions=positions,
         )
 
-    def decode(self, memory: Memory, groups: Sequence = ()) -> dict:
+    def decode(self, memory: Memory, groups: Sequence = ()) -> Outputs:
         """Decode the matching queries -> outputs.
 
         Raises:

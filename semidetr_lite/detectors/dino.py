@@ -107,6 +107,7 @@ class DINO(DeformableDetector):
         The boxes are the encoder's, without their gradient. The learned contents go to them in the
         order of their scores.
         """
+        assert memory.proposals is not None  # DINO is two-stage
         boxes = memory.proposals["pred_boxes"].detach()
         batch, num_queries = boxes.shape[:2]
         return self.content.weight[:num_queries].expand(batch, -1, -1), boxes

@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from configparser import RawConfigParser
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -42,8 +42,8 @@ class Family(NamedTuple):
     """A kind of published file."""
 
     title: str
-    detector: type[Detector]
-    form: dict[str, bool]  # keyword arguments of the detector that make it fit the file
+    detector: type[DETR] | type[DeformableDETR] | type[DINO]
+    form: dict[str, Any]  # keyword arguments of the detector that make it fit the file
     marker: str  # a published name by which the kind is recognised
     sections: str  # of public_weights.txt, after "shared"
     attributes: dict[str, float] = {}  # of the detector, set after loading
@@ -59,7 +59,7 @@ class Report(NamedTuple):
 
 
 RENAMES = RawConfigParser(delimiters=["->"], comment_prefixes=["# "])
-RENAMES.optionxform = str  # names are case-sensitive
+RENAMES.optionxform = str  # type: ignore[method-assign, assignment]  # case-sensitive names
 RENAMES.read_string(
     resources.files("semidetr_lite.detectors").joinpath("public_weights.txt").read_text("utf-8")
 )
@@ -200,7 +200,8 @@ def sizes(values: dict[str, torch.Tensor], family: Family) -> dict[str, int | st
 
     Heads (8) and points (4) do not follow from them.
     """
-    head = values.get("class_head.weight", values.get("class_heads.0.weight"))
+    shared = "class_head.weight"  # by all layers, if there is one
+    head = values[shared if shared in values else "class_heads.0.weight"]
     learned = values.get("content.weight", values.get("positions.weight"))
     no_object = family.detector is DETR
     arguments: dict[str, int | str] = {"num_classes": len(head) - no_object}
@@ -352,8 +353,9 @@ def _rename_rules(tensors: dict[str, torch.Tensor], family: Family) -> list[tupl
 def _join_projections(values: dict[str, torch.Tensor]) -> None:
     """Join the query, key and value rows of each attention, where all three are there; in place."""
     for name in [key.removesuffix("@q") for key in values if key.endswith("@q")]:
-        parts = [values.pop(f"{name}@{projection}", None) for projection in "qkv"]
-        if all(part is not None for part in parts):
+        keys = [f"{name}@{projection}" for projection in "qkv"]
+        parts = [values.pop(key) for key in keys if key in values]
+        if len(parts) == len(keys):
             values[name] = torch.cat(parts)
 
 

@@ -1,5 +1,7 @@
-"""Faster R-CNN (Ren et al., NeurIPS 2015) and FCOS (Tian et al., ICCV 2019) on a feature pyramid
-(Lin et al., CVPR 2017): the detectors of Soft Teacher and Dense Teacher.
+"""Faster R-CNN and FCOS on a feature pyramid: the detectors of Soft Teacher and Dense Teacher.
+
+Faster R-CNN: Ren et al., NeurIPS 2015; FCOS: Tian et al., ICCV 2019; feature pyramid: Lin et al.,
+CVPR 2017.
 
     images -> backbone -> pyramid -> FCOS: a class, a box and a centerness in every cell
                                   -> Faster R-CNN: proposals -> class and box of each proposal
@@ -19,7 +21,7 @@ Shapes: B images, T targets, N cells or boxes, D channels, C classes.
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -36,8 +38,10 @@ from torchvision.ops.feature_pyramid_network import (
 )
 from torchvision.ops.poolers import LevelMapper
 
+from semidetr_lite.boxes import height_and_width
+from semidetr_lite.contracts import Target
 from semidetr_lite.detectors.backbone import make_backbone
-from semidetr_lite.detectors.detector import IMAGENET_MEAN, IMAGENET_STD, Detector
+from semidetr_lite.detectors.detector import IMAGENET_MEAN, IMAGENET_STD, Detector, PerImage
 
 MIN_SCORE = 0.01  # boxes below it are never returned
 
@@ -93,6 +97,7 @@ class TorchvisionDetector(Detector):
     """
 
     label_offset = 0  # torchvision's number of label 0
+    nms: float  # always needed
 
     def __init__(
         self,
@@ -117,7 +122,7 @@ class TorchvisionDetector(Detector):
         self.strides = [first_stride * 2**level for level in range(num_levels)]
 
     def losses(
-        self, images: Sequence[torch.Tensor], targets: list[dict], seed: int = 0
+        self, images: Sequence[torch.Tensor], targets: list[Target], seed: int = 0
     ) -> dict[str, torch.Tensor]:
         """The losses of a supervised step, scalars by name; a function of weights and arguments.
 
@@ -128,9 +133,7 @@ class TorchvisionDetector(Detector):
         """
         raise NotImplementedError
 
-    def predict(
-        self, features: FeatureMaps, score: float, top: int, nms: float
-    ) -> list[dict[str, torch.Tensor]]:
+    def predict(self, features: FeatureMaps, score: float, top: int, nms: float) -> list[Target]:
         """Detections of each image: "boxes", "labels", "scores", in falling order of the scores.
 
         Args:
@@ -145,7 +148,7 @@ class TorchvisionDetector(Detector):
         """The feature pyramid of images (3, H, W), uint8 or float in [0, 1]."""
         normalized = self.normalize(images)
         maps, _, _ = self.extract_features(normalized)
-        sizes = [tuple(image.shape[-2:]) for image in normalized]
+        sizes = [height_and_width(image) for image in normalized]
         return FeatureMaps({str(level): x for level, x in enumerate(maps)}, sizes)
 
     def _project(self, images: torch.Tensor) -> list[torch.Tensor]:
@@ -153,9 +156,9 @@ class TorchvisionDetector(Detector):
         maps = {str(level): x for level, x in enumerate(self.backbone(images))}
         return list(self.fpn(maps).values())
 
-    def to_torchvision_targets(self, targets: list[dict]) -> list[dict]:
+    def to_torchvision_targets(self, targets: list[Target]) -> list[Target]:
         """Targets on the device, with torchvision's labels, without crowd regions."""
-        converted = []
+        converted: list[Target] = []
         for target in targets:
             keep = ~target["crowd"] if "crowd" in target else slice(None)
             boxes = target["boxes"][keep].to(self.mean.device)
@@ -170,9 +173,10 @@ class TorchvisionDetector(Detector):
         top: int,
         score: float,
         nms: float | None,
-    ) -> tuple[list[torch.Tensor], ...]:
+    ) -> tuple[PerImage, PerImage, PerImage, PerImage]:
         """See Detector.detect_batch; images differ in their number of boxes."""
         features = self.extract(images)
+        nms = self.nms if nms is None else nms
         detections = self.predict(features, max(score, MIN_SCORE), top, nms)
         scales = sizes.flip(-1) / torch.tensor(features.image_sizes).flip(-1)  # (B, 2) x, y
         boxes = [
@@ -192,11 +196,12 @@ def _extra_levels(count: int, dim: int) -> ExtraFPNBlock | None:
     return LastLevelMaxPool() if count == 1 else LastLevelP6P7(dim, dim)
 
 
-def _dummy_backbone(dim: int) -> nn.Module:
+class _DummyBackbone(nn.Identity):
     """In the place of torchvision's backbone, which is only asked for its number of channels."""
-    backbone = nn.Identity()
-    backbone.out_channels = dim
-    return backbone
+
+    def __init__(self, out_channels: int):
+        super().__init__()
+        self.out_channels = out_channels
 
 
 class FCOSOutputs(NamedTuple):
@@ -248,7 +253,7 @@ class FCOS(TorchvisionDetector):
             test_size=test_size,
         )
         self.net = detection.FCOS(
-            _dummy_backbone(dim),
+            _DummyBackbone(dim),
             num_classes=num_classes,
             anchor_generator=Anchors(anchor_sizes, (1.0,), self.strides),
             head=FCOSHead(dim, 1, num_classes, convs),
@@ -265,7 +270,7 @@ class FCOS(TorchvisionDetector):
         return FCOSOutputs(outputs, anchors, cells_per_level, features.image_sizes)
 
     def losses(
-        self, images: Sequence[torch.Tensor], targets: list[dict], seed: int = 0
+        self, images: Sequence[torch.Tensor], targets: list[Target], seed: int = 0
     ) -> dict[str, torch.Tensor]:
         """Losses "class", "giou" and "centerness"; nothing is random. See TorchvisionDetector."""
         predicted = self.head_outputs(self.extract(images))
@@ -277,9 +282,7 @@ class FCOS(TorchvisionDetector):
         )
         return dict(zip(("class", "giou", "centerness"), losses.values(), strict=True))
 
-    def predict(
-        self, features: FeatureMaps, score: float, top: int, nms: float
-    ) -> list[dict[str, torch.Tensor]]:
+    def predict(self, features: FeatureMaps, score: float, top: int, nms: float) -> list[Target]:
         """See TorchvisionDetector.predict. A score is sqrt(class score * centerness)."""
         predicted = self.head_outputs(features)
         self.net.score_thresh = score
@@ -292,11 +295,12 @@ class FCOS(TorchvisionDetector):
         detections = self.net.postprocess_detections(
             outputs, [anchors] * len(features.image_sizes), features.image_sizes
         )
-        kept = []
+        kept: list[Target] = []
         for image_detections in detections:
             boxes = image_detections["boxes"]
             area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-            kept.append({key: x[area > 0][:top] for key, x in image_detections.items()})
+            has_area = {key: x[area > 0][:top] for key, x in image_detections.items()}
+            kept.append(cast(Target, has_area))
         return kept
 
 
@@ -346,7 +350,7 @@ class FasterRCNN(TorchvisionDetector):
         train_proposals, test_proposals = proposals
         sampled_anchors, sampled_proposals = sampled
         self.net = detection.FasterRCNN(
-            _dummy_backbone(dim),
+            _DummyBackbone(dim),
             rpn_anchor_generator=Anchors(anchor_sizes, (0.5, 1.0, 2.0), self.strides),
             rpn_pre_nms_top_n_train=train_proposals,
             rpn_post_nms_top_n_train=train_proposals,
@@ -370,7 +374,7 @@ class FasterRCNN(TorchvisionDetector):
         return pool
 
     def propose(
-        self, features: FeatureMaps, targets: list[dict] | None = None
+        self, features: FeatureMaps, targets: list[Target] | None = None
     ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
         """Region proposals, (N, 4) xyxy pixels per image, and their losses.
 
@@ -402,14 +406,14 @@ class FasterRCNN(TorchvisionDetector):
         return heads.box_predictor(heads.box_head(pooled))
 
     def sample(
-        self, proposals: list[torch.Tensor], targets: list[dict]
+        self, proposals: list[torch.Tensor], targets: list[Target]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
         """The boxes to train on, targets among them; their labels and box codes; each per image."""
         boxes, _, labels, codes = self.net.roi_heads.select_training_samples(proposals, targets)
         return boxes, labels, codes
 
     def losses(
-        self, images: Sequence[torch.Tensor], targets: list[dict], seed: int = 0
+        self, images: Sequence[torch.Tensor], targets: list[Target], seed: int = 0
     ) -> dict[str, torch.Tensor]:
         """Losses "objectness", "proposals", "class" and "boxes"; see TorchvisionDetector.losses.
 
@@ -424,9 +428,7 @@ class FasterRCNN(TorchvisionDetector):
         losses["class"], losses["boxes"] = fastrcnn_loss(logits, box_codes, labels, codes)
         return losses
 
-    def predict(
-        self, features: FeatureMaps, score: float, top: int, nms: float
-    ) -> list[dict[str, torch.Tensor]]:
+    def predict(self, features: FeatureMaps, score: float, top: int, nms: float) -> list[Target]:
         """See TorchvisionDetector.predict; a score is the softmax over classes and background."""
         heads = self.net.roi_heads
         heads.score_thresh = score

@@ -1,5 +1,7 @@
-"""What all detection transformers here share: positional encodings, small networks, self-attention,
-the encoder's memory, query groups and the layers of their outputs.
+"""What all detection transformers here share.
+
+Positional encodings, small networks, self-attention, the encoder's memory, query groups and the
+layers of their outputs.
 
 Shapes: B images, Q matching queries, N queries, S tokens, D channels, L levels, M heads, P points,
 C classes. Batch first; no dropout (as in DINO).
@@ -8,12 +10,13 @@ C classes. Batch first; no dropout (as in DINO).
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from semidetr_lite.contracts import Outputs
 from semidetr_lite.device import to_device
 
 
@@ -25,7 +28,7 @@ class Memory(NamedTuple):
     shapes: list[tuple[int, int]]  # (H, W) of each level
     valid_ratios: torch.Tensor  # (B, L, 2): fraction of each level's width and height that is image
     features: list[torch.Tensor]  # L projected maps (B, D, H, W), before the encoder
-    proposals: dict | None  # two-stage: outputs dict of the selected tokens
+    proposals: Outputs | None  # two-stage: of the selected tokens
     positions: torch.Tensor | None = None  # (B, S, D), where the decoder needs them again (DETR)
 
     def slice(self, images: slice) -> "Memory":
@@ -131,6 +134,11 @@ class MLP(nn.Sequential):
             modules += [nn.Linear(before, after), nn.ReLU()]
         super().__init__(*modules[:-1])
 
+    @property
+    def last_layer(self) -> nn.Linear:
+        """The layer that makes the output."""
+        return cast(nn.Linear, self[-1])
+
 
 class FeedForward(nn.Module):
     """The feed-forward network of a transformer layer: (B, N, D) -> (B, N, D).
@@ -145,6 +153,7 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, D) -> (B, N, D)."""
         return self.norm(x + self.linear2(F.relu(self.linear1(x))))
 
 
@@ -201,12 +210,12 @@ class SelfAttention(nn.Module):
 # ---- outputs -------------------------------------------------------------------------------------
 
 
-def as_outputs(layers: Sequence[dict]) -> dict:
+def as_outputs(layers: Sequence[dict]) -> Outputs:
     """The dict of the last layer, with those of the earlier layers under "aux_outputs"."""
-    return {**layers[-1], "aux_outputs": list(layers[:-1])}
+    return cast(Outputs, {**layers[-1], "aux_outputs": list(layers[:-1])})
 
 
-def split_outputs(layers: Sequence[dict], sizes: list[int]) -> list[dict]:
+def split_outputs(layers: Sequence[dict], sizes: list[int]) -> list[Outputs]:
     """One outputs dict for each block of queries.
 
     Args:
@@ -221,7 +230,7 @@ def split_outputs(layers: Sequence[dict], sizes: list[int]) -> list[dict]:
     return [as_outputs(block) for block in blocks]
 
 
-def slice_outputs(outputs: dict, images: slice) -> dict:
+def slice_outputs(outputs: Outputs, images: slice) -> Outputs:
     """The outputs dict of some images of the batch, without query groups."""
     return slice_batch({key: value for key, value in outputs.items() if key != "groups"}, images)
 
@@ -271,7 +280,7 @@ class Layers(NamedTuple):
         return labels
 
 
-def stack_layers(outputs: dict) -> Layers:
+def stack_layers(outputs: Outputs) -> Layers:
     """The layers of an outputs dict, all logits in one tensor and all boxes in another."""
     layers = [*outputs["aux_outputs"], outputs]
     if outputs.get("encoder"):

@@ -1,11 +1,11 @@
-"""Cost-based pseudo-label mining (CPM, paper section 3.4): a pseudo-box is reliable where it
-matches what the student already predicts.
+"""Cost-based pseudo-label mining (CPM, paper section 3.4).
 
-Matching a reliable pseudo-box to the student's queries costs little, an unreliable one much, and
-the border between the two moves with training. So the matching costs of all current pseudo-boxes
-are modelled by a mixture of two Gaussians (GMM), and the threshold is read off the Gaussian of
-lower cost. What is mined here feeds the query consistency only; class and box losses keep the
-score threshold (paper, ablation; released code: dino_detr_ssod.py:332-353).
+A pseudo-box is reliable where it matches what the student already predicts. Matching a reliable
+pseudo-box to the student's queries costs little, an unreliable one much, and the border between the
+two moves with training. So the matching costs of all current pseudo-boxes are modelled by a mixture
+of two Gaussians (GMM), and the threshold is read off the Gaussian of lower cost. What is mined here
+feeds the query consistency only; class and box losses keep the score threshold (paper, ablation;
+released code: dino_detr_ssod.py:332-353).
 
 Differences from the released code: the costs of one step on one machine are few, so a short queue
 of past costs can join them. The other rules of MINING are those of the paper's ablation.
@@ -84,8 +84,10 @@ def mine(matched: np.ndarray, candidates: np.ndarray, past_costs: np.ndarray, ru
 def select_mined(
     matched: np.ndarray, candidates: np.ndarray, threshold: float, rule: str
 ) -> np.ndarray:
-    """The mined boxes: (B, K) bool. "gmm": those whose cost is at most the threshold, confident
-    ones among them; every other rule: the candidates.
+    """The mined boxes: (B, K) bool.
+
+    "gmm": those whose cost is at most the threshold, confident ones among them; every other rule:
+    the candidates.
     """
     if rule == "gmm":
         return np.isfinite(matched) & (matched <= threshold)

@@ -1,5 +1,6 @@
-"""Dense Teacher (Zhou et al., ECCV 2022): FCOS learns from the raw maps of its EMA, without boxes
-in between.
+"""Dense Teacher (Zhou et al., ECCV 2022): FCOS learns from the raw maps of its EMA.
+
+There are no boxes in between.
 
     teacher(weak pixels, strong geometry) -> scores, boxes, centerness of all cells
                                           -> targets of the same cells of student(strong view)
@@ -31,12 +32,12 @@ import torch.nn.functional as F
 from torchvision.models.detection._utils import BoxLinearCoder
 from torchvision.ops import generalized_box_iou_loss
 
+from semidetr_lite.contracts import Batch
 from semidetr_lite.data.views import warp
 from semidetr_lite.detectors.pyramid import FCOS, FCOSOutputs
 from semidetr_lite.losses import LossWeights, add_prefix, quality_focal_loss
 from semidetr_lite.methods.mean_teacher import (
     RNG_LABELLED,
-    Prepared,
     TeacherStudent,
     weak_to_strong,
 )
@@ -102,6 +103,9 @@ class DenseTeacher(TeacherStudent):
         ema_decay, seed, loss_weights: see TeacherStudent; FCOS's losses have no weights.
     """
 
+    student: FCOS
+    teacher: FCOS
+
     def __init__(
         self,
         student: FCOS,
@@ -120,13 +124,10 @@ class DenseTeacher(TeacherStudent):
         self.class_weight = unlabelled_weight
         self.box_weight = unlabelled_weight * unlabelled_box_weight
 
-    def forward(
-        self, batch: dict, step: int, prepared: Prepared | None = None
-    ) -> dict[str, torch.Tensor]:
+    def forward(self, batch: Batch, step: int, prepared: None = None) -> dict[str, torch.Tensor]:
         """The weighted losses of a batch; see TeacherStudent.forward."""
-        labelled_losses = self.student.losses(
-            *batch["labelled"], self.step_seed(step, RNG_LABELLED)
-        )
+        images, truths = batch["labelled"]
+        labelled_losses = self.student.losses(images, truths, self.step_seed(step, RNG_LABELLED))
         losses = add_prefix("labelled", labelled_losses)
         (weak_images, weak_views), (strong_images, strong_views) = batch["weak"], batch["strong"]
 
@@ -134,7 +135,7 @@ class DenseTeacher(TeacherStudent):
         device = self.student.mean.device
         matrices = weak_to_strong(weak_views, strong_views)
         teacher_views = [
-            warp(image.to(device), matrix, tuple(view["size"]))
+            warp(image.to(device), matrix, view["size"])
             for image, matrix, view in zip(weak_images, matrices, strong_views, strict=True)
         ]
         teacher = self.teacher

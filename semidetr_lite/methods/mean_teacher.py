@@ -1,5 +1,6 @@
-"""Mean teacher for detection transformers: an exponential moving average (EMA) of the student
-labels the images that nobody labelled.
+"""Mean teacher for detection transformers.
+
+An exponential moving average (EMA) of the student labels the images that nobody labelled.
 
     teacher(weak view) -> confident boxes -> mapped to the strong view -> targets of the student
 
@@ -12,7 +13,7 @@ Shapes: B images, K pseudo-boxes per image, T targets, Q queries.
 """
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch import nn
 
 from semidetr_lite import distributed
 from semidetr_lite.boxes import to_model
+from semidetr_lite.contracts import Batch, Outputs, Target
 from semidetr_lite.data.views import map_boxes
 from semidetr_lite.detectors.detector import Detector, postprocess
 from semidetr_lite.detectors.transformer import Memory, stack_layers
@@ -60,7 +62,8 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     student_tensors = (*student.parameters(), *student.buffers())
     pairs = list(zip(teacher_tensors, student_tensors, strict=True))
     averaged = [(old, new) for old, new in pairs if old.is_floating_point()]
-    torch._foreach_lerp_(*map(list, zip(*averaged, strict=True)), 1 - momentum)
+    old_tensors, new_tensors = [old for old, _ in averaged], [new for _, new in averaged]
+    torch._foreach_lerp_(old_tensors, new_tensors, 1 - momentum)
     for old, new in pairs:
         if not old.is_floating_point():
             old.copy_(new)
@@ -76,6 +79,10 @@ class TeacherStudent(nn.Module):
         seed: of the random numbers of denoising and sampling.
         loss_weights: factors of the losses.
     """
+
+    pseudo_boxes_per_class: torch.Tensor  # (C,) running mean per image
+    score_threshold: float  # of the semi-supervised methods
+    max_pseudo_boxes: int  # of the semi-supervised methods
 
     def __init__(
         self,
@@ -98,9 +105,7 @@ class TeacherStudent(nn.Module):
         self.teacher.eval()
         return self
 
-    def forward(
-        self, batch: dict, step: int, prepared: "Prepared | None" = None
-    ) -> dict[str, torch.Tensor]:
+    def forward(self, batch: Batch, step: int, prepared: Any = None) -> dict[str, torch.Tensor]:
         """The weighted losses of a batch, or of one of the micro-batches of a step.
 
         Args:
@@ -111,11 +116,11 @@ class TeacherStudent(nn.Module):
         """
         raise NotImplementedError
 
-    def prepare(self, micro_batches: list[dict], step: int) -> list["Prepared | None"]:
+    def prepare(self, micro_batches: list[Batch], step: int) -> list[Any]:
         """What the losses of each micro-batch need to know of the whole step: here, nothing."""
         return [None] * len(micro_batches)
 
-    def make_labelled_sets(self, micro_batches: list[dict]) -> list[TargetSet]:
+    def make_labelled_sets(self, micro_batches: list[Batch]) -> list[TargetSet]:
         """The labelled targets of each micro-batch, with the box counts of the whole step."""
         truths = [pad_targets(batch["labelled"][1]) for batch in micro_batches]
         return make_target_sets(
@@ -158,7 +163,7 @@ class TeacherStudent(nn.Module):
         return None
 
     def image_generators(
-        self, step: int, stream: int, targets: list[dict]
+        self, step: int, stream: int, targets: list[Target]
     ) -> list[np.random.Generator]:
         """A generator per image, which depends on (seed, step, position in the whole step) alone.
 
@@ -172,7 +177,7 @@ class TeacherStudent(nn.Module):
         return int(np.random.default_rng([self.seed, 8, stream, step]).integers(2**63))
 
     def make_denoising_queries(
-        self, target_sets: list[TargetSet], views: list[list[dict]], step: int
+        self, target_sets: list[TargetSet], views: list[list[Target]], step: int
     ) -> list[DenoisingQueries]:
         """Denoising queries of each kind of images that has a box, if the detector has denoising.
 
@@ -182,7 +187,7 @@ class TeacherStudent(nn.Module):
                 the strong views, if any.
             step: number of the step.
         """
-        denoising = []
+        denoising: list[DenoisingQueries] = []
         num_images = sum(len(targets) for targets in views)
         if self.student.denoising is None:
             return denoising
@@ -213,7 +218,7 @@ class PseudoBoxes(NamedTuple):
         """The boxes whose score is at least the threshold: (B, K) bool."""
         return self.valid & (self.scores >= threshold)
 
-    def to_strong_view(self, weak: list[dict], strong: list[dict]) -> PaddedTargets:
+    def to_strong_view(self, weak: list[Target], strong: list[Target]) -> PaddedTargets:
         """The boxes in model coordinates of the strong views; those out of view are not valid.
 
         weak, strong: a target dict per image, with "matrix" and "size".
@@ -225,7 +230,7 @@ class PseudoBoxes(NamedTuple):
         return PaddedTargets(to_model(boxes, sizes), self.labels, self.valid & in_view)
 
 
-def weak_to_strong(weak: list[dict], strong: list[dict]) -> list[torch.Tensor]:
+def weak_to_strong(weak: list[Target], strong: list[Target]) -> list[torch.Tensor]:
     """The matrix (3, 3) of each image that takes pixels of its weak view to its strong view."""
     pairs = zip(weak, strong, strict=True)
     return [
@@ -234,13 +239,13 @@ def weak_to_strong(weak: list[dict], strong: list[dict]) -> list[torch.Tensor]:
     ]
 
 
-def image_sizes(targets: list[dict]) -> torch.Tensor:
+def image_sizes(targets: list[Target]) -> torch.Tensor:
     """(B, 2) the (H, W) of each image."""
     return torch.tensor([target["size"] for target in targets])
 
 
 def select_pseudo_boxes(
-    outputs: dict, sizes: torch.Tensor, max_boxes: int, nms: float
+    outputs: Outputs, sizes: torch.Tensor, max_boxes: int, nms: float
 ) -> PseudoBoxes:
     """The best boxes of the teacher: scores of at least 0.01, after class-wise NMS.
 
@@ -271,17 +276,17 @@ class PseudoLabels(NamedTuple):
     strong: PaddedTargets
     confident: torch.Tensor  # (B, K) bool, in view and of at least the score threshold
     candidates: torch.Tensor  # (B, K) bool, in view and what Semi-DETR's mining chooses from
-    teacher: tuple[Memory, dict] | None  # memory and outputs, where consistency needs them
+    teacher: tuple[Memory, Outputs] | None  # memory and outputs, where consistency needs them
 
 
 class Prepared(NamedTuple):
     """What the losses of a micro-batch need to know before the student runs."""
 
     labelled: TargetSet
-    pseudo: TargetSet | None = None  # the confident boxes
-    pseudo_labels: PseudoLabels | None = None
-    confident: np.ndarray | None = None  # `pseudo_labels.confident` on the CPU
-    candidates: np.ndarray | None = None  # `pseudo_labels.candidates` on the CPU
+    pseudo: TargetSet  # the confident boxes
+    pseudo_labels: PseudoLabels
+    confident: np.ndarray  # `pseudo_labels.confident` on the CPU
+    candidates: np.ndarray  # `pseudo_labels.candidates` on the CPU
 
 
 # ---- the method ----------------------------------------------------------------------------------
@@ -324,7 +329,7 @@ class MeanTeacher(TeacherStudent):
         self.pseudo_loss_weights = loss_weights.scaled(unlabelled_weight, unlabelled_box_weight)
 
     def forward(
-        self, batch: dict, step: int, prepared: Prepared | None = None
+        self, batch: Batch, step: int, prepared: Prepared | None = None
     ) -> dict[str, torch.Tensor]:
         """The weighted losses of a batch; see TeacherStudent.forward."""
         (images, truths), (strong_images, strong_views) = batch["labelled"], batch["strong"]
@@ -361,19 +366,21 @@ class MeanTeacher(TeacherStudent):
         losses = detection_losses(layers, target_sets, assignments, "one_to_one")
         return losses | denoising_losses(outputs["groups"], denoising, target_sets)
 
-    def prepare(
-        self, micro_batches: list[dict], step: int, keep_teacher: bool = False
-    ) -> list[Prepared]:
+    def has_consistency(self, step: int) -> bool:
+        """Whether a step has a consistency loss, which needs the teacher's memory and outputs."""
+        return False
+
+    def prepare(self, micro_batches: list[Batch], step: int) -> list[Prepared]:
         """Predict the pseudo-labels of all micro-batches, then count the boxes of the whole step.
 
         Args:
             micro_batches: of one step, each with "labelled", "weak" and "strong".
             step: number of the step.
-            keep_teacher: whether the teacher's memory and outputs are kept.
         """
+        keep_teacher = self.has_consistency(step)
         predicted = [self.predict_pseudo_labels(batch, keep_teacher) for batch in micro_batches]
-        masks = [mask for labels in predicted for mask in (labels.confident, labels.candidates)]
-        masks = copy_to_host(*masks)
+        on_device = [mask for labels in predicted for mask in (labels.confident, labels.candidates)]
+        masks = copy_to_host(*on_device)
         confident, candidates = masks[::2], masks[1::2]
         labelled = self.make_labelled_sets(micro_batches)
         pseudo = make_target_sets(
@@ -388,7 +395,7 @@ class MeanTeacher(TeacherStudent):
         return [Prepared(*entry) for entry in entries]
 
     @torch.no_grad()
-    def predict_pseudo_labels(self, micro_batch: dict, keep_teacher: bool) -> PseudoLabels:
+    def predict_pseudo_labels(self, micro_batch: Batch, keep_teacher: bool) -> PseudoLabels:
         """The teacher's boxes on the weak views of a micro-batch, mapped to its strong views."""
         (images, weak_views), (_, strong_views) = micro_batch["weak"], micro_batch["strong"]
         memory = self.teacher.encode(images)

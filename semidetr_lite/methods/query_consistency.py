@@ -1,5 +1,6 @@
-"""Cross-view query consistency (CQC, paper section 3.3): the decoders of student and teacher should
-describe the same object alike, each in its own view.
+"""Cross-view query consistency (CQC, paper section 3.3).
+
+The decoders of student and teacher should describe the same object alike, each in its own view.
 
 The matching queries of student and teacher do not correspond, so extra queries are made that do.
 The content of each comes from the teacher's features of a pseudo-box (RoIAlign and a small
@@ -19,7 +20,7 @@ D channels.
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from torchvision.ops import roi_align
 
 from semidetr_lite import distributed
 from semidetr_lite.boxes import to_model
+from semidetr_lite.contracts import Outputs
 from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.detectors.transformer import Memory, QueryGroup, slice_outputs
 from semidetr_lite.device import to_device
@@ -91,7 +93,7 @@ class DecodedView(NamedTuple):
 
     detector: Detector
     memory: Memory
-    outputs: dict
+    outputs: Outputs
 
     def of_images(self, images: slice) -> "DecodedView":
         """The same for some images of the batch."""
@@ -118,7 +120,8 @@ def query_consistency(
     total = sum(distributed.all_gather(int(mask.sum())))
     num_queries = max(total, 1) / distributed.world_size()
     if not mask.any():  # every process needs a gradient
-        return sum(parameter.sum() * 0.0 for parameter in projector.parameters())
+        zeros = [parameter.sum() * 0.0 for parameter in projector.parameters()]
+        return cast(torch.Tensor, sum(zeros))
 
     strong_boxes, weak_boxes = labels.strong.boxes, labels.weak.boxes
     # the boxes of `mask`, in a row: their image, their column in it, and their slot in the group
@@ -173,11 +176,11 @@ def consistency_loss(
         num_queries: what replaces the number of valid queries in the mean, where other processes
             share it.
     """
-    num_queries = num_queries or valid.sum().clamp(min=1)
+    count = num_queries or valid.sum().clamp(min=1)
     total = valid.new_zeros((), dtype=torch.float32)
     for student_layer, teacher_layer in zip(student, teacher, strict=True):
         student_direction = F.normalize(student_layer.float(), dim=-1)
         teacher_direction = F.normalize(teacher_layer.detach().float(), dim=-1)
         difference = (student_direction - teacher_direction).square().mean(-1)
-        total = total + (difference * valid).sum() / num_queries
+        total = total + (difference * valid).sum() / count
     return total

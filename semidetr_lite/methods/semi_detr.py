@@ -1,5 +1,6 @@
-"""Semi-DETR (Zhang et al., CVPR 2023): stage-wise hybrid matching, cross-view query consistency and
-cost-based pseudo-label mining.
+"""Semi-DETR (Zhang et al., CVPR 2023), in three parts on top of a mean teacher.
+
+Stage-wise hybrid matching, cross-view query consistency and cost-based pseudo-label mining.
 
 One step, in the paper's words:
 
@@ -26,6 +27,7 @@ one standard deviation of its image's scores (with few boxes in an image that ba
 import numpy as np
 import torch
 
+from semidetr_lite.contracts import Batch
 from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.detectors.transformer import stack_layers
 from semidetr_lite.device import copy_to_host, to_device
@@ -69,6 +71,8 @@ class SemiDETR(MeanTeacher):
     Raises UserError for a detector that takes no boxes as queries, and for an unknown value of
     `consistency_boxes` or `mining`.
     """
+
+    cost_queue: torch.Tensor  # (cost_queue_size,) past matching costs, nan where there is none yet
 
     def __init__(
         self,
@@ -135,7 +139,7 @@ class SemiDETR(MeanTeacher):
         self.student.nms = self.teacher.nms = nms
 
     def forward(
-        self, batch: dict, step: int, prepared: Prepared | None = None
+        self, batch: Batch, step: int, prepared: Prepared | None = None
     ) -> dict[str, torch.Tensor]:
         """The weighted losses of a batch; see TeacherStudent.forward."""
         stage = self.stage(step)
@@ -157,11 +161,11 @@ class SemiDETR(MeanTeacher):
         # 3. All matching costs to the CPU, in one copy
         if self.mined_targets:
             pseudo = pseudo._replace(targets=labels.strong)
-        costs = [layer_costs(strong_layers.last_of_decoder(), labels.strong)[0], self.cost_queue]
+        to_copy = [layer_costs(strong_layers.last_of_decoder(), labels.strong)[0], self.cost_queue]
         if stage == "one_to_one":
-            costs.append(layer_costs(labelled_layers, labelled.targets))
-            costs.append(layer_costs(strong_layers, pseudo.targets))
-        last_costs, past_costs, *costs = copy_to_host(*costs)
+            to_copy.append(layer_costs(labelled_layers, labelled.targets))
+            to_copy.append(layer_costs(strong_layers, pseudo.targets))
+        last_costs, past_costs, *costs = copy_to_host(*to_copy)
 
         # 4. CPM: mine the pseudo-boxes that match the student's predictions at low cost (3.4)
         matched = matched_costs(last_costs, confident | candidates)
@@ -195,10 +199,6 @@ class SemiDETR(MeanTeacher):
             "cost_threshold": threshold,
         }
         return losses
-
-    def prepare(self, micro_batches: list[dict], step: int) -> list[Prepared]:
-        """See MeanTeacher.prepare; the teacher's memory is kept where a step has consistency."""
-        return super().prepare(micro_batches, step, keep_teacher=self.has_consistency(step))
 
     def with_mined(self, pseudo: TargetSet, mask: np.ndarray) -> TargetSet:
         """The pseudo-boxes of a mask (B, K) bool as targets, counted within this micro-batch."""

@@ -1,5 +1,6 @@
-"""Soft Teacher (Xu et al., ICCV 2021): Faster R-CNN learns from the boxes of its EMA, each loss
-with its own measure of reliability.
+"""Soft Teacher (Xu et al., ICCV 2021): Faster R-CNN learns from the boxes of its EMA.
+
+Each loss has its own measure of reliability.
 
     teacher(weak view) -> confident boxes    -> targets of the class losses of student(strong view)
                        -> box-reliable boxes -> targets of its box loss
@@ -34,13 +35,13 @@ import torch
 import torch.nn.functional as F
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 
+from semidetr_lite.contracts import Batch, Target
 from semidetr_lite.data.views import map_boxes, map_target
 from semidetr_lite.detectors.pyramid import FasterRCNN, FeatureMaps, seeded
 from semidetr_lite.losses import LossWeights, add_prefix
 from semidetr_lite.methods.mean_teacher import (
     RNG_LABELLED,
     RNG_UNLABELLED,
-    Prepared,
     TeacherStudent,
     weak_to_strong,
 )
@@ -75,9 +76,13 @@ def box_regression_variance(refined: torch.Tensor, boxes: torch.Tensor) -> torch
     return variance.sqrt().mean(-1) / (0.5 * half_perimeter).clamp(min=1e-6)
 
 
-def select_boxes(detection: dict, keep: torch.Tensor) -> dict:
+def select_boxes(detection: Target, keep: torch.Tensor) -> Target:
     """The boxes of a detection where `keep` (T,) is True: "boxes", "labels", "scores"."""
-    return {key: detection[key][keep] for key in ("boxes", "labels", "scores")}
+    return {
+        "boxes": detection["boxes"][keep],
+        "labels": detection["labels"][keep],
+        "scores": detection["scores"][keep],
+    }
 
 
 class SoftTeacher(TeacherStudent):
@@ -96,6 +101,9 @@ class SoftTeacher(TeacherStudent):
         max_pseudo_boxes: the teacher's boxes per image at most.
         ema_decay, seed, loss_weights: see TeacherStudent; Faster R-CNN's losses have no weights.
     """
+
+    student: FasterRCNN
+    teacher: FasterRCNN
 
     def __init__(
         self,
@@ -121,13 +129,10 @@ class SoftTeacher(TeacherStudent):
         self.class_weight = unlabelled_weight
         self.box_weight = unlabelled_weight * unlabelled_box_weight
 
-    def forward(
-        self, batch: dict, step: int, prepared: Prepared | None = None
-    ) -> dict[str, torch.Tensor]:
+    def forward(self, batch: Batch, step: int, prepared: None = None) -> dict[str, torch.Tensor]:
         """The weighted losses of a batch; see TeacherStudent.forward."""
-        labelled_losses = self.student.losses(
-            *batch["labelled"], self.step_seed(step, RNG_LABELLED)
-        )
+        images, truths = batch["labelled"]
+        labelled_losses = self.student.losses(images, truths, self.step_seed(step, RNG_LABELLED))
         losses = add_prefix("labelled", labelled_losses)
         (weak_images, weak_views), (strong_images, strong_views) = batch["weak"], batch["strong"]
 
@@ -160,8 +165,8 @@ class SoftTeacher(TeacherStudent):
         return losses
 
     def predict_pseudo_boxes(
-        self, teacher_features: FeatureMaps, step: int, weak_views: list[dict]
-    ) -> tuple[list[dict], list[dict]]:
+        self, teacher_features: FeatureMaps, step: int, weak_views: list[Target]
+    ) -> tuple[list[Target], list[Target]]:
         """The teacher's confident boxes and its box-reliable ones, in pixels of the weak views."""
         teacher = self.teacher
         score = min(self.score_threshold, self.box_score_threshold)
@@ -199,8 +204,8 @@ class SoftTeacher(TeacherStudent):
     def pseudo_losses(
         self,
         student_features: FeatureMaps,
-        confident: list[dict],
-        reliable: list[dict],
+        confident: list[Target],
+        reliable: list[Target],
         teacher_features: FeatureMaps,
         matrices: list[torch.Tensor],
         seed: int,
@@ -238,8 +243,8 @@ class SoftTeacher(TeacherStudent):
 
 
 def map_detections(
-    detections: list[dict], matrices: list[torch.Tensor], views: list[dict]
-) -> list[dict]:
+    detections: list[Target], matrices: list[torch.Tensor], views: list[Target]
+) -> list[Target]:
     """Detections of each image in another view: boxes mapped, those out of view dropped."""
     entries = zip(detections, matrices, views, strict=True)
     return [map_target(detection, matrix, view["size"]) for detection, matrix, view in entries]

@@ -6,12 +6,13 @@ start them.
 
 import torch
 
+from semidetr_lite.contracts import Batch
 from semidetr_lite.detectors.pyramid import TorchvisionDetector
 from semidetr_lite.detectors.transformer import stack_layers
 from semidetr_lite.device import copy_to_host
-from semidetr_lite.losses import add_prefix, denoising_losses, detection_losses
+from semidetr_lite.losses import TargetSet, add_prefix, denoising_losses, detection_losses
 from semidetr_lite.matching import layer_costs, match_layers
-from semidetr_lite.methods.mean_teacher import RNG_LABELLED, Prepared, TeacherStudent
+from semidetr_lite.methods.mean_teacher import RNG_LABELLED, TeacherStudent
 
 
 class Supervised(TeacherStudent):
@@ -22,14 +23,14 @@ class Supervised(TeacherStudent):
     """
 
     def forward(
-        self, batch: dict, step: int, prepared: Prepared | None = None
+        self, batch: Batch, step: int, prepared: TargetSet | None = None
     ) -> dict[str, torch.Tensor]:
         """The weighted losses of a batch with "labelled"; see TeacherStudent.forward."""
         images, truths = batch["labelled"]
         if isinstance(self.student, TorchvisionDetector):
             seed = self.step_seed(step, RNG_LABELLED)
             return add_prefix("labelled", self.student.losses(images, truths, seed))
-        labelled = (prepared or self.prepare([batch], step)[0]).labelled
+        labelled = prepared or self.make_labelled_sets([batch])[0]
         denoising = self.make_denoising_queries([labelled], [truths], step)
         outputs = self.student(images, [queries.group for queries in denoising])
         layers = stack_layers(outputs)
@@ -40,8 +41,8 @@ class Supervised(TeacherStudent):
         losses = detection_losses(layers, [labelled], [assignment], "one_to_one")
         return losses | denoising_losses(outputs["groups"], denoising, [labelled])
 
-    def prepare(self, micro_batches: list[dict], step: int) -> list[Prepared | None]:
+    def prepare(self, micro_batches: list[Batch], step: int) -> list[TargetSet | None]:
         """Count the boxes of the whole step; Faster R-CNN and FCOS divide by their own numbers."""
         if isinstance(self.student, TorchvisionDetector):
             return [None] * len(micro_batches)
-        return [Prepared(targets) for targets in self.make_labelled_sets(micro_batches)]
+        return [*self.make_labelled_sets(micro_batches)]

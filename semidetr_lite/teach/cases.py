@@ -189,7 +189,7 @@ def one_to_one(rng: np.random.Generator) -> Cases:
 def one_to_many(rng: np.random.Generator) -> Cases:
     cases = _scenes(rng, 1.0, 2.0, 3) | {"few overlap": _lonely(rng, 1.0, 6.0, 4)}
     truth = torch.tensor([[20.0, 20, 50, 50], [28, 22, 58, 52], [80, 60, 110, 90]])
-    near = [
+    near_boxes = [
         *([21.0, 30, 66, 55], [21.0, 21, 52, 54], [21.0, 25, 50, 48], [22.0, 27, 55, 55]),
         *([32.0, 25, 65, 55], [27.0, 24, 58, 50], [2.0, 70, 14, 90]),
     ]
@@ -199,7 +199,7 @@ def one_to_many(rng: np.random.Generator) -> Cases:
     ]
     # Every other choice of step 2 and of the maxima gives other pairs or qualities; the third
     # object overlaps no query, and the last query no object.
-    inputs = torch.tensor(logits), to_model(torch.tensor(near), WIDE), _target(truth)
+    inputs = torch.tensor(logits), to_model(torch.tensor(near_boxes), WIDE), _target(truth)
     cases["objects that want the same queries"] = (*inputs, 1.0, 2.0, 3)
     cases["more candidates than queries"] = (*inputs, 1.0, 2.0, 13)
     same = torch.tensor([[20.0, 20, 50, 50]] * 2)
@@ -382,8 +382,15 @@ def _recorded(rng: np.random.Generator, **seeds: int) -> list[dict]:
     lines = []
     for name, count in seeds.items():
         row, percent = ("supervised", 100.0) if name == "all" else (name, 10.0)
-        line = {"table": "main", "preset": "digits", "detector": "dino", "row": row}
-        line |= {"percent": percent, "AP50": 0.9, "seconds": 60.0}
+        line = {
+            "table": "main",
+            "preset": "digits",
+            "detector": "dino",
+            "row": row,
+            "percent": percent,
+            "AP50": 0.9,
+            "seconds": 60.0,
+        }
         lines += [line | {"seed": seed, "AP": rng.uniform(0.4, 0.8)} for seed in range(count)]
     return lines
 

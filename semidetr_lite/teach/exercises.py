@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from semidetr_lite import matching
 from semidetr_lite.boxes import inverse_sigmoid, pairwise_overlaps, to_model, to_pixels
+from semidetr_lite.contracts import Target
 from semidetr_lite.data import splits, views
 from semidetr_lite.detectors import deformable, transformer
 from semidetr_lite.detectors.denoising import group_mask, noise_boxes
@@ -67,13 +69,13 @@ def average_precision(hits: torch.Tensor, objects: int) -> float:
     """pycocotools' AP at one IoU, hits (N,) bool by falling score."""
     far_apart = torch.arange(len(hits) + objects)[:, None] * 20
     boxes = far_apart + torch.tensor([0.0, 0.0, 9.0, 9.0])
-    detection = {
+    detection: Target = {
         "boxes": boxes[: len(hits)],
         "labels": torch.zeros(len(hits)).long(),
         "scores": -torch.arange(len(hits)),
     }
     true_boxes = torch.cat([detection["boxes"][hits], boxes[len(hits) :]])[:objects]
-    target = {"boxes": true_boxes, "labels": torch.zeros(objects).long()}
+    target: Target = {"boxes": true_boxes, "labels": torch.zeros(objects).long()}
     return evaluate([detection], [target])["AP50"]
 
 
@@ -104,7 +106,8 @@ def point_attention(
         shares: (P,).
     """
     value = feature_map.flatten(0, 1)[None, :, None]  # (1, S, 1, D)
-    shapes, layout = [tuple(feature_map.shape[:2])], (1, 1, 1, 1, -1)
+    height, width, _ = feature_map.shape
+    shapes, layout = [(height, width)], (1, 1, 1, 1, -1)
     locations, weights = places.view(*layout, 2), shares.view(layout)
     return deformable.deformable_attention(value, shapes, locations, weights)[0, 0]
 
@@ -149,8 +152,9 @@ def to_strong_view(
 ) -> dict:
     """A teacher's boxes as targets of the strong view: over the threshold, mapped, in view."""
     confident = found["scores"] >= score_threshold
-    mapped = views.map_target({key: found[key][confident] for key in found}, matrix, size)
-    return {key: mapped[key] for key in ("boxes", "labels")}
+    above = {key: values[confident] for key, values in found.items()}
+    mapped = views.map_target(cast(Target, above), matrix, size)
+    return {"boxes": mapped["boxes"], "labels": mapped["labels"]}
 
 
 def box_cells(
@@ -162,7 +166,7 @@ def box_cells(
 ) -> torch.Tensor:
     """What `Projector` reads of each box before its layers: (R, D, side, side)."""
     projector = query_consistency.Projector(features[0].shape[1], 1, side)
-    projector.layers = torch.nn.Identity()
+    projector.layers = torch.nn.Sequential()  # no layers: the features themselves
     return projector(features, strides, images, boxes)
 
 
@@ -213,7 +217,8 @@ def mine(
 
 def stage(step: int, before: int, steps: int, share: float) -> str:
     """The matching of a step in a run of `steps` steps that begins at step `before`."""
-    return SemiDETR.stage(SimpleNamespace(one_to_many_steps=before + round(share * steps)), step)
+    run = SimpleNamespace(one_to_many_steps=before + round(share * steps))
+    return SemiDETR.stage(cast(SemiDETR, run), step)
 
 
 def gap_closed(lines: list[dict], row: str, percent: float) -> float:
@@ -241,7 +246,7 @@ def labelled_of_process(image_ids: list[int], percent: float, fold: int, process
     return [image_ids[index] for index in indices]
 
 
-SOLUTIONS = {
+SOLUTIONS: dict[str, tuple[Callable, Callable]] = {
     "boxes.pairwise_iou": (pairwise_iou, cases.pairwise_iou),
     "boxes.to_model": (to_model, cases.to_model_boxes),
     "boxes.to_pixels": (to_pixels, cases.to_pixel_boxes),

@@ -6,7 +6,9 @@ same results as one of them is explained by its rule.
 
 import itertools
 import math
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -680,6 +682,13 @@ CONSISTENCY_LOSS = {
 }
 
 
+ROUNDINGS: dict[str, Callable[[float], int]] = {
+    "floor": math.floor,
+    "round": round,
+    "ceil": math.ceil,
+}
+
+
 def _cells(
     features, strides, images, boxes, side,
     level="floor", aligned=True, swapped=False, scaled=True, epsilon=1e-6, one_image=False,
@@ -687,11 +696,10 @@ def _cells(
     cells = torch.zeros(len(boxes), features[0].shape[1], side, side)
     for row, box in enumerate(boxes):
         length = float((box[2:] - box[:2]).prod().sqrt()) / (7 * strides[0][0])
-        number = math.log2(length + epsilon)
-        number = {"floor": math.floor, "round": round, "ceil": math.ceil}.get(level, lambda _: 0)(
-            number
-        )
-        number = min(len(features) - 1, max(0, number))
+        exact = math.log2(length + epsilon)
+        number = 0
+        if level in ROUNDINGS:
+            number = min(len(features) - 1, max(0, ROUNDINGS[level](exact)))
         y, x = strides[number][::-1] if swapped else strides[number]
         box = box / torch.tensor([x, y, x, y]) if scaled else box
         image = torch.zeros(1) if one_image else images[row : row + 1].float()
@@ -927,7 +935,7 @@ OF_PROCESS = {
 
 
 def _cut(batch, parts, edges="exact", strided=False, aligned=True):
-    found = [{} for _ in range(parts)]
+    cut: list[dict] = [{} for _ in range(parts)]
     for name, (images, targets) in batch.items():
         count = len(images)
         for p in range(parts):
@@ -937,8 +945,8 @@ def _cut(batch, parts, edges="exact", strided=False, aligned=True):
                 "up": (-(-count // parts) * p, -(-count // parts) * (p + 1)),
             }[edges]
             rows = slice(p, None, parts) if strided else slice(*ends)
-            found[p][name] = (images[rows], targets[rows] if aligned else targets)
-    return found
+            cut[p][name] = (images[rows], targets[rows] if aligned else targets)
+    return cut
 
 
 MICRO_BATCHES = {
@@ -949,7 +957,7 @@ MICRO_BATCHES = {
     "the parts come in order": lambda batch, parts: _cut(batch, parts)[::-1],
 }
 
-MISTAKES = {
+MISTAKES: dict[str, Mapping[str, Any]] = {
     "boxes.pairwise_iou": IOU,
     "boxes.to_model": TO_MODEL,
     "boxes.to_pixels": TO_PIXELS,

@@ -15,6 +15,7 @@ import io
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import ipywidgets
@@ -24,6 +25,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from semidetr_lite.boxes import overlaps, to_pixels
+from semidetr_lite.contracts import Target
 from semidetr_lite.data.views import ViewSettings, map_boxes, strong_view, weak_view
 from semidetr_lite.detectors import deformable
 from semidetr_lite.detectors.denoising import Denoising, group_mask
@@ -170,8 +172,9 @@ def explore_matching(detector, scenes: Sequence[tuple], categories=None) -> Expl
         image, target = scenes[scene]
         logits, boxes = outputs[scene]["pred_logits"][0], outputs[scene]["pred_boxes"][0]
         cost = matching_cost(logits, boxes, target, "focal", class_weight, l1_weight, giou_weight)
+        quality: torch.Tensor | None = None
         if matching == "one-to-one":
-            (queries, targets), quality = hungarian(cost.numpy()), None
+            queries, targets = (torch.from_numpy(part) for part in hungarian(cost.numpy()))
         else:
             queries, targets, quality = one_to_many(logits, boxes, target, alpha, beta, candidates)
         pixels = to_pixels(boxes, target["size"])
@@ -200,10 +203,10 @@ def explore_views(scenes: Sequence[tuple], settings: ViewSettings) -> Explorer:
         scaled = {name: strength * getattr(settings, name) for name in names}
         zoom = tuple(edge**strength for edge in settings.strong_zoom or settings.zoom)
         stronger = dataclasses.replace(settings, strong_zoom=zoom, **scaled)
-        weak_image, weak = weak_view(*scenes[scene], np.random.default_rng([seed, 0]), settings)
-        strong_image, strong = strong_view(
-            *scenes[scene], np.random.default_rng([seed, 1]), stronger
-        )
+        image, target = scenes[scene]
+        generators = [np.random.default_rng([seed, stream]) for stream in (0, 1)]
+        weak_image, weak = weak_view(image, target, generators[0], settings)
+        strong_image, strong = strong_view(image, target, generators[1], stronger)
         journey = strong["matrix"] @ torch.linalg.inv(weak["matrix"])
         return show_views(
             weak_image,
@@ -217,7 +220,7 @@ def explore_views(scenes: Sequence[tuple], settings: ViewSettings) -> Explorer:
 
 def _show_above(
     score_threshold: float,
-    detections: list[dict],
+    detections: list[Target],
     scenes: Sequence[tuple],
     categories: list[dict],
     truth: bool,
@@ -248,18 +251,18 @@ def explore_threshold(detector, scenes: Sequence[tuple], categories, nms: float 
 
 
 def plot_lines(lines: dict[str, tuple], x: str, y: str, title: str = "") -> Picture:
-    """Curves {name: (places, values)}, each with its own colour and dashes."""
+    """Curves {name: (xs, ys)}, each with its own colour and dashes."""
     figure, ax = new_plot(6.5, 2.7)
-    for (name, (places, values)), color, dashes in zip(
+    for (name, (xs, ys)), color, dashes in zip(
         lines.items(), LINE_COLORS * 4, ("-", "--", "-.", ":") * 7
     ):
         ax.plot(
-            places,
-            values,
+            xs,
+            ys,
             color=color,
             linestyle=dashes,
             linewidth=1.8,
-            label=name if len(places) else None,
+            label=name if len(xs) else None,
         )
     ax.set(xlabel=x, ylabel=y, ylim=(0, None))
     ax.legend(**LEGEND_OUTSIDE)
@@ -346,12 +349,14 @@ def cross_attention(detector, image) -> tuple[torch.Tensor, dict]:
     The maps are (layers, Q, H, W), the mean over the heads.
     """
     memory = detector.encode([image])
-    places, keys, maps = detector.positions.weight[None], memory.tokens + memory.positions, []
-    content = torch.zeros_like(places)
+    keys = memory.tokens + memory.positions
+    positions = detector.positions.weight[None]
+    content = torch.zeros_like(positions)
+    maps = []
     for layer in detector.decoder:
-        asked = layer.self_attention(content, places) + places
-        maps.append(layer.attention(asked, keys, memory.tokens)[1][0])  # (Q, S)
-        content = layer(content, places, memory)
+        queries = layer.self_attention(content, positions) + positions
+        maps.append(layer.attention(queries, keys, memory.tokens)[1][0])  # (Q, S)
+        content = layer(content, positions, memory)
     return torch.stack(maps).unflatten(-1, memory.shapes[0]), detector.decode(memory)
 
 
@@ -368,10 +373,10 @@ def show_heat(images, maps, targets=None, titles=None, title="", columns=4) -> P
 
 def explore_attention(detector, scenes: Sequence[tuple]) -> Explorer:
     """Where one query of a DETR reads in each layer of the decoder, and the box it then gives."""
-    seen = [cross_attention(detector, image) for image, _ in scenes]
+    attention = [cross_attention(detector, image) for image, _ in scenes]
 
     def draw(scene, query, layer):
-        (image, target), (maps, outputs) = scenes[scene], seen[scene]
+        (image, target), (maps, outputs) = scenes[scene], attention[scene]
         box = {
             "boxes": to_pixels(outputs["pred_boxes"][0, query], target["size"])[None],
             "labels": torch.tensor([0]),
@@ -387,7 +392,7 @@ def explore_attention(detector, scenes: Sequence[tuple]) -> Explorer:
         draw,
         scene=(0, len(scenes) - 1),
         query=(0, detector.num_queries - 1),
-        layer=(1, len(seen[0][0])),
+        layer=(1, len(attention[0][0])),
     )
 
 
@@ -477,35 +482,40 @@ def sampling_points(detector, image) -> tuple[list, dict]:
 
     A list of (locations (Q, M, L, P, 2), weights (Q, M, L, P)), one per layer.
     """
-    seen, read = [], deformable.deformable_attention
+    calls = []  # of every encoder and decoder layer: locations and weights
+    deformable_attention = deformable.deformable_attention
 
-    def note(value, shapes, places, shares):
-        seen.append((places[0], shares[0]))
-        return read(value, shapes, places, shares)
+    def record(value, shapes, locations, weights):
+        calls.append((locations[0], weights[0]))
+        return deformable_attention(value, shapes, locations, weights)
 
-    with patch.object(deformable, "deformable_attention", note):
+    with patch.object(deformable, "deformable_attention", record):
         outputs = detector([image])
-    return seen[-len(detector.decoder) :], outputs
+    return calls[-len(detector.decoder) :], outputs
 
 
-def show_points(image, target, places, shares, title="") -> Picture:
+def show_points(image, target, locations, weights, title="") -> Picture:
     """Sampling locations (L, P, 2) in [0, 1] on an image, a colour and a mark for each level.
 
-    A location is the larger, the higher its share (L, P) is.
+    A location is the larger, the higher its weight (L, P) is.
     """
     figure, (ax,) = image_grid([image], 1, ["levels"], title, cell=3.4)
     draw_boxes(ax, image, target, categories=[{"name": ""}] * 99)
     height, width = image.shape[-2:]
-    for level, (xy, share) in enumerate(zip(places, shares)):
-        style = {"marker": "os^D"[level % 4], "color": LINE_COLORS[level]}
-        style |= {"edgecolor": "white", "linewidth": 0.7}
+    for level, (xy, weight) in enumerate(zip(locations, weights)):
+        style: dict[str, Any] = {
+            "marker": "os^D"[level % 4],
+            "color": LINE_COLORS[level],
+            "edgecolor": "white",
+            "linewidth": 0.7,
+        }
         x, y = xy[:, 0] * width, xy[:, 1] * height
-        ax.scatter(x, y, 10 + 400 * share, clip_on=False, **style)
+        ax.scatter(x, y, 10 + 400 * weight, clip_on=False, **style)
         ax.scatter([], [], 30, label=f"{level}", **style)
     ax.legend(
         fontsize=8,
         frameon=False,
-        ncols=len(places),
+        ncols=len(locations),
         handletextpad=0.1,
         columnspacing=1.0,
         loc="lower left",
@@ -518,24 +528,25 @@ def show_points(image, target, places, shares, title="") -> Picture:
 
 def explore_points(detector, scenes: Sequence[tuple]) -> Explorer:
     """Which points one query reads, by decoder layer and head; all heads at once under "all"."""
-    seen = [sampling_points(detector, image) for image, _ in scenes]
-    heads = seen[0][0][0][0].shape[1]
+    samples = [sampling_points(detector, image) for image, _ in scenes]
+    heads = samples[0][0][0][0].shape[1]
 
     def draw(scene, query, layer, head="all"):
-        (image, target), (layers, outputs) = scenes[scene], seen[scene]
+        (image, target), (layers, outputs) = scenes[scene], samples[scene]
         boxes = [*outputs["aux_outputs"], outputs][layer - 1]["pred_boxes"][0, query]
         box = {"boxes": to_pixels(boxes, target["size"])[None], "labels": torch.tensor([0])}
-        chosen = list(range(heads)) if head == "all" else [head]
-        places, shares = (
-            part[query, chosen].transpose(0, 1).flatten(1, 2) for part in layers[layer - 1]
+        shown_heads = list(range(heads)) if head == "all" else [head]
+        locations, weights = (
+            part[query, shown_heads].transpose(0, 1).flatten(1, 2) for part in layers[layer - 1]
         )
-        title = f"Query {query}, layer {layer}: {places.shape[0] * places.shape[1]} points read"
-        return show_points(image, box, places, shares, title)
+        points = locations.shape[0] * locations.shape[1]
+        title = f"Query {query}, layer {layer}: {points} points read"
+        return show_points(image, box, locations, weights, title)
 
     controls = {
         "scene": (0, len(scenes) - 1),
         "query": (0, detector.num_queries - 1),
-        "layer": (1, len(seen[0][0])),
+        "layer": (1, len(samples[0][0])),
     }
     return explore(draw, **controls, head=["all", *range(heads)])
 
@@ -547,11 +558,11 @@ def explore_denoising(scenes: Sequence[tuple]) -> Explorer:
         image, target = scenes[scene]
         padded = pad_targets([target])
         make_queries = Denoising(10, 1, queries, box_noise=box_noise)
-        made = make_queries(*padded, [np.random.default_rng(seed)])
-        if made is None:
+        queries_and_targets = make_queries(*padded, [np.random.default_rng(seed)])
+        if queries_and_targets is None:
             title = "No object: no denoising query"
             return show_targets([image], [target], None, title=title)
-        _, boxes, copies, _ = made[0]
+        _, boxes, copies, _ = queries_and_targets[0]
         count = len(target["labels"])
         labels = padded.labels[0].repeat(2)
         noised = {"boxes": to_pixels(boxes[0, : 2 * count], target["size"]), "labels": labels}
@@ -569,10 +580,8 @@ def explore_denoising(scenes: Sequence[tuple]) -> Explorer:
 def explore_run(folder, frames: int = 4) -> Explorer:
     """The teacher's boxes on the watched images of a run folder, `frames` steps side by side."""
     folder = Path(folder)
-    lines, splits = (
-        read_jsonl(folder / "pseudo_boxes.jsonl"),
-        load_splits(read_config(folder), folder / "config.json"),
-    )
+    lines = read_jsonl(folder / "pseudo_boxes.jsonl")
+    splits = load_splits(read_config(folder), folder / "config.json")
     images = {
         target["image_id"]: (image, target.get("truth"))
         for image, target in iter_readable(splits.unlabelled, 8)
@@ -582,7 +591,7 @@ def explore_run(folder, frames: int = 4) -> Explorer:
     kept = dict.fromkeys(watched, 0)
     for line in lines:
         kept[line["image_id"]] += sum(line["kept"])
-    fullest = watched.index(max(watched, key=kept.get))
+    fullest = watched.index(max(watched, key=lambda image_id: kept[image_id]))
 
     def draw(image=fullest, start=steps[0], truth=True):
         image_id = watched[image]
@@ -706,8 +715,11 @@ def explore_mixture(pools: dict[str, tuple]) -> Explorer:
         (ax,) = figure.axes
         for bar in ax.patches:
             bar.set(facecolor=GREY)
-        entries = zip(*ax.get_legend_handles_labels())
-        entries = [entry for entry in entries if entry[1] not in ("right", "wrong")]
+        entries = [
+            (handle, label)
+            for handle, label in zip(*ax.get_legend_handles_labels())
+            if label not in ("right", "wrong")
+        ]
         ax.legend(*zip(*entries), **LEGEND_OUTSIDE)
         return figure
 

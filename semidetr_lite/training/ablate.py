@@ -287,13 +287,10 @@ def summarise(lines: list[dict]) -> list[Summary]:
         }
         key = tuple(line[name] for name in ("table", "preset", "detector", "percent", "row"))
         groups.setdefault((*key, line.get("steps", 0)), []).append(line)
-    means, found = (
-        {key: statistics.mean(100 * line["AP"] for line in groups[key]) for key in groups},
-        [],
-    )
+    means = {key: statistics.mean(100 * line["AP"] for line in groups[key]) for key in groups}
     lengths: dict[tuple, list[int]] = {}
-    for *key, steps in sorted(groups, key=lambda one: one[-1]):
-        lengths.setdefault(tuple(key), []).append(steps)
+    for *row_key, steps in sorted(groups, key=lambda key: key[-1]):
+        lengths.setdefault(tuple(row_key), []).append(steps)
 
     def reference_ap(time: float, *key) -> float:
         known = lengths.get(key, [])
@@ -302,6 +299,7 @@ def summarise(lines: list[dict]) -> list[Summary]:
             math.nan,
         )
 
+    summaries = []
     for key in sorted(groups, key=_sort_key):
         table, preset, detector, percent, row, steps = key
         members = groups[key]
@@ -318,7 +316,7 @@ def summarise(lines: list[dict]) -> list[Summary]:
         name = row if steps == lengths[key[:-1]][0] else f"{row}, {steps:,} steps"
         baseline = groups.get((*key[:4], BASELINES.get(table), steps), [])
         differences = [] if row == BASELINES.get(table) else paired_differences(members, baseline)
-        found.append(
+        summaries.append(
             Summary(
                 table,
                 preset,
@@ -336,7 +334,7 @@ def summarise(lines: list[dict]) -> list[Summary]:
                 len(differences),
             )
         )
-    return found
+    return summaries
 
 
 def paired_differences(lines: list[dict], baseline: list[dict]) -> list[float]:

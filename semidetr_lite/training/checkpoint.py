@@ -37,8 +37,13 @@ def save_weights(
 
     Raises UserError where the file cannot be written.
     """
-    header = {"detector": name, "arguments": arguments, "categories": categories}
-    header |= {"nms": detector.nms, "test_size": detector.test_size}
+    header = {
+        "detector": name,
+        "arguments": arguments,
+        "categories": categories,
+        "nms": detector.nms,
+        "test_size": detector.test_size,
+    }
     tensors = {
         key: value.detach().to("cpu", dtype).contiguous()
         for key, value in detector.state_dict().items()

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from semidetr_lite.errors import Stopped, UserError
 from semidetr_lite.files import read_jsonl
 from semidetr_lite.training.loop import summary, train_or_resume
-from semidetr_lite.training.settings import new_config
+from semidetr_lite.training.settings import METHOD_TITLES, new_config
 
 
 class DemoRun(NamedTuple):
@@ -29,15 +29,20 @@ class DemoRun(NamedTuple):
     method: str
     burn_in: str | None  # the run it starts from
     steps: int
-    title: str
+    role: str = ""  # in the demo, where the method alone does not say it
+
+    @property
+    def title(self) -> str:
+        """Its name in what the demo prints."""
+        return METHOD_TITLES[self.method] + self.role
 
 
 # 1,250 supervised steps take as long as 500 of Semi-DETR (benchmarks/step_cost.py).
 DEMO_RUNS = {
-    "supervised": DemoRun("supervised", None, 1000, "supervised burn-in"),
-    "control": DemoRun("supervised", "supervised", 1250, "supervised, same time"),
-    "semi-detr": DemoRun("semi-detr", "supervised", 500, "Semi-DETR"),
-    "mean-teacher": DemoRun("mean-teacher", "supervised", 500, "mean teacher"),
+    "supervised": DemoRun("supervised", None, 1000, " burn-in"),
+    "control": DemoRun("supervised", "supervised", 1250, ", same time"),
+    "semi-detr": DemoRun("semi-detr", "supervised", 500),
+    "mean-teacher": DemoRun("mean-teacher", "supervised", 500),
 }
 TITLES = {name: run.title for name, run in DEMO_RUNS.items()}
 QUICK_INTERVALS = {
@@ -95,8 +100,8 @@ def train_side_by_side(names: list[str], out: Path, seed: int, **changes) -> lis
             raise Stopped("stopped; what was trained is saved", status) from None
     failed = [name for name, process in processes.items() if process.exitcode]
     if failed:
-        said = f"{failed[0]} ended with status {processes[failed[0]].exitcode}"
-        raise UserError(said if messages.empty() else messages.get())
+        fallback = f"{failed[0]} ended with status {processes[failed[0]].exitcode}"
+        raise UserError(fallback if messages.empty() else messages.get())
     return [out / name for name in names]
 
 
@@ -116,8 +121,10 @@ def _train_in_child(messages, name: str, out: Path, seed: int, changes: dict) ->
 
 def _stop_with_parent() -> None:
     """End this process, after it has saved, when the program that started it is gone."""
-    wait([multiprocessing.parent_process().sentinel])
-    os.kill(os.getpid(), signal.SIGTERM)
+    parent = multiprocessing.parent_process()
+    if parent is not None:  # None only in a program that nobody started as a child
+        wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _follow(processes: dict, out: Path, steps: int | None) -> None:

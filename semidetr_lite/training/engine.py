@@ -13,13 +13,14 @@ locations of attention; heads, boxes, matching and losses are float32.
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator
-from typing import get_args
+from collections.abc import Callable, Iterator, Mapping
+from typing import cast, get_args
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from semidetr_lite.contracts import Batch, Views
 from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.detectors.transformer import Memory
 from semidetr_lite.distributed import all_reduce_mean, world_size
@@ -35,21 +36,23 @@ def check_micro_batches(kind: str, images: int, count: int) -> None:
         raise UserError(f"{fault}; lower accumulate")
 
 
-def micro_batches(batch: dict, count: int) -> list[dict]:
+def micro_batches(batch: Batch, count: int) -> list[Batch]:
     """A batch in `count` parts with the same mix of labelled and unlabelled images.
 
     Their sizes are equal, or differ by one image.
     """
     pieces: dict[str, list] = {}
-    for name, (images, targets) in batch.items():
+    views: Mapping[str, Views] = cast(dict, batch)
+    for name, (images, targets) in views.items():
         check_micro_batches(name, len(images), count)
         edges = [len(images) * number // count for number in range(count + 1)]
         pairs = zip(edges, edges[1:], strict=False)
         pieces[name] = [(images[start:end], targets[start:end]) for start, end in pairs]
-    return [{name: cut[number] for name, cut in pieces.items()} for number in range(count)]
+    parts = [{name: cut[number] for name, cut in pieces.items()} for number in range(count)]
+    return cast(list[Batch], parts)
 
 
-def choose_precision(precision: str, device: torch.device) -> str:
+def choose_precision(precision: str, device: torch.device) -> Precision:
     """What "auto" means on a device; every other name as it is.
 
     That is bfloat16 on a GPU that has it, else float32.
@@ -60,7 +63,7 @@ def choose_precision(precision: str, device: torch.device) -> str:
     if precision not in names:
         raise UserError(f"no precision called {precision!r}: choose from {', '.join(names)}")
     if precision != "auto":
-        return precision
+        return cast(Precision, precision)
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return "bfloat16"
     return "float32"
@@ -81,7 +84,8 @@ def apply_runtime_options(
         run = in_bfloat16(run) if precision == "bfloat16" else run
         module.forward = checkpointed(run) if runtime.checkpointing and trained else run
     if precision == "bfloat16":
-        detector._project = in_bfloat16(detector._project)
+        project = in_bfloat16(detector._project)
+        detector._project = project  # type: ignore[method-assign]
 
 
 def in_bfloat16(function: Callable) -> Callable:
@@ -130,7 +134,8 @@ class Engine:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
         apply_runtime_options(method.student, runtime, self.precision, trained=True)
         apply_runtime_options(method.teacher, runtime, self.precision, trained=False)
-        self.num_micro_batches, self.wrapped = runtime.accumulate, method
+        self.num_micro_batches = runtime.accumulate
+        self.wrapped: TeacherStudent | DistributedDataParallel = method
         processes = world_size()
         if processes > 1:
             wanted = -(-runtime.accumulate // processes)  # rounded up
@@ -145,7 +150,7 @@ class Engine:
                 )
 
     def losses(
-        self, batch: dict, step: int
+        self, batch: Batch, step: int
     ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         """The losses of a step, one micro-batch after the other.
 
@@ -154,11 +159,12 @@ class Engine:
         """
         parts = micro_batches(batch, self.num_micro_batches)
         weight = 1 / len(parts)
-        prepared = self.method.prepare(parts, step) if len(parts) > 1 else [None]
+        prepared: list = self.method.prepare(parts, step) if len(parts) > 1 else [None]
         while parts:  # a micro-batch that is done with is dropped
-            is_last = len(parts) == 1
-            reduces = is_last or world_size() == 1  # gradients of all processes, after the last
-            with contextlib.nullcontext() if reduces else self.wrapped.no_sync():
+            context: contextlib.AbstractContextManager = contextlib.nullcontext()
+            if isinstance(self.wrapped, DistributedDataParallel) and len(parts) > 1:
+                context = self.wrapped.no_sync()  # gradients are reduced after the last
+            with context:
                 losses = self.wrapped(parts.pop(0), step, prepared.pop(0))
                 losses = {name: loss * weight for name, loss in losses.items()}
                 means = torch.stack([loss.detach() for loss in losses.values()])

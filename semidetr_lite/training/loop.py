@@ -1,5 +1,6 @@
-"""The training loop: one for every method, since a method is `losses = method(batch, step)` and
-`method.after_step(step)`.
+"""The training loop, one for every method.
+
+A method is `losses = method(batch, step)` and `method.after_step(step)`.
 
     Run(config, out).run()    config: see settings.new_config; files in `out`: see run_folder.py
 
@@ -16,11 +17,13 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import torch
 from tqdm import tqdm
 
 from semidetr_lite import distributed
+from semidetr_lite.contracts import Batch
 from semidetr_lite.data.batches import Batches
 from semidetr_lite.data.splits import Splits
 from semidetr_lite.device import to_host
@@ -111,6 +114,8 @@ class Run:
             origin = str(self.folder.path / "config.json")
         else:
             self.folder.open_new()
+        if config is None:
+            raise ValueError("a new run needs a config; only resume=True goes without")
         if runtime:
             runtime = dataclasses.replace(runtime, threads=config.runtime.threads)
             config = dataclasses.replace(config, runtime=runtime)
@@ -158,7 +163,7 @@ class Run:
             load_state_strict(self.method, state["method"], self.folder.last)
             self.optimizer.load_state_dict(state["optimizer"])
             self.method.student.nms = self.method.teacher.nms = state["nms"]
-        elif burn_in:
+        elif config.burn_in and burn_in:
             for name in ("student", "teacher"):
                 tensors = {
                     key.removeprefix(f"{name}."): value
@@ -241,7 +246,7 @@ class Run:
                 signals.interrupt()
         return line
 
-    def train_step(self, batch: dict) -> dict[str, float]:
+    def train_step(self, batch: Batch) -> dict[str, float]:
         """One optimizer step.
 
         The losses as floats. It changes nothing where a loss or the gradient is not finite.
@@ -251,9 +256,10 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         self.optimizer.zero_grad(set_to_none=True)
-        names, means_of_parts = [], []
+        names: list[str] = []
+        means_of_parts: list[torch.Tensor] = []
         for losses, means in self.engine.losses(batch, step):
-            sum(losses.values()).backward()
+            cast(torch.Tensor, sum(losses.values())).backward()
             names += losses
             means_of_parts.append(means)
         trained = [parameter for parameter in self.method.parameters() if parameter.requires_grad]
@@ -278,7 +284,7 @@ class Run:
         self.skipped = 0
         return values
 
-    def _skip(self, batch: dict, step: int, fault: str) -> None:
+    def _skip(self, batch: Batch, step: int, fault: str) -> None:
         """Count a step that changed no weights and keep the first of a row.
 
         UserError after PATIENCE of them.
@@ -332,7 +338,7 @@ class Run:
             pin_memory=self.device.type == "cuda",  # see to_device
         )
 
-    def _batches(self) -> Iterator[dict]:
+    def _batches(self) -> Iterator[Batch]:
         """What the loader gives.
 
         If it fails nothing keeps the loader: its processes would outlive the program.
@@ -465,7 +471,8 @@ def fingerprint(splits: Splits) -> list:
 
 def make_optimizer(method: TeacherStudent, recipe: Settings) -> torch.optim.Optimizer:
     """AdamW, the backbone at its own rate."""
-    backbone, others = [], []
+    backbone: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, parameter in method.named_parameters():
         if parameter.requires_grad:
             (backbone if ".backbone." in name else others).append(parameter)

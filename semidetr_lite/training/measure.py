@@ -12,15 +12,20 @@ from torchvision.ops import box_iou
 
 from semidetr_lite import distributed
 from semidetr_lite.boxes import to_model
+from semidetr_lite.contracts import Target, View
 from semidetr_lite.data.splits import Dataset
 from semidetr_lite.detectors.detector import Detector
-from semidetr_lite.detectors.pyramid import TorchvisionDetector
 from semidetr_lite.detectors.transformer import stack_layers
 from semidetr_lite.errors import UserError
 from semidetr_lite.evaluate import box_errors, evaluate, evaluate_voc
 from semidetr_lite.matching import PaddedTargets, layer_costs, matched_costs
 from semidetr_lite.methods.cost_mining import mining_candidates, select_mined
-from semidetr_lite.methods.mean_teacher import PseudoBoxes, TeacherStudent, select_pseudo_boxes
+from semidetr_lite.methods.mean_teacher import (
+    MeanTeacher,
+    PseudoBoxes,
+    TeacherStudent,
+    select_pseudo_boxes,
+)
 
 
 def measure(
@@ -30,34 +35,38 @@ def measure(
 
     With `voc` also VOC's two. Each process takes its shard of the images; the figures are of all.
     """
-    indices, own = distributed.shard(min(len(dataset), images or len(dataset))), []
+    indices = distributed.shard(min(len(dataset), images or len(dataset)))
+    detected = []  # of this process: (detection, target) of each image
     for start in range(0, len(indices), 200):
-        pairs = [dataset[index] for index in indices[start : start + 200]]
-        found = detector.detect([image for image, _ in pairs])
-        own += [(detection, target) for detection, (_, target) in zip(found, pairs, strict=True)]
-    detections, targets = zip(
-        *(pair for part in distributed.all_gather(own) for pair in part), strict=True
-    )
-    further = evaluate_voc(detections, targets) if voc else {}
-    return evaluate(detections, targets) | {
-        key: value for key, value in further.items() if key != "per_class"
-    }
+        scenes = [dataset[index] for index in indices[start : start + 200]]
+        detections = detector.detect([image for image, _ in scenes])
+        targets = [target for _, target in scenes]
+        detected += list(zip(detections, targets, strict=True))
+    of_all = [pair for shard in distributed.all_gather(detected) for pair in shard]
+    detections = [detection for detection, _ in of_all]
+    targets = [target for _, target in of_all]
+    figures = evaluate(detections, targets)
+    if voc:
+        voc_figures = evaluate_voc(detections, targets)
+        figures |= {key: value for key, value in voc_figures.items() if key != "per_class"}
+    return figures
 
 
 @torch.no_grad()
 def plain_pseudo_boxes(method: TeacherStudent, images: list) -> PseudoBoxes:
     """The teacher's boxes on images as they are, all of one size."""
-    if isinstance(method.teacher, TorchvisionDetector):
-        found = method.teacher.detect(images, top=method.max_pseudo_boxes)
+    if not isinstance(method, MeanTeacher):  # Soft Teacher and Dense Teacher
+        detections = method.teacher.detect(images, top=method.max_pseudo_boxes)
         boxes, scores, labels = (
-            pad_sequence([one[key] for one in found], True) for key in ("boxes", "scores", "labels")
+            pad_sequence([detection[key] for detection in detections], True)
+            for key in ("boxes", "scores", "labels")
         )
         return PseudoBoxes(boxes, scores, labels, scores > 0)
     sizes = torch.tensor([image.shape[-2:] for image in images])
     return select_pseudo_boxes(method.teacher(images), sizes, method.max_pseudo_boxes, method.nms)
 
 
-def iter_readable(dataset: Dataset, images: int) -> Iterator[tuple[torch.Tensor, dict]]:
+def iter_readable(dataset: Dataset, images: int) -> Iterator[View]:
     """The first `images` images of a dataset, less those that cannot be read."""
     for index in range(min(images, len(dataset))):
         try:
@@ -77,7 +86,7 @@ def pseudo_quality(method: TeacherStudent, dataset: Dataset, images: int = 100) 
             return {}
         pseudo = plain_pseudo_boxes(method, [image])
         keep = pseudo.above(method.score_threshold)[0]
-        detection = {
+        detection: Target = {
             "boxes": pseudo.boxes[0][keep].cpu(),
             "labels": pseudo.labels[0][keep].cpu(),
             "scores": pseudo.scores[0][keep].cpu(),
@@ -101,12 +110,12 @@ def pseudo_box_log(
     lines = []
     for image, target in iter_readable(dataset, images):
         pseudo = plain_pseudo_boxes(method, [image])
-        valid, kept = (
-            pseudo.valid[0].cpu().numpy(),
-            pseudo.above(method.score_threshold)[0].cpu().numpy(),
-        )
-        matched, mined = (one[0, valid] for one in matched_costs_of_image(method, image, pseudo))
-        scores, boxes = (tensor[0].cpu().numpy()[valid] for tensor in (pseudo.scores, pseudo.boxes))
+        valid = pseudo.valid[0].cpu().numpy()
+        kept = pseudo.above(method.score_threshold)[0].cpu().numpy()
+        costs, mined_mask = matched_costs_of_image(method, image, pseudo)
+        matched, mined = costs[0, valid], mined_mask[0, valid]
+        scores = pseudo.scores[0].cpu().numpy()[valid]
+        boxes = pseudo.boxes[0].cpu().numpy()[valid]
         lines.append({
             "step": step,
             "image_id": target["image_id"],
@@ -128,7 +137,7 @@ def matched_costs_of_image(
     As in training, the confident boxes and the mining candidates are matched, with the costs of the
     last decoder layer; the cost of all others is nan.
     """
-    if isinstance(method.student, TorchvisionDetector):  # nothing is matched to queries there
+    if not isinstance(method, MeanTeacher):  # nothing is matched to queries there
         return np.full(pseudo.valid.shape, np.nan), np.zeros(pseudo.valid.shape, dtype=bool)
     rule, top_k = method.mining, method.mining_top_k
     candidates = mining_candidates(pseudo.scores, pseudo.valid, rule, top_k)
@@ -152,16 +161,15 @@ def duplicates(
     A box is on an object at IoU 0.5. "duplicates" counts all boxes that score at least `score`,
     "duplicates_nms" those that NMS at `nms` leaves.
     """
-    pairs, found = [dataset[index] for index in range(min(len(dataset), images))], {}
-    for name, overlap in (
-        ("duplicates", 1.0),
-        ("duplicates_nms", nms),
-    ):  # no two boxes overlap by more than 1
+    pairs = [dataset[index] for index in range(min(len(dataset), images))]
+    thresholds = {"duplicates": 1.0, "duplicates_nms": nms}  # no two boxes overlap by more than 1
+    extra_per_object = {}
+    for name, overlap in thresholds.items():
         boxes = objects = 0
         detections = detector.detect([image for image, _ in pairs], score, nms=overlap)
         for detection, (_, target) in zip(detections, pairs, strict=True):
             same = detection["labels"][:, None] == target["labels"]
             hit = same & (box_iou(detection["boxes"], target["boxes"]) >= 0.5)
             boxes, objects = boxes + int(hit.any(1).sum()), objects + int(hit.any(0).sum())
-        found[name] = round((boxes - objects) / max(objects, 1), 4)
-    return found
+        extra_per_object[name] = round((boxes - objects) / max(objects, 1), 4)
+    return extra_per_object

@@ -1,9 +1,11 @@
 """Memory: the largest steps are run once before the first, so that they do not fail hours later."""
 
 import functools
+from typing import cast
 
 import torch
 
+from semidetr_lite.contracts import Batch, Target
 from semidetr_lite.data.splits import Splits
 from semidetr_lite.detectors.detector import Detector, padded_side
 from semidetr_lite.distributed import shard
@@ -50,11 +52,12 @@ def memory_dry_run(
     state = [torch.empty_like(parameter) for parameter in trained for _ in range(2)]
     if isinstance(method, MeanTeacher):
         predict = method.predict_pseudo_labels
-        method.predict_pseudo_labels = functools.partial(_all_confident, predict)
+        confident = functools.partial(_all_confident, predict)
+        method.predict_pseudo_labels = confident  # type: ignore[method-assign]
     try:
         for step in (0, 2**31):  # the first stage, and the last
             for losses, _ in engine.losses(batch, step):
-                sum(losses.values()).backward()
+                cast(torch.Tensor, sum(losses.values())).backward()
             method.zero_grad(set_to_none=True)
     finally:
         method.__dict__.pop("predict_pseudo_labels", None)
@@ -66,22 +69,22 @@ def memory_dry_run(
 
 def _largest_batch(
     size: tuple[int, int], labelled: int, unlabelled: int, max_boxes: int, num_classes: int
-) -> dict:
+) -> Batch:
     """This process's images of a step, all of one size and full of boxes."""
     corners = torch.tensor([0.1, 0.1, 0.6, 0.6]) + torch.linspace(0, 0.3, max_boxes)[:, None]
     boxes = corners * torch.tensor(size).flip(0).repeat(2)
-    target = {"size": size, "matrix": torch.eye(3)}
-    full = {**target, "boxes": boxes, "labels": torch.arange(max_boxes) % num_classes}
+    target: Target = {"size": size, "matrix": torch.eye(3)}
+    full: Target = {**target, "boxes": boxes, "labels": torch.arange(max_boxes) % num_classes}
     image = torch.zeros(3, *size, dtype=torch.uint8)
     count, unlabelled_count = len(shard(labelled)), len(shard(unlabelled))
-    batch = {"labelled": ([image] * count, [full] * count)}
+    batch: Batch = {"labelled": ([image] * count, [full] * count)}
     if unlabelled_count:
         view = ([image] * unlabelled_count, [target] * unlabelled_count)
-        batch |= {"weak": view, "strong": view}
+        batch["weak"] = batch["strong"] = view
     return batch
 
 
-def _all_confident(predict, micro_batch: dict, keep_teacher: bool) -> PseudoLabels:
+def _all_confident(predict, micro_batch: Batch, keep_teacher: bool) -> PseudoLabels:
     """A teacher's pseudo-labels, with a confident box in every column that there is."""
     labels = predict(micro_batch, keep_teacher)
     valid = torch.ones_like(labels.confident)

@@ -6,6 +6,7 @@ Data, detector, method. The presets are those of settings.py.
 import inspect
 import json
 from pathlib import Path
+from typing import cast
 
 from semidetr_lite.data import coco, digits
 from semidetr_lite.data.splits import Splits
@@ -87,15 +88,17 @@ def make_detector(name: str, num_classes: int, kwargs: DetectorKwargs | dict) ->
     """
     if name not in DETECTORS:
         raise UserError(f"no detector called {name!r}: choose from {', '.join(DETECTORS)}")
-    if isinstance(kwargs, dict):
-        kwargs = checked_json(DetectorKwargs, json.dumps(kwargs), f"arguments of {name}")
-    parents = DETECTORS[name].__mro__
-    known = {key for parent in parents for key in inspect.signature(parent.__init__).parameters}
-    for key in kwargs.given():
+    if isinstance(kwargs, DetectorKwargs):
+        given = kwargs.given()
+    else:
+        text = json.dumps(kwargs)
+        given = checked_json(DetectorKwargs, text, f"arguments of {name}").given()
+    known = inspect.signature(DETECTORS[name]).parameters
+    for key in given:
         if key not in known:
             option = option_name(("detector_kwargs", key))
             raise UserError(f"{name} has no {key}: leave out {option}")
-    return DETECTORS[name](num_classes=num_classes, **kwargs.given())
+    return DETECTORS[name](num_classes=num_classes, **given)
 
 
 def make_method(
@@ -112,21 +115,43 @@ def make_method(
         offset: the step that the run begins at, those of a burn-in before it.
         seed: of the noise.
     """
-    ema = {
-        "ema_decay": recipe.optimizer.ema_decay,
-        "seed": seed,
-        "loss_weights": recipe.loss_weights,
-    }
+    ema_decay, loss_weights = recipe.optimizer.ema_decay, recipe.loss_weights
     if name == "supervised":
-        return Supervised(student, **ema)
+        return Supervised(student, ema_decay, seed, loss_weights)
     if name == "soft-teacher":
-        return SoftTeacher(student, **vars(recipe.soft_teacher), **ema)
+        return SoftTeacher(
+            cast(FasterRCNN, student),
+            **vars(recipe.soft_teacher),
+            ema_decay=ema_decay,
+            seed=seed,
+            loss_weights=loss_weights,
+        )
     if name == "dense-teacher":
-        return DenseTeacher(student, **vars(recipe.dense_teacher), **ema)
+        return DenseTeacher(
+            cast(FCOS, student),
+            **vars(recipe.dense_teacher),
+            ema_decay=ema_decay,
+            seed=seed,
+            loss_weights=loss_weights,
+        )
     if name == "mean-teacher":
-        return MeanTeacher(student, **vars(recipe.pseudo_labels), **ema)
+        return MeanTeacher(
+            student,
+            **vars(recipe.pseudo_labels),
+            ema_decay=ema_decay,
+            seed=seed,
+            loss_weights=loss_weights,
+        )
     if name == "semi-detr":
         fields = dict(vars(recipe.semi_detr))
         one_to_many_steps = offset + round(fields.pop("one_to_many_share") * steps)
-        return SemiDETR(student, one_to_many_steps, **fields, **vars(recipe.pseudo_labels), **ema)
+        return SemiDETR(
+            student,
+            one_to_many_steps,
+            **fields,
+            **vars(recipe.pseudo_labels),
+            ema_decay=ema_decay,
+            seed=seed,
+            loss_weights=loss_weights,
+        )
     raise UserError(f"no method called {name!r}: choose from {', '.join(METHODS)}")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from semidetr_lite.contracts import Batch
 from semidetr_lite.errors import UserError, as_user_error
 from semidetr_lite.files import append_jsonl, read_jsonl, write_atomic
 from semidetr_lite.methods.mean_teacher import TeacherStudent
@@ -91,9 +92,14 @@ class RunFolder:
             method: its student and teacher are written as weights.
             state: of optimizer, steps and so on; method and settings are added to it.
         """
-        kind = (config.detector, config.detector_kwargs.given(), config.categories)
-        for name in ("student", "teacher"):
-            save_weights(self.path / f"{name}.safetensors", getattr(method, name), *kind)
+        for name, detector in (("student", method.student), ("teacher", method.teacher)):
+            save_weights(
+                self.path / f"{name}.safetensors",
+                detector,
+                config.detector,
+                arguments=config.detector_kwargs.given(),
+                categories=config.categories or [],
+            )
         state = {
             "method": method.state_dict(),
             "nms": method.student.nms,
@@ -107,7 +113,7 @@ class RunFolder:
         """Remember that the checkpoint of a step is there."""
         self.last_good = f"{self.last} (step {step})"
 
-    def save_bad_step(self, batch: dict, step: int, method: TeacherStudent) -> Path:
+    def save_bad_step(self, batch: Batch, step: int, method: TeacherStudent) -> Path:
         """Keep a step that was skipped for `replay`; returns its file."""
         file = self.path / "bad_step.pt"
         dump = {"batch": batch, "step": step, "method": method.state_dict()}

@@ -41,6 +41,13 @@ PresetName = Literal[
 ]
 Precision = Literal["auto", "float32", "tf32", "bfloat16"]
 
+METHOD_TITLES: dict[str, str] = {  # in tables, legends and sentences
+    "supervised": "supervised",
+    "mean-teacher": "mean teacher",
+    "semi-detr": "Semi-DETR",
+    "soft-teacher": "Soft Teacher",
+    "dense-teacher": "Dense Teacher",
+}
 WITH_QUERIES = ("dino", "deformable-detr", "detr")
 # The detectors that a method can train; a method that is not named here trains all.
 COMPATIBLE_DETECTORS = {
@@ -435,7 +442,7 @@ def preset_settings(
     if detector != settings.detector:
         family = TINY_DETECTORS if kwargs.backbone == "tiny" else RESNET_DETECTORS
         kwargs = family[detector]
-    return dataclasses.replace(settings, method=method, detector=detector, detector_kwargs=kwargs)
+    return change(settings, method=method, detector=detector, detector_kwargs=kwargs)
 
 
 def _check_choice(kind: str, name: str, known: Iterable[str]) -> None:
@@ -465,7 +472,8 @@ def as_config(settings: Settings) -> Config:
     """Settings, checked, with where the numbers of this run come from."""
     settings = check(settings)
     values = {part.name: getattr(settings, part.name) for part in dataclasses.fields(Settings)}
-    return Config(**values, **_origin())
+    command = typed_command(sys.argv)
+    return Config(**values, commit=_commit(), machine=_machine(), command=command)
 
 
 @cache
@@ -478,7 +486,7 @@ def _groups_of_fields() -> dict[str, str]:
     for part in dataclasses.fields(Config):
         groups[part.name] = ""
         if dataclasses.is_dataclass(part.type) and part.name not in PREFIXED_GROUPS:
-            groups |= {one.name: part.name for one in dataclasses.fields(part.type)}
+            groups |= {option.name: part.name for option in dataclasses.fields(part.type)}
     return groups
 
 
@@ -549,15 +557,14 @@ def checked_json(kind: type, text: str | bytes, origin: str) -> Any:
         return _adapter(kind).validate_json(text, strict=True)
     except ValidationError as problem:
         fault = problem.errors(include_url=False, include_context=False)[0]
-        place = [part for part in fault["loc"] if isinstance(part, str)]
-        values = fault["input"]
-        got = f", got {json.dumps(values)[:100]}" if fault["type"] != "missing" else ""
-        what = {"unexpected_keyword_argument": "there is no such setting"}
-        said = what.get(fault["type"], f"{fault['msg'][:1].lower()}{fault['msg'][1:]}{got}")
-        path = [part for part in place if "[" not in part]
+        got = f", got {json.dumps(fault['input'])[:100]}" if fault["type"] != "missing" else ""
+        reason = f"{fault['msg'][:1].lower()}{fault['msg'][1:]}{got}"
+        if fault["type"] == "unexpected_keyword_argument":
+            reason = "there is no such setting"
+        path = [part for part in fault["loc"] if isinstance(part, str) and "[" not in part]
         if origin == OPTIONS:
-            raise UserError(f"{option_name(path)}: {said}") from None
-        raise UserError(f"{origin}: {'.'.join(path) or 'the settings'}: {said}") from None
+            raise UserError(f"{option_name(path)}: {reason}") from None
+        raise UserError(f"{origin}: {'.'.join(path) or 'the settings'}: {reason}") from None
 
 
 def read_settings(config: dict, file: str | Path) -> Config:
@@ -576,11 +583,12 @@ def config_json(config: Config) -> str:
 
 def fields_with(role: Role) -> list[tuple[str, ...]]:
     """The paths of the fields that have a role: ("steps",), ("runtime", "accumulate")."""
-    paths = []
+    paths: list[tuple[str, ...]] = []
     for name, kind in get_type_hints(Settings, include_extras=True).items():
         if dataclasses.is_dataclass(kind):
             kinds = get_type_hints(kind, include_extras=True)
-            paths += [(name, one) for one, own in kinds.items() if role in get_args(own)]
+            fields = [field for field, hint in kinds.items() if role in get_args(hint)]
+            paths += [(name, field) for field in fields]
         elif role in get_args(kind):
             paths.append((name,))
     return paths
@@ -603,29 +611,28 @@ def identity(settings: Settings) -> dict[str, Any]:
 
 def differences(one: Settings, other: Settings) -> dict[tuple[str, ...], tuple[Any, Any]]:
     """The fields in which two settings differ: {path: (value of one, value of the other)}."""
-    found = {}
+    pairs: dict[tuple[str, ...], tuple[Any, Any]] = {}
     for part in dataclasses.fields(Settings):
-        ours, theirs = getattr(one, part.name), getattr(other, part.name)
-        if not dataclasses.is_dataclass(ours):
-            found[(part.name,)] = (ours, theirs)
+        value, other_value = getattr(one, part.name), getattr(other, part.name)
+        if not dataclasses.is_dataclass(value):
+            pairs[(part.name,)] = (value, other_value)
             continue
-        for own in dataclasses.fields(ours):
-            found[(part.name, own.name)] = (getattr(ours, own.name), getattr(theirs, own.name))
-    return {path: pair for path, pair in found.items() if pair[0] != pair[1]}
+        for name in [option.name for option in dataclasses.fields(value)]:
+            pairs[(part.name, name)] = (getattr(value, name), getattr(other_value, name))
+    return {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
 
 
 # ---- where numbers come from -----------------------------------------------------------------
 
 
-def _origin() -> dict[str, str | None]:
-    """Commit, machine and command of this run."""
+def _machine() -> str:
+    """System, processor, CPU cores and torch of this machine."""
     try:
         torch = version("torch")
     except PackageNotFoundError:
         torch = "of unknown version"
     cores = f"{os.cpu_count()} CPU cores"
-    machine = f"{platform.system()} {platform.machine()}, {cores}, torch {torch}"
-    return {"commit": _commit(), "machine": machine, "command": typed_command(sys.argv)}
+    return f"{platform.system()} {platform.machine()}, {cores}, torch {torch}"
 
 
 @cache

@@ -4,7 +4,8 @@ Boxes are xyxy pixels of the image they are drawn on. The title of a figure is i
 function writes its own unless a title is given, and `title=""` leaves it out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.textpath import text_to_path
 from torchvision.ops import box_iou
 
+from semidetr_lite.contracts import Target, TargetLike
 from semidetr_lite.errors import UserError
 from semidetr_lite.evaluate import box_errors
 from semidetr_lite.visualize.style import (
@@ -45,8 +47,8 @@ SMALL = 256  # pixels of the longer side up to which pixels are drawn as squares
 def draw_boxes(
     ax: Axes,
     image: torch.Tensor,
-    target: dict | None = None,
-    truth: dict | None = None,
+    target: TargetLike | None = None,
+    truth: TargetLike | None = None,
     categories: list[dict] | None = None,
     style: str | Sequence[str] = "prediction",
 ) -> None:
@@ -121,7 +123,7 @@ def draw_box(
     """Draw one rectangle; returns (box, colour, text) for `write_labels`."""
     color = STYLES[style][0] or class_color(label)
     patch = Rectangle(
-        tuple(box[:2]),
+        (box[0], box[1]),
         box[2] - box[0],
         box[3] - box[1],
         gid=style,
@@ -167,8 +169,10 @@ def write_labels(ax: Axes, labels: list[tuple], size: tuple[int, int]) -> None:
         label_box = free_place(box, extent, size, boxes, taken)
         taken.append(label_box)
         is_dark = np.dot(to_rgb(color), (0.299, 0.587, 0.114)) < 0.55
+        x, y = (label_box[:2] + label_box[2:]) / 2
         ax.text(
-            *(label_box[:2] + label_box[2:]) / 2,
+            x,
+            y,
             text,
             color="white" if is_dark else "black",
             bbox={"facecolor": color, "edgecolor": "none", "pad": 0.8},
@@ -184,8 +188,8 @@ def free_place(
     box: Sequence[float],
     extent: np.ndarray,
     size: tuple[float, float],
-    boxes: Sequence,
-    taken: Sequence,
+    boxes: Sequence | np.ndarray,
+    taken: Sequence | np.ndarray,
 ) -> np.ndarray:
     """Where a label of a box overlaps other labels and boxes least: xyxy, inside the image.
 
@@ -202,20 +206,20 @@ def free_place(
     corners = [(x, y) for y in (y1 - height, y2) for x in columns]  # above and below the box
     corners += [(x, y) for x in (x2, x1 - width) for y in rows]  # to its right and left
     corners += [(x1, y1), (x2 - width, y1), (x1, y2 - height), (x2 - width, y2 - height)]  # inside
-    corners = np.clip(corners, 0, np.maximum((size[1] - width, size[0] - height), 0))
-    candidates = np.hstack([corners, corners + extent])
+    inside = np.clip(corners, 0, np.maximum((size[1] - width, size[0] - height), 0))
+    candidates = np.hstack([inside, inside + extent])
     over_labels = _summed_overlap(candidates, taken)
     over_boxes = _summed_overlap(candidates, boxes)
     return candidates[int((5 * over_labels + over_boxes).argmin())]
 
 
-def _summed_overlap(candidates: np.ndarray, others: Sequence) -> torch.Tensor:
+def _summed_overlap(candidates: np.ndarray, others: Sequence | np.ndarray) -> torch.Tensor:
     """The IoU of each candidate (N, 4) with all others (T, 4), summed: (N,)."""
-    others = torch.tensor(np.reshape(others, (-1, 4)), dtype=torch.float64)
-    return box_iou(torch.tensor(candidates), others).sum(1)
+    other_boxes = torch.tensor(np.reshape(others, (-1, 4)), dtype=torch.float64)
+    return box_iou(torch.tensor(candidates), other_boxes).sum(1)
 
 
-def _box_tuples(target: dict | None) -> list[tuple]:
+def _box_tuples(target: TargetLike | None) -> list[tuple]:
     """A target as a list of (box, label, score or None); empty for None and for an unlabelled one.
 
     A score of nan is taken for none.
@@ -223,23 +227,27 @@ def _box_tuples(target: dict | None) -> list[tuple]:
     if target is None or "boxes" not in target:
         return []
     boxes, labels = (torch.as_tensor(target[key]).tolist() for key in ("boxes", "labels"))
-    scores = [None] * len(boxes)
+    scores: list[float | None] = [None] * len(boxes)
     if "scores" in target:
-        scores = torch.as_tensor(target["scores"]).tolist()
-        scores = [None if np.isnan(score) else score for score in scores]
+        numbers = torch.as_tensor(target["scores"]).tolist()
+        scores = [None if np.isnan(number) else number for number in numbers]
     return list(zip(boxes, labels, scores))
 
 
 def label_text(label: int, categories: list[dict] | None, score: float | None = None) -> str:
     """The words at a box: "cat .87"."""
     name = str(label) if categories is None else str(categories[label]["name"])
+    return _with_score(name, score)
+
+
+def _with_score(name: str, score: float | None) -> str:
     return name if score is None else f"{name} {f'{score:.2f}'.removeprefix('0')}"
 
 
-def _select(target: dict, indices) -> dict:
+def _select(target: TargetLike, indices) -> Target:
     """The boxes, labels and scores of a target at `indices`."""
     keys = [key for key in ("boxes", "labels", "scores") if key in target]
-    return {key: torch.as_tensor(target[key]).cpu()[indices] for key in keys}
+    return cast(Target, {key: torch.as_tensor(target[key]).cpu()[indices] for key in keys})
 
 
 # ---- many images in one figure -------------------------------------------------------------------
@@ -247,7 +255,7 @@ def _select(target: dict, indices) -> dict:
 
 def show_targets(
     images: Sequence[torch.Tensor],
-    targets: Sequence[dict],
+    targets: Sequence[TargetLike],
     categories: list[dict] | None,
     titles: Sequence[str] | None = None,
     columns: int = 4,
@@ -309,10 +317,9 @@ def show_views(
     draw_boxes(axes[0], weak_image, weak_target, categories=numbers, style=styles)
     draw_boxes(axes[1], strong_image, strong_target, categories=numbers)
     for index in labels[keep].tolist():
-        start, end = (((box[:2] + box[2:]) / 2).tolist() for box in (weak[index], strong[index]))
         line = ConnectionPatch(
-            start,
-            end,
+            _center(weak[index]),
+            _center(strong[index]),
             "data",
             "data",
             axesA=axes[0],
@@ -323,6 +330,12 @@ def show_views(
         )
         figure.add_artist(line)
     return figure
+
+
+def _center(box: torch.Tensor) -> tuple[float, float]:
+    """(x, y) of the centre of a box (4,) xyxy."""
+    x, y = ((box[:2] + box[2:]) / 2).tolist()
+    return x, y
 
 
 def image_grid(
@@ -372,8 +385,9 @@ def image_grid(
     for index, (image_height, image_width) in enumerate(sizes):
         row, left = index // columns, margin + (index % columns) * (column + gap)
         above = top + sum(row_heights[:row]) + margin * row + caption_heights[row]
-        bounds = (left, height - above - image_height, image_width, image_height)
-        axes.append(figure.add_axes(np.divide(bounds, (width, height, width, height))))
+        bottom_left = (left / width, (height - above - image_height) / height)
+        size = (image_width / width, image_height / height)
+        axes.append(figure.add_axes((*bottom_left, *size)))
         _write_caption(axes[-1], captions[index])
     if legend:
         _add_legend(figure, legend, columns=2 if legend_wraps else len(legend))
@@ -409,8 +423,8 @@ def _add_legend(figure: Picture, styles: Sequence[str], columns: int) -> None:
 
 def show_hits(
     images: Sequence[torch.Tensor],
-    detections: Sequence[dict],
-    truths: Sequence[dict],
+    detections: Sequence[Target],
+    truths: Sequence[Target],
     categories: list[dict] | None,
     score: float = 0.3,
     columns: int = 4,
@@ -441,8 +455,8 @@ def show_hits(
 
 def show_comparison(
     images: Sequence[torch.Tensor],
-    detections: dict[str, Sequence[dict]],
-    truths: Sequence[dict],
+    detections: Mapping[str, Sequence[Target]],
+    truths: Sequence[Target],
     categories: list[dict] | None,
     score: float = 0.3,
     title: str | None = None,
@@ -482,12 +496,12 @@ def show_comparison(
 
 
 def _draw_hits(
-    ax: Axes, image: torch.Tensor, detection: dict, truth: dict, errors: dict, categories
+    ax: Axes, image: torch.Tensor, detection: Target, truth: Target, errors: dict, categories
 ) -> None:
     """An image with its hits, false alarms and misses, as `count_hits` gives them."""
     missed = _select(truth, errors["misses"])
     missed["scores"] = torch.full((len(errors["misses"]),), torch.nan)
-    parts = {
+    parts: dict[str, TargetLike] = {
         "missed": missed,
         "false_alarm": _select(detection, errors["false_alarms"]),
         "hit": _select(detection, errors["hits"]),
@@ -498,7 +512,7 @@ def _draw_hits(
     draw_boxes(ax, image, merged, categories=categories, style=styles)
 
 
-def count_hits(detection: dict, truth: dict, score: float = 0.3) -> dict[str, torch.Tensor]:
+def count_hits(detection: Target, truth: Target, score: float = 0.3) -> dict[str, torch.Tensor]:
     """`box_errors` at IoU 0.5 of the boxes that score at least `score`.
 
     Returns {"hits", "false_alarms", "misses"}; the first two index the whole detection, the last
@@ -532,7 +546,7 @@ def _found_sentence(errors: dict) -> str:
 def show_pseudo_boxes(
     image: torch.Tensor,
     line: dict | Sequence[dict],
-    truth: dict | None = None,
+    truth: Target | None = None,
     categories: list[dict] | None = None,
     title: str | None = None,
 ) -> Picture:
@@ -580,7 +594,7 @@ def hidden_dropped(scores: Sequence[float], styles: Sequence[str]) -> set[int]:
     return set(sorted(dropped, key=lambda index: -scores[index])[BEST_DROPPED:])
 
 
-def pseudo_sentence(line: dict, truth: dict | None = None) -> str:
+def pseudo_sentence(line: dict, truth: Target | None = None) -> str:
     """The counts of a line of `pseudo_boxes.jsonl`: "2 kept (1 right), 1 mined only, 3 dropped".
 
     How many of the kept boxes are right is said only with a truth.
@@ -595,7 +609,7 @@ def pseudo_sentence(line: dict, truth: dict | None = None) -> str:
     return f"{len(kept)} kept{right}, {mined} mined only, {dropped} dropped"
 
 
-def pseudo_styles(line: dict, truth: dict | None = None) -> list[str]:
+def pseudo_styles(line: dict, truth: Target | None = None) -> list[str]:
     """A key of STYLES for each box of a line of `pseudo_boxes.jsonl`.
 
     A box is kept, else mined, else dropped. With a truth, kept boxes that are no hit (IoU 0.5) are
@@ -619,7 +633,7 @@ def pseudo_styles(line: dict, truth: dict | None = None) -> list[str]:
 
 def plot_matching(
     image: torch.Tensor,
-    truth: dict,
+    truth: Target,
     pred_boxes_pixels: torch.Tensor,
     match_queries: Sequence[int] | torch.Tensor,
     match_targets: Sequence[int] | torch.Tensor,
@@ -676,7 +690,7 @@ def _draw_pairs(
     ax.set_axis_off()
     pairs = sorted(zip(targets, queries, quality), key=lambda pair: (pair[0], -pair[2]))
     heights = (np.arange(len(names)) + 0.5) / max(len(names), 1)
-    text = {"va": "center", "parse_math": False, "color": INK}
+    text: dict[str, Any] = {"va": "center", "parse_math": False, "color": INK}
     for target, (name, y) in enumerate(zip(names, heights)):
         ax.text(0.24, y, name, ha="right", fontsize=8, **text)
         color = class_color(target)
@@ -691,5 +705,5 @@ def _draw_pairs(
             zorder=1,
         )
         if len(pairs) <= 40:
-            words = label_text(f"query {query}", None, value if value < 1 else None)
+            words = _with_score(f"query {query}", value if value < 1 else None)
             ax.text(0.72, query_height, words, fontsize=8 if len(pairs) <= 22 else 6, **text)

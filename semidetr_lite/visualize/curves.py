@@ -13,6 +13,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import LogLocator
+from numpy.typing import ArrayLike
 
 from semidetr_lite.visualize.style import (
     BLUE,
@@ -148,8 +149,8 @@ def plot_losses(log: list[dict], title: str | None = None) -> Picture:
     """
     figure, ax = new_plot(7.5, 3.4)
     log = [line for line in log if line.get("losses")]
-    names = {name for line in log for name in line["losses"]}
-    names = sorted(sorted(names), key=lambda name: -log[-1]["losses"].get(name, 0))
+    logged = {name for line in log for name in line["losses"]}
+    names = sorted(sorted(logged), key=lambda name: -log[-1]["losses"].get(name, 0))
     for position, name in enumerate(names):
         values = np.array([line["losses"].get(name, np.nan) for line in log], dtype=float)
         ax.plot(
@@ -224,12 +225,12 @@ def _series(log: list[dict], key: str, x: str = "step") -> tuple[list, list]:
 
 
 def plot_cost_mixture(
-    costs: Sequence[float],
-    mixture_means: Sequence[float],
-    mixture_vars: Sequence[float],
-    mixture_weights: Sequence[float],
+    costs: ArrayLike,
+    mixture_means: ArrayLike,
+    mixture_vars: ArrayLike,
+    mixture_weights: ArrayLike,
     threshold: float,
-    correct: Sequence[bool],
+    correct: ArrayLike,
     title: str | None = None,
 ) -> Picture:
     """Matching costs as a histogram, the two Gaussians of their mixture, and the threshold.
@@ -242,34 +243,34 @@ def plot_cost_mixture(
         title: of the figure; None: how many are mined, and how many of these are right.
     """
     arrays = (costs, mixture_means, mixture_vars, mixture_weights)
-    costs, *mixture = (np.asarray(values, dtype=float).reshape(-1) for values in arrays)
-    correct, threshold = np.asarray(correct, dtype=bool), float(threshold)
+    values, *mixture = (np.asarray(array, dtype=float).reshape(-1) for array in arrays)
+    right, threshold = np.asarray(correct, dtype=bool), float(threshold)
     figure, ax = new_plot(7.5, 3.2)
-    edges = np.histogram_bin_edges(costs, bins=max(10, min(40, len(costs) // 4)))
+    edges = np.histogram_bin_edges(values, bins=max(10, min(40, len(values) // 4)))
     _, _, outlines = ax.hist(
-        [costs[correct], costs[~correct]],
+        [values[right], values[~right]],
         edges,
         color=[BLUE, ORANGE],
         label=["right", "wrong"],
         stacked=True,
         histtype="stepfilled",  # an outline each, which is drawn faster than bars
     )
-    for outline in outlines[1] if len(costs) else ():
+    for outline in outlines[1] if len(values) else ():
         outline.set(hatch="///", edgecolor="white", linewidth=0)
     grid = np.linspace(edges[0], edges[-1], 200)
     names = (("reliable component", "-"), ("unreliable component", "--"))
     for (name, dashes), (mean, variance, weight) in zip(names, sorted(zip(*mixture))):
         exponent = -((grid - mean) ** 2) / (2 * variance)
         density = weight * np.exp(exponent) / np.sqrt(2 * np.pi * variance)
-        boxes_per_bar = density * len(costs) * (edges[1] - edges[0])
+        boxes_per_bar = density * len(values) * (edges[1] - edges[0])
         ax.plot(grid, boxes_per_bar, color=INK, linestyle=dashes, linewidth=1.5, label=name)
     ax.axvline(threshold, color=RED, linewidth=2, label=f"cut at {threshold:.2f}")
     ax.legend(**LEGEND_OUTSIDE)
     ax.set(xlabel="matching cost of a pseudo-box with the student's answer", ylabel="pseudo-boxes")
-    mined = correct[costs <= threshold]
-    finding = f"The cut mines {len(mined)} of {len(costs)} boxes"
+    mined = right[values <= threshold]
+    finding = f"The cut mines {len(mined)} of {len(values)} boxes"
     if len(mined):
-        of_mined, of_all = 100 * mined.mean(), 100 * correct.mean()
+        of_mined, of_all = 100 * mined.mean(), 100 * right.mean()
         finding += f"; {of_mined:.0f} % of these are right, against {of_all:.0f} % of all"
     return set_title(figure, title, finding)
 
@@ -385,7 +386,7 @@ def show_data_summary(summary: dict[str, dict], title: str | None = None) -> Pic
     finding = f"{sum(part['images'] for part in summary.values()):,} images"
     counts = next(iter(labelled.values()), {})
     if counts:
-        rarest = min(counts, key=counts.get)
+        rarest = min(counts, key=lambda name: counts[name])
         has = f"has {count_of(counts[rarest], 'box', 'boxes')}"
         finding += f"; of {len(counts)} classes the rarest, {rarest}, {has}"
     return set_title(figure, title, finding)

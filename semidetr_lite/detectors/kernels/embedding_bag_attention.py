@@ -27,13 +27,13 @@ def embedding_bag_attention(
     columns = _two_neighbours(cells[..., 0], width[:, None])
     rows = _two_neighbours(cells[..., 1], height[:, None])
 
-    indices, factors = [], []
+    cell_indices, cell_factors = [], []
     for row, row_weight in rows:
         for column, column_weight in columns:
-            indices.append(row * width[:, None] + column + first_token[:, None])
-            factors.append(weights * row_weight * column_weight)
-    indices = torch.stack(indices, -1)  # (B, Q, M, L, P, 4), tokens of the image
-    factors = torch.stack(factors, -1)
+            cell_indices.append(row * width[:, None] + column + first_token[:, None])
+            cell_factors.append(weights * row_weight * column_weight)
+    indices = torch.stack(cell_indices, -1)  # (B, Q, M, L, P, 4), tokens of the image
+    factors = torch.stack(cell_factors, -1)
 
     # rows of the values as a table (B * S * M, D/M)
     first_row = torch.arange(batch, dtype=torch.int32)[:, None] * tokens * heads

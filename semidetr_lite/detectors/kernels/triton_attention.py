@@ -146,6 +146,7 @@ class TritonAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, value, shapes, locations, weights):
+        """The result of `deformable_attention`, (B, Q, D)."""
         value = value.contiguous()
         locations = locations.float().contiguous()
         weights = weights.float().contiguous()
@@ -160,6 +161,7 @@ class TritonAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, output_grad):
+        """The gradients of value, locations and weights, from that of the output (B, Q, D)."""
         value, locations, weights = ctx.saved_tensors
         value_grad = torch.zeros_like(value, dtype=torch.float32)
         locations_grad = torch.empty_like(locations)
