@@ -464,16 +464,24 @@ def fingerprint(splits: Splits) -> list:
 
 
 def make_optimizer(method: TeacherStudent, recipe: Settings) -> torch.optim.Optimizer:
-    """AdamW, the backbone at its own rate."""
-    backbone, others = [], []
+    """AdamW, the backbone at its own rate, and where that is asked for what samples the maps."""
+    backbone, sampling, others = [], [], []
+    sampling_factor = recipe.optimizer.sampling_lr_factor
     for name, parameter in method.named_parameters():
-        if parameter.requires_grad:
-            (backbone if ".backbone." in name else others).append(parameter)
+        if not parameter.requires_grad:
+            continue
+        samples = ".offsets." in name or ".reference_points." in name
+        if ".backbone." in name:
+            backbone.append(parameter)
+        else:
+            (sampling if samples and sampling_factor != 1 else others).append(parameter)
     rate = recipe.optimizer.learning_rate
     groups = [
         {"params": others, "lr": rate},
         {"params": backbone, "lr": rate * recipe.optimizer.backbone_lr_factor},
     ]
+    if sampling:
+        groups.append({"params": sampling, "lr": rate * sampling_factor})
     weight_decay = recipe.optimizer.weight_decay
     optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
     for group in optimizer.param_groups:

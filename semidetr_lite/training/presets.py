@@ -112,21 +112,22 @@ def make_method(
         offset: the step that the run begins at, those of a burn-in before it.
         seed: of the noise.
     """
-    ema = {
+    shared = {
         "ema_decay": recipe.optimizer.ema_decay,
         "seed": seed,
         "loss_weights": recipe.loss_weights,
     }
-    if name == "supervised":
-        return Supervised(student, **ema)
     if name == "soft-teacher":
-        return SoftTeacher(student, **vars(recipe.soft_teacher), **ema)
+        return SoftTeacher(student, **vars(recipe.soft_teacher), **shared)
     if name == "dense-teacher":
-        return DenseTeacher(student, **vars(recipe.dense_teacher), **ema)
+        return DenseTeacher(student, **vars(recipe.dense_teacher), **shared)
+    shared["normalizers"] = recipe.normalizers
+    if name == "supervised":
+        return Supervised(student, **shared)
     if name == "mean-teacher":
-        return MeanTeacher(student, **vars(recipe.pseudo_labels), **ema)
+        return MeanTeacher(student, **vars(recipe.pseudo_labels), **shared)
     if name == "semi-detr":
         fields = dict(vars(recipe.semi_detr))
         one_to_many_steps = offset + round(fields.pop("one_to_many_share") * steps)
-        return SemiDETR(student, one_to_many_steps, **fields, **vars(recipe.pseudo_labels), **ema)
+        return SemiDETR(student, one_to_many_steps, **fields, **vars(recipe.pseudo_labels), **shared)
     raise UserError(f"no method called {name!r}: choose from {', '.join(METHODS)}")
