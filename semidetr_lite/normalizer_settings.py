@@ -13,11 +13,9 @@ from semidetr_lite.fields import Count, option_group
 class NormalizerSettings:
     """What the losses of a step are divided by."""
 
-    # of the images of a step: each group divides its class losses by its own number of boxes, as
-    # each GPU of the released code does
+    # of a step's images; each divides its class losses by its own boxes, as a released GPU does
     normalizer_groups: Count = 1
-    # least number that losses of the whole step are divided by; as released: normalizer_groups
+    # least number that losses of a whole step are divided by; as released: the number of groups
     normalizer_bound: Annotated[float, Field(gt=0)] = 1.0
-    # least number that class losses on unlabelled images are divided by: expected_objects counts
-    # as many objects per image as labelled images have
+    # bound of class losses on unlabelled images; or the objects that labelled ones make expect
     pseudo_normalizer: Literal["pseudo_boxes", "expected_objects"] = "pseudo_boxes"

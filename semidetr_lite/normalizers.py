@@ -4,9 +4,9 @@ The images of a step form normalizer groups: those that one GPU of the released 
 and 4 unlabelled ones of the COCO recipe's 40 (8 groups). On the digits one group is the whole step.
 With n the number of matched boxes (one-to-many: the sum of the soft targets, each layer by itself):
 
-    class losses, one-to-one and denoising   mean over the groups of  sum of group / max(n of group, 1)
-    class losses, one-to-many                sum of step / max(n of step, bound)
-    L1 and GIoU                              sum of step / max(n of step, bound)
+    class, one-to-one and denoising   mean over the groups of: sum of group / max(n of group, 1)
+    class, one-to-many                sum of step / max(n of step, bound)
+    L1 and GIoU                       sum of step / max(n of step, bound)
 
 The released code divides by a mean over its GPUs which is at least 1, so its bound is the number of
 GPUs (dino_detr_ssod_head.py:690, 725, 774), and it divides the class losses of one-to-one matching

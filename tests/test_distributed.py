@@ -26,7 +26,7 @@ from semidetr_lite.losses import denoising_loss
 from semidetr_lite.matching import PaddedTargets
 from semidetr_lite.methods.mean_teacher import MeanTeacher
 from semidetr_lite.normalizer_settings import NormalizerSettings
-from semidetr_lite.normalizers import NumBoxes, Normalizers
+from semidetr_lite.normalizers import Normalizers, NumBoxes
 from semidetr_lite.training.engine import Engine
 from semidetr_lite.training.loop import Run
 from semidetr_lite.training.settings import Runtime

@@ -46,7 +46,9 @@ def random_step(seed: int, images_per_gpu: int, most: int):
     for _ in range(count):
         size = tuple(int(side) for side in rng.integers(60, 120, 2))
         objects = int(rng.integers(0, most + 1))
-        boxes = torch.cat([torch.rand(objects, 2) * 0.5 + 0.25, torch.rand(objects, 2) * 0.3 + 0.1], 1)
+        boxes = torch.cat(
+            [torch.rand(objects, 2) * 0.5 + 0.25, torch.rand(objects, 2) * 0.3 + 0.1], 1
+        )
         labels = torch.randint(0, CLASSES, (objects,))
         targets.append({"boxes": to_pixels(boxes, size), "labels": labels, "size": size})
     logits = torch.randn(count, QUERIES, CLASSES) - 1
@@ -195,7 +197,8 @@ def test_losses_of_a_step_are_those_of_8_released_gpus(stage, images, most, seed
     logits, boxes, targets = random_step(seed, images, most)
     rule = released_one_to_many if stage == "one_to_many" else released_one_to_one
     sums = [
-        sums_of_image(*case, rule(*case), stage) for case in zip(logits, boxes, targets, strict=True)
+        sums_of_image(*case, rule(*case), stage)
+        for case in zip(logits, boxes, targets, strict=True)
     ]
     sums = np.array(sums).reshape(GPUS, images, 4)
     expected = released_losses(sums, class_per_gpu=stage == "one_to_one")

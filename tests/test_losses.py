@@ -30,7 +30,7 @@ from semidetr_lite.matching import (
     one_to_one,
     pad_targets,
 )
-from semidetr_lite.normalizers import NumBoxes, Normalizers
+from semidetr_lite.normalizers import Normalizers, NumBoxes
 
 STAGES = ["one_to_many", "one_to_one"]
 SIZES = [(60, 90), (90, 60), (70, 70), (64, 32)]

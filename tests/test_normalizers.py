@@ -220,8 +220,8 @@ def test_images_of_other_groups_change_nothing_in_a_decoder():
 # A step of the released grouping
 
 
-def losses_of(kind: str, parts: int, settings: NormalizerSettings) -> dict[str, float]:
-    method, step = make(kind)
+def losses_of(kind: str, parts: int, settings: NormalizerSettings, **changes) -> dict[str, float]:
+    method, step = make(kind, **changes)
     method.normalizers = settings
     batch = some_batch((3, 1, 0, 2), sizes=((64, 64),) * 4, weak_sizes=((64, 64),) * 4)
     for _, targets in batch.values():
@@ -278,3 +278,16 @@ def test_consistency_is_a_mean_of_the_groups():
 def test_the_teacher_of_labelled_images_alone_expects_nothing():
     method = MeanTeacher(make("supervised")[0].student)
     assert math.isnan(method.objects_per_image.item())
+
+
+@pytest.mark.parametrize("kind", ["stage one", "stage two"])
+def test_mined_targets_of_micro_batches_are_those_of_the_whole_step(kind):
+    """The mixture, the targets and what they are divided by; denoising keeps to confident boxes."""
+    changes = {"mined_targets": True, "score_threshold": 0.7, "cost_queue_size": 40}
+    whole = losses_of(kind, 1, NormalizerSettings(), **changes)
+    without = losses_of(kind, 1, NormalizerSettings(), **{**changes, "mined_targets": False})
+    assert losses_of(kind, 4, NormalizerSettings(), **changes) == pytest.approx(whole, rel=1e-4)
+    assert whole["pseudo/l1"] != pytest.approx(without["pseudo/l1"], rel=1e-3)
+    for name in whole:
+        if "denoising" in name:
+            assert whole[name] == without[name]

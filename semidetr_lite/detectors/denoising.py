@@ -110,7 +110,6 @@ class Denoising(nn.Module):
         content = self.labels(labels.flatten(1))
         return QueryGroup(content, noised_boxes.flatten(1, 3), groups, targets.valid), targets
 
-
     def of_parts(
         self,
         boxes: torch.Tensor,

@@ -293,6 +293,7 @@ class Mining(NamedTuple):
     threshold: float  # the matching cost up to which a box counts as reliable
     # rows of images, and what the sum over their consistency queries is divided by
     num_compared: list[tuple[slice, float]]
+    targets: TargetSet  # the boxes that class and box losses are trained towards
 
 
 class Prepared(NamedTuple):

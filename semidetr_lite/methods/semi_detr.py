@@ -156,37 +156,29 @@ class SemiDETR(MeanTeacher):
         memory = self.student.encode([*images, *strong_images])
         outputs = self.student.decode(memory, [queries.group for queries in denoising])
         layers = stack_layers(outputs)
-        labelled_layers = layers.of_images(labelled.images)
-        strong_layers = layers.of_images(pseudo.images)
 
         # 3. All matching costs to the CPU, in one copy
-        costs = []
-        if mining is None:
-            last_layer = strong_layers.last_of_decoder()
-            costs += [layer_costs(last_layer, labels.strong)[0], self.cost_queue]
-            if self.mined_targets:
-                pseudo = pseudo._replace(targets=labels.strong)
-        if stage == "one_to_one":
-            costs.append(layer_costs(labelled_layers, labelled.targets))
-            costs.append(layer_costs(strong_layers, pseudo.targets))
-        costs = copy_to_host(*costs) if costs else []
+        costs = self.copy_costs(layers, prepared, stage)
 
         # 4. CPM: mine the pseudo-boxes that match the student's predictions at low cost (3.4)
         if mining is None:  # no other micro-batch takes part
-            last_costs, past_costs, *costs = costs
-            (mining,) = self.mine_step([last_costs], [prepared], past_costs)
-            if self.mined_targets:
-                (pseudo,) = self.with_mined([prepared], [mining])
+            (mining,) = self.mine_step([costs["mining"]], [prepared], costs["past"])
 
         # 5. SHM: match as the stage says; class, L1 and GIoU losses of both kinds of images (3.2)
-        labelled_costs, pseudo_costs = costs or (None, None)
-        rule = (stage, self.candidates)
+        target_sets = [labelled, mining.targets]
         assignments = [
-            match_layers(labelled_layers, labelled.targets, *rule, labelled_costs, labelled.valid),
-            match_layers(strong_layers, pseudo.targets, *rule, pseudo_costs, pseudo.valid),
+            match_layers(
+                layers.of_images(target_set.images),
+                target_set.targets,
+                stage,
+                self.candidates,
+                costs.get(target_set.name),
+                target_set.valid,
+            )
+            for target_set in target_sets
         ]
-        losses = detection_losses(layers, [labelled, pseudo], assignments, stage)
-        losses |= denoising_losses(outputs["groups"], denoising, [labelled, pseudo])
+        losses = detection_losses(layers, target_sets, assignments, stage)
+        losses |= denoising_losses(outputs["groups"], denoising, denoised)
 
         # 6. CQC: both decoders should describe the confident and the mined boxes alike (3.3)
         if labels.teacher is not None:
@@ -202,6 +194,32 @@ class SemiDETR(MeanTeacher):
             "cost_threshold": mining.threshold,
         }
         return losses
+
+    def copy_costs(self, layers: Layers, prepared: Prepared, stage: str) -> dict[str, np.ndarray]:
+        """The matching costs that a step decides by, on the CPU, in one copy.
+
+        Args:
+            layers: of all images that the student sees.
+            prepared: the targets.
+            stage: the matching of the step.
+
+        Returns:
+            "mining" (B, Q, K) of the last layer and "past", the queue, unless the mining is done
+            already; and of one-to-one matching "labelled" and "pseudo" (L, B, Q, T).
+        """
+        labelled, pseudo, labels = prepared[:3]
+        strong_layers = layers.of_images(pseudo.images)
+        costs = {}
+        targets = labels.strong if self.mined_targets else pseudo.targets
+        if prepared.mining is None:
+            costs["mining"] = layer_costs(strong_layers.last_of_decoder(), labels.strong)[0]
+            costs["past"] = self.cost_queue
+        else:
+            targets = prepared.mining.targets.targets
+        if stage == "one_to_one":
+            costs["labelled"] = layer_costs(layers.of_images(labelled.images), labelled.targets)
+            costs["pseudo"] = layer_costs(strong_layers, targets)
+        return dict(zip(costs, copy_to_host(*costs.values()), strict=True)) if costs else {}
 
     def prepare(self, micro_batches: list[dict], step: int) -> list[Prepared]:
         """See MeanTeacher.prepare; the teacher's memory is kept where a step has consistency.
@@ -241,17 +259,14 @@ class SemiDETR(MeanTeacher):
         ]
         *last_costs, past_costs = copy_to_host(*last_costs, self.cost_queue)
         mining = self.mine_step(last_costs, prepared, past_costs)
-        labelled = [known.labelled for known in prepared]
-        pseudo = [known.pseudo for known in prepared]
-        if self.mined_targets:
-            pseudo = self.with_mined(prepared, mining)
         if one_to_many:
-            labelled, pseudo = (self.with_soft_targets(layers, kind) for kind in (labelled, pseudo))
-        parts = zip(prepared, labelled, pseudo, mining, strict=True)
-        return [
-            known._replace(labelled=own_labelled, pseudo=own_pseudo, mining=own_mining)
-            for known, own_labelled, own_pseudo, own_mining in parts
-        ]
+            labelled = self.with_soft_targets(layers, [known.labelled for known in prepared])
+            targets = self.with_soft_targets(layers, [found.targets for found in mining])
+            pairs = zip(prepared, labelled, strict=True)
+            prepared = [known._replace(labelled=own) for known, own in pairs]
+            pairs = zip(mining, targets, strict=True)
+            mining = [found._replace(targets=own) for found, own in pairs]
+        return [known._replace(mining=found) for known, found in zip(prepared, mining, strict=True)]
 
     def with_soft_targets(
         self, layers: list[Layers], target_sets: list[TargetSet]
@@ -272,7 +287,7 @@ class SemiDETR(MeanTeacher):
     def mine_step(
         self, last_costs: list[np.ndarray], prepared: list[Prepared], past_costs: np.ndarray
     ) -> list[Mining]:
-        """Mine the boxes of all micro-batches, and say which are compared; the costs are queued.
+        """Mine the boxes of all micro-batches, and say what becomes of them; queue the costs.
 
         Args:
             last_costs: (B, Q, K) of each micro-batch, of the student's last layer.
@@ -294,14 +309,18 @@ class SemiDETR(MeanTeacher):
         mined, compared = np.split(mined, edges), np.split(compared, edges)
         normalizers = [known.pseudo.normalizers for known in prepared]
         totals = sum_per_group(normalizers, [mask.sum(1) for mask in compared])
-        parts = zip(mined, compared, normalizers, strict=True)
-        return [Mining(own, mask, threshold, by.divide(totals)) for own, mask, by in parts]
-
-    def with_mined(self, prepared: list[Prepared], mining: list[Mining]) -> list[TargetSet]:
-        """The confident and the mined boxes as targets, of all micro-batches."""
-        masks = [
-            known.confident | found.mined for known, found in zip(prepared, mining, strict=True)
+        targets = [known.pseudo for known in prepared]
+        if self.mined_targets:
+            targets = self.with_mined(prepared, mined)
+        parts = zip(mined, compared, normalizers, targets, strict=True)
+        return [
+            Mining(own, mask, threshold, by.divide(totals), target_set)
+            for own, mask, by, target_set in parts
         ]
+
+    def with_mined(self, prepared: list[Prepared], mined: list[np.ndarray]) -> list[TargetSet]:
+        """The confident and the mined boxes (B, K) as targets, of all micro-batches."""
+        masks = [known.confident | own for known, own in zip(prepared, mined, strict=True)]
         targets = []
         for known, mask in zip(prepared, masks, strict=True):
             boxes = known.pseudo_labels.strong

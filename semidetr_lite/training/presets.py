@@ -129,5 +129,7 @@ def make_method(
     if name == "semi-detr":
         fields = dict(vars(recipe.semi_detr))
         one_to_many_steps = offset + round(fields.pop("one_to_many_share") * steps)
-        return SemiDETR(student, one_to_many_steps, **fields, **vars(recipe.pseudo_labels), **shared)
+        return SemiDETR(
+            student, one_to_many_steps, **fields, **vars(recipe.pseudo_labels), **shared
+        )
     raise UserError(f"no method called {name!r}: choose from {', '.join(METHODS)}")

@@ -318,9 +318,7 @@ TINY = DetectorKwargs(
     decoder_layers=3,
     backbone="tiny",
 )
-TINY_DEFORMABLE = dataclasses.replace(
-    TINY, levels=3, points=4, anchor_size=0.1, query_init="torch"
-)
+TINY_DEFORMABLE = dataclasses.replace(TINY, levels=3, points=4, anchor_size=0.1, query_init="torch")
 RESNET = DetectorKwargs(
     backbone="resnet50", backbone_weights="IMAGENET1K_V1", test_size=(800, 1333)
 )
