@@ -16,11 +16,8 @@ per image and network. The matching queries never see the extra queries: those o
 decoded beside them; those of consistency, which depend on the matching, afterwards against what
 was kept.
 
-Difference from the paper: consistency in stage one only (as in the released code,
-dino_detr_ssod.py:469), unless `consistency_in_both_stages`.
-Differences from the released code: boxes that leave the strong view are dropped; a queue of past
-costs joins the mixture; and a confident box is not dropped where its score is below the mean plus
-one standard deviation of its image's scores (with few boxes in an image that bar is high).
+Consistency is trained in stage one only, as in the released code (dino_detr_ssod.py:469), unless
+`consistency_in_both_stages`. Differences from paper and released code: docs/paper_vs_code.md.
 """
 
 import numpy as np
