@@ -371,6 +371,17 @@ def test_the_supervised_baseline_has_its_own_views_and_schedule():
     assert all(abs(ratio - 4 / 3) < 0.01 for ratio in ratios)
 
 
+def test_labelled_views_without_a_colour_operation_keep_their_pixels():
+    image, target = torch.rand(3, 40, 60), {"size": (40, 60)}
+    for color in (False, True):
+        views = ViewSettings(flip=False, labelled_color=color)
+        same = [
+            torch.equal(labelled_view(image, target, np.random.default_rng(seed), views)[0], image)
+            for seed in range(6)
+        ]
+        assert all(same) != color
+
+
 # Rates
 
 

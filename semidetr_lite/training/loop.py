@@ -67,11 +67,18 @@ def train_or_resume(config: Config, folder: Path, workers: int = 1, quiet: bool 
 
 
 def _as_given(stored: Config, given: Settings) -> Config:
-    """A stored run, less what may differ: threads and precision are chosen, a burn-in moves."""
+    """A stored run, less what may differ: threads and precision are chosen, a burn-in moves, and
+    a run that has begun needs no first weights.
+    """
     runtime = dataclasses.replace(
         stored.runtime, threads=given.runtime.threads, precision=given.runtime.precision
     )
-    return dataclasses.replace(stored, runtime=runtime, burn_in=given.burn_in)
+    kwargs = stored.detector_kwargs
+    if kwargs.query_init is None:  # of a run that began before there was a choice
+        kwargs = dataclasses.replace(kwargs, query_init=given.detector_kwargs.query_init)
+    return dataclasses.replace(
+        stored, runtime=runtime, burn_in=given.burn_in, detector_kwargs=kwargs
+    )
 
 
 class Run:
