@@ -184,15 +184,24 @@ def evaluate(
     run: Annotated[Path | None, tyro.conf.Positional] = None,
     weights: Weights = "teacher",
     voc: bool = False,
+    data: str | None = None,
+    images: str | None = None,
+    validation: str | None = None,
+    nms: float | None = None,
     truth: Path | None = None,
     detections: Path | None = None,
 ) -> None:
-    """The twelve COCO figures of a run on its test split, or of a json of detections.
+    """The twelve COCO figures of a run on its test split, of a weights file, or of detections.
 
     Args:
-        run: a run folder.
+        run: a run folder, or with --data a file of weights: ours, or one that others published
+            (DETR, Deformable DETR, DINO, Semi-DETR).
         weights: the student's, or its average's (the teacher's).
-        voc: also the two APs of Pascal VOC at IoU 0.5, of a run.
+        voc: also the two APs of Pascal VOC at IoU 0.5, of a run or a file.
+        data: as in `train`, to measure a file of weights on.
+        images: the folder of the json's images.
+        validation: a json or folder to measure on.
+        nms: IoU of non-maximum suppression, which published Semi-DETR weights of stage one need.
         truth: a COCO annotation json.
         detections: a COCO results json.
     """
@@ -203,25 +212,58 @@ def evaluate(
         from semidetr_lite.evaluate import evaluate as evaluate_detections
 
         figures = evaluate_detections(str(detections), str(truth))
+    elif run is not None and (data or not run.is_file()):
+        figures = _measure_run(run, weights, voc, (data, images, validation), nms)
     elif run is not None:
-        figures = _measure_run(run, weights, voc)
+        raise UserError(f"evaluate: {run} is a file; say with --data what to measure it on")
     else:
         raise UserError("evaluate: give a run folder, or --truth and --detections")
     for name, value in figures.items():
         print(f"{name:<10} {value:.10f}" if truth else f"{name:<10} {100 * value:5.1f}")
 
 
-def _measure_run(run: Path, weights: Weights, voc: bool) -> dict[str, float]:
-    """The figures of a run on its test split, in 0..1."""
+def _measure_run(
+    run: Path,
+    weights: Weights,
+    voc: bool,
+    data: tuple[str | None, str | None, str | None],
+    nms: float | None,
+) -> dict[str, float]:
+    """The figures of a run on its test split, or of a weights file on other data, in 0..1.
+
+    `data`: a data set, the folder of its images, and what to measure on, of a weights file.
+    """
     _require(run)
+    if run.is_dir() and any(data):
+        raise UserError(f"evaluate: {run} is a run, with data of its own; leave out --data")
+
+    import torch
 
     from semidetr_lite.training.checkpoint import load_detector, read_config
     from semidetr_lite.training.measure import measure
     from semidetr_lite.training.presets import load_splits
 
-    detector = load_detector(run, weights)
-    splits = load_splits(read_config(run), run / "config.json")
-    return measure(detector, splits.test, voc=voc)
+    if run.is_dir():
+        detector = load_detector(run, weights)
+        test = load_splits(read_config(run), run / "config.json").test
+    else:
+        detector, test = _weights_and_images(run, weights, data)
+    detector.nms = detector.nms if nms is None else nms
+    detector.to("cuda" if torch.cuda.is_available() else "cpu")
+    return measure(detector, test, voc=voc)
+
+
+def _weights_and_images(file: Path, weights: Weights, data: tuple[str | None, ...]):
+    """The detector of a weights file, ours or a published one, and the images to measure it on."""
+    from semidetr_lite.data import coco
+    from semidetr_lite.detectors.public_weights import build_public_detector
+    from semidetr_lite.training.checkpoint import is_own_file, load_detector
+
+    annotations, images, validation = data
+    splits = coco.load(annotations, images, percent=100.0, validation=validation)
+    if is_own_file(file):
+        return load_detector(file), splits.test
+    return build_public_detector(file, len(splits.categories), weights), splits.test
 
 
 def predict(

@@ -9,9 +9,8 @@ One-to-many (paper, section 3.2; released code: dino_detr_ssod_head.py:665-749):
 weighted 2, over the sum of the soft class targets; L1 and GIoU weighted by the soft targets, over
 the same sum.
 
-Every normalizer is at least 1 and counts the whole step, in all its micro-batches and processes
-(see NumBoxes). One-to-many is the exception: its normalizer counts one micro-batch in all
-processes, since the soft targets of the next micro-batch are not known yet.
+The numbers that losses are divided by are at least 1. Those of a step count all its micro-batches
+and processes: see normalizers.py.
 
 DETR scores by a softmax over C classes and "no object" (see detr.py). It has cross-entropy instead
 of the focal loss, for one-to-one matching only: "no object" weighs a tenth, and the mean is over
@@ -19,8 +18,8 @@ the weights. Class cost and class loss have the weight 1 there, not 2.
 
 The encoder's proposals are trained class-agnostically, on channel 0, as in the released code.
 
-Difference from the released code: L1 counts once. (There, a key meant for the log doubles it; the
-COCO presets pass l1_weight=10.)
+Differences from the released code: docs/paper_vs_code.md. L1 counts once here; there, a key meant
+for the log doubles it, and the COCO presets pass l1_weight=10.
 
 Shapes: L layers, B images, Q queries, T targets, C classes.
 """
@@ -32,7 +31,6 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import box_convert
 
-from semidetr_lite import distributed
 from semidetr_lite.boxes import overlaps
 from semidetr_lite.contracts import Outputs, Target
 from semidetr_lite.detectors.denoising import DenoisingTargets
@@ -47,25 +45,10 @@ from semidetr_lite.matching import (
     match_layers,
     pad_targets,
 )
+from semidetr_lite.normalizer_settings import NormalizerSettings
+from semidetr_lite.normalizers import Normalizers, count_boxes
 
 NO_OBJECT_WEIGHT = 0.1  # of queries without an object, in DETR's cross-entropy
-
-
-class NumBoxes(NamedTuple):
-    """Numbers of images and target boxes of a whole step, in all micro-batches and processes."""
-
-    images: int
-    matched: int  # pairs of one-to-one matching
-    boxes: int
-    max_per_image: int  # columns of padded targets that the image with the most needs
-    num_shards: int  # micro-batches times processes
-
-    def normalizer(self, total: float) -> float:
-        """What each shard divides by: max(total, 1) / num_shards.
-
-        The mean of the shards' losses is then their sum over max(total, 1).
-        """
-        return max(total, 1.0) / self.num_shards
 
 
 class TargetSet(NamedTuple):
@@ -75,7 +58,7 @@ class TargetSet(NamedTuple):
     images: slice  # the images' rows among those that the student sees
     targets: PaddedTargets  # in model coordinates of the views that the student sees
     valid: np.ndarray  # (B, T) bool, `targets.valid` on the CPU
-    num_boxes: NumBoxes
+    normalizers: Normalizers
     loss_weights: LossWeights
 
 
@@ -86,25 +69,7 @@ class DenoisingQueries(NamedTuple):
     group: QueryGroup  # for all images that the student sees, valid in those of this kind alone
     boxes: PaddedTargets  # that they were made from
     targets: DenoisingTargets
-
-
-def reduce_num_boxes(valid_masks: list[np.ndarray], num_queries: int) -> NumBoxes:
-    """Count the targets of all micro-batches and processes.
-
-    Args:
-        valid_masks: `PaddedTargets.valid` (B, T) of each of this process's micro-batches, on the
-            CPU.
-        num_queries: Q, which limits the pairs of one-to-one matching.
-    """
-    rows = []
-    for valid in valid_masks:
-        per_image = valid.sum(1)
-        matched = np.minimum(per_image, num_queries).sum()
-        last_column = (valid.any(0) * np.arange(1, valid.shape[1] + 1)).max(initial=0)
-        rows.append((len(valid), matched, per_image.sum(), last_column))
-    counts = np.array(distributed.all_gather(rows), dtype=np.int64).reshape(-1, 4)
-    images, matched, boxes = counts[:, :3].sum(0).tolist()
-    return NumBoxes(images, matched, boxes, int(counts[:, 3].max()), len(counts))
+    copies: list[int]  # positive queries per box, in each normalizer group of the step
 
 
 def pad_to(targets: PaddedTargets, max_targets: int) -> PaddedTargets:
@@ -123,6 +88,8 @@ def make_target_sets(
     first_images: list[int],
     student: Detector,
     loss_weights: LossWeights,
+    settings: NormalizerSettings = NormalizerSettings(),
+    expected_per_image: float = 0.0,
 ) -> list[TargetSet]:
     """The targets of one kind of images, of all micro-batches of a step, counted and padded.
 
@@ -133,16 +100,18 @@ def make_target_sets(
         first_images: the row of their first image among those that the student sees.
         student: whose device the targets are moved to, and whose Q queries they are matched to.
         loss_weights: factors of their losses.
+        settings, expected_per_image: see count_boxes.
     """
     device = student.mean.device
-    num_boxes = reduce_num_boxes(valid_masks, student.num_queries)
+    counted = count_boxes(valid_masks, student.num_queries, settings, expected_per_image)
     target_sets = []
-    for padded, valid, first in zip(targets, valid_masks, first_images, strict=True):
+    parts = zip(targets, valid_masks, first_images, counted, strict=True)
+    for padded, valid, first, normalizers in parts:
         images = slice(first, first + len(valid))
-        padded = pad_to(padded, num_boxes.max_per_image)
+        padded = pad_to(padded, normalizers.step.max_per_image)
         padded = PaddedTargets(*(to_device(entry, device) for entry in padded))
-        valid = valid[:, : num_boxes.max_per_image]
-        target_sets.append(TargetSet(name, images, padded, valid, num_boxes, loss_weights))
+        valid = valid[:, : normalizers.step.max_per_image]
+        target_sets.append(TargetSet(name, images, padded, valid, normalizers, loss_weights))
     return target_sets
 
 
@@ -180,7 +149,10 @@ def _focal(
 
 
 def _cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, assigned: torch.Tensor, num_boxes: NumBoxes | None
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    assigned: torch.Tensor,
+    normalizers: Normalizers | None,
 ) -> torch.Tensor:
     """DETR's class loss, the weighted mean of each layer: (...).
 
@@ -188,17 +160,18 @@ def _cross_entropy(
         logits: (..., B, Q, C + 1).
         labels: (..., B, Q) of the assigned targets.
         assigned: (..., B, Q) index of the target, -1 for none.
-        num_boxes: of the whole step; None for a mean over these entries alone.
+        normalizers: of the whole step; None for a mean over these entries alone.
     """
     no_object = assigned < 0
     labels = torch.where(no_object, logits.shape[-1] - 1, labels)
     cross_entropy = -logits.float().log_softmax(-1).gather(-1, labels[..., None])[..., 0]
     weight = torch.where(no_object, NO_OBJECT_WEIGHT, 1.0)
     total = (cross_entropy * weight).sum((-2, -1))
-    if num_boxes is None:
+    if normalizers is None:
         return total / weight.sum((-2, -1))
-    num_no_object = num_boxes.images * assigned.shape[-1] - num_boxes.matched
-    return total / num_boxes.normalizer(num_boxes.matched + NO_OBJECT_WEIGHT * num_no_object)
+    step = normalizers.step
+    num_no_object = step.images * assigned.shape[-1] - step.matched
+    return total / normalizers.of_step(step.matched + NO_OBJECT_WEIGHT * num_no_object)
 
 
 # ---- losses of finished assignments --------------------------------------------------------------
@@ -213,8 +186,8 @@ def loss_from_assignment(
     loss_weights: LossWeights = LossWeights(),
     query_mask: torch.Tensor | None = None,
     no_object: bool = False,
-    num_boxes: NumBoxes | None = None,
-    num_groups: int = 0,
+    normalizers: Normalizers | None = None,
+    copies: list[int] | None = None,
 ) -> dict[str, torch.Tensor]:
     """{"class", "l1", "giou"} of a finished assignment, weighted scalars; it does not synchronise.
 
@@ -227,36 +200,60 @@ def loss_from_assignment(
         loss_weights: factors of the three losses.
         query_mask: (B, Q) bool, the queries that count; None for all.
         no_object: whether the last logit is "no object" of a softmax (one-to-one only).
-        num_boxes: of the whole step; None to divide by this batch's own pairs.
-        num_groups: of denoising, that is, positive queries per target; 0 for matching queries.
+        normalizers: of the whole step; None to divide by this batch's own pairs.
+        copies: of denoising, see DenoisingQueries; None for matching queries.
     """
     assigned, quality = assignment
     labels, boxes = _assigned_targets(targets, assigned, pred_boxes)
-    normalizer = quality.float().sum((-2, -1))  # (L) or ()
-    if num_boxes is None:
-        normalizer = normalizer.clamp(min=1.0)
-    elif stage == "one_to_many":
-        world_size = distributed.world_size()
-        total = distributed.all_reduce_mean(normalizer) * world_size
-        normalizer = total.clamp(min=1.0) / world_size
-    else:
-        pairs = num_groups * num_boxes.boxes if num_groups else num_boxes.matched
-        normalizer = torch.full_like(normalizer, num_boxes.normalizer(pairs))
+    of_classes, of_boxes = _divisors(quality.float().sum((-2, -1)), stage, normalizers, copies)
     if no_object:
         factor = loss_weights.class_weight / 2
-        class_loss = factor * _cross_entropy(logits, labels, assigned, num_boxes)
+        class_loss = factor * _cross_entropy(logits, labels, assigned, normalizers)
     else:
         target_scores = torch.zeros_like(logits, dtype=torch.float32)
         target_scores = target_scores.scatter_(-1, labels[..., None], quality[..., None].float())
         weight = 1.0 if stage == "one_to_many" else torch.where(target_scores > 0, 0.25, 0.75)
         focal = _focal(logits, target_scores, weight=weight)
         focal = focal if query_mask is None else focal * query_mask[..., None]
-        class_loss = loss_weights.class_weight * focal.sum((-3, -2, -1)) / normalizer
+        class_loss = sum(
+            loss_weights.class_weight * focal[..., images, :, :].sum((-3, -2, -1)) / divisor
+            for images, divisor in of_classes
+        )
     l1 = (pred_boxes.float() - boxes).abs().sum(-1)
     giou = overlaps(_xyxy(pred_boxes.float()), _xyxy(boxes))[1]
-    l1_loss = loss_weights.l1_weight * (l1 * quality).sum((-2, -1)) / normalizer
-    giou_loss = loss_weights.giou_weight * ((1 - giou) * quality).sum((-2, -1)) / normalizer
+    l1_loss = loss_weights.l1_weight * (l1 * quality).sum((-2, -1)) / of_boxes
+    giou_loss = loss_weights.giou_weight * ((1 - giou) * quality).sum((-2, -1)) / of_boxes
     return {"class": class_loss.sum(), "l1": l1_loss.sum(), "giou": giou_loss.sum()}
+
+
+def _divisors(
+    soft_targets: torch.Tensor,
+    stage: str,
+    normalizers: Normalizers | None,
+    copies: list[int] | None,
+) -> tuple[list[tuple[slice, torch.Tensor]], torch.Tensor]:
+    """What class losses are divided by, of some rows of images each, and what box losses are.
+
+    Args:
+        soft_targets: (L) or (), their sum in each layer.
+        stage, normalizers, copies: see loss_from_assignment.
+    """
+    if normalizers is None:
+        alone = soft_targets.clamp(min=1.0)
+        return [(slice(None), alone)], alone
+    if stage == "one_to_many":
+        of_classes, of_boxes = normalizers.soft(soft_targets)
+        return [(slice(None), of_classes)], of_boxes
+    if copies is None:
+        total = normalizers.step.matched
+        shares = [normalizers.classes_of_group(number) for number in normalizers.rows]
+    else:
+        pairs = [n * group.boxes for n, group in zip(copies, normalizers.groups, strict=True)]
+        total = sum(pairs)
+        shares = [normalizers.of_group(pairs[number]) for number in normalizers.rows]
+    entries = zip(normalizers.rows.values(), shares, strict=True)
+    of_classes = [(rows, torch.full_like(soft_targets, share)) for rows, share in entries]
+    return of_classes, torch.full_like(soft_targets, normalizers.of_step(total))
 
 
 def _assigned_targets(
@@ -306,7 +303,7 @@ def detection_loss(
     assignment: Assignment,
     stage: str,
     loss_weights: LossWeights = LossWeights(),
-    num_boxes: NumBoxes | None = None,
+    normalizers: Normalizers | None = None,
 ) -> dict[str, torch.Tensor]:
     """{"class", "l1", "giou"}, each the sum over all layers.
 
@@ -314,7 +311,7 @@ def detection_loss(
         layers, targets: of the same images.
         assignment: (L, B, Q), from match_layers.
         stage: "one_to_many" or "one_to_one".
-        loss_weights, num_boxes: see loss_from_assignment.
+        loss_weights, normalizers: see loss_from_assignment.
     """
     return loss_from_assignment(
         layers.logits,
@@ -324,7 +321,7 @@ def detection_loss(
         stage,
         loss_weights,
         no_object=layers.no_object,
-        num_boxes=num_boxes,
+        normalizers=normalizers,
     )
 
 
@@ -333,7 +330,8 @@ def denoising_loss(
     denoising_targets: DenoisingTargets,
     targets: PaddedTargets,
     loss_weights: LossWeights = LossWeights(),
-    num_boxes: NumBoxes | None = None,
+    normalizers: Normalizers | None = None,
+    copies: list[int] | None = None,
 ) -> dict[str, torch.Tensor]:
     """One-to-one losses of denoising queries, over the number of the positive ones.
 
@@ -341,7 +339,7 @@ def denoising_loss(
         outputs: of the denoising queries alone, an outputs dict.
         denoising_targets: what each denoising query is trained towards.
         targets: the boxes that the queries were made from.
-        loss_weights, num_boxes: see loss_from_assignment.
+        loss_weights, normalizers, copies: see loss_from_assignment.
     """
     layers = stack_layers(outputs)
     assigned = denoising_targets.assigned.expand(len(layers.logits), -1, -1)
@@ -353,8 +351,8 @@ def denoising_loss(
         "one_to_one",
         loss_weights,
         query_mask=denoising_targets.valid,
-        num_boxes=num_boxes,
-        num_groups=denoising_targets.valid.shape[1] // (2 * targets.valid.shape[1]),
+        normalizers=normalizers,
+        copies=copies,
     )
 
 
@@ -373,7 +371,7 @@ def detection_losses(
             assignment,
             stage,
             target_set.loss_weights,
-            target_set.num_boxes,
+            target_set.normalizers,
         )
         losses |= add_prefix(target_set.name, loss)
     return losses
@@ -387,7 +385,7 @@ def denoising_losses(
     Args:
         group_outputs: an outputs dict per group, for all images that the student sees.
         denoising: the groups, in the same order.
-        target_sets: of each kind of images with denoising: rows, weights and numbers of boxes.
+        target_sets: of each kind of images with denoising: rows, weights and normalizers.
     """
     by_name = {target_set.name: target_set for target_set in target_sets}
     losses: dict[str, torch.Tensor] = {}
@@ -398,7 +396,8 @@ def denoising_losses(
             queries.targets,
             queries.boxes,
             target_set.loss_weights,
-            target_set.num_boxes,
+            target_set.normalizers,
+            queries.copies,
         )
         losses |= add_prefix(f"{target_set.name} denoising", loss)
     return losses

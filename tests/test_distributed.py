@@ -22,9 +22,11 @@ from semidetr_lite.detectors.backbone import Tiny
 from semidetr_lite.detectors.denoising import DenoisingTargets
 from semidetr_lite.detectors.detr import DETR
 from semidetr_lite.errors import Stopped, UserError
-from semidetr_lite.losses import NumBoxes, denoising_loss
+from semidetr_lite.losses import denoising_loss
 from semidetr_lite.matching import PaddedTargets
 from semidetr_lite.methods.mean_teacher import MeanTeacher
+from semidetr_lite.normalizer_settings import NormalizerSettings
+from semidetr_lite.normalizers import Normalizers, NumBoxes
 from semidetr_lite.training.engine import Engine
 from semidetr_lite.training.loop import Run
 from semidetr_lite.training.settings import Runtime
@@ -37,12 +39,10 @@ CASES = {
     "no box there": ((2, 4, 1, 3), None),
 }
 CASES["none at all"] = ((0, 0, 0, 0), 1.1)
-EXACT = {
-    "supervised": "",
-    "mean teacher": "",
-    "detr": "",
-    "stage two": "",
-    "stage one": "labelled denoising",
+# one normalizer group is the whole step; or each image is one, as on the released code's GPUs
+GROUPS = {
+    "one group": NormalizerSettings(),
+    "four groups": NormalizerSettings(normalizer_groups=4, normalizer_bound=3.0),
 }
 
 
@@ -81,9 +81,12 @@ def method_and_batch(kind: str, case: str):
     return method, step, batch
 
 
-def step_of(kind: str, case: str, parts: int = 1, together: bool = True) -> tuple[dict, dict]:
+def step_of(
+    kind: str, case: str, parts: int = 1, together: bool = True, groups: str = "one group"
+) -> tuple[dict, dict]:
     """Losses and gradients of this process's share of a step, reduced over all."""
     method, step, batch = method_and_batch(kind, case)
+    method.normalizers = GROUPS[groups]
     batch = {
         name: (
             [images[i] for i in distributed.shard(4)],
@@ -185,6 +188,11 @@ def process(rank: int, folder: Path) -> None:
     )
     found = {(kind, case): step_of(kind, case) for kind in KINDS for case in CASES}
     found["parts"] = {kind: step_of(kind, "all", parts=2) for kind in KINDS}
+    found["groups"] = {
+        (kind, parts): step_of(kind, "all", parts, groups="four groups")
+        for kind in KINDS
+        for parts in (1, 2)
+    }
     try:
         distributed.assert_same_on_all_ranks("images", rank)
     except UserError as problem:
@@ -206,15 +214,13 @@ def both(tmp_path_factory) -> tuple[list[dict], Path]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)], folder / "two"
 
 
-def assert_same(ours: tuple, theirs: tuple, only: str = "") -> None:
+def assert_same(ours: tuple, theirs: tuple) -> None:
     assert ours[0].keys() == theirs[0].keys() and ours[1].keys() == theirs[1].keys()
     for name, value in ours[0].items():
-        if name.startswith(only):
-            assert value == pytest.approx(theirs[0][name], rel=1e-5, abs=1e-5), name
-    if not only:
-        for name, gradient in ours[1].items():
-            scale = max(gradient.abs().max().item(), 1.0)
-            assert (gradient - theirs[1][name]).abs().max() <= 1e-5 * scale, name
+        assert value == pytest.approx(theirs[0][name], rel=1e-5, abs=1e-5), name
+    for name, gradient in ours[1].items():
+        scale = max(gradient.abs().max().item(), 1.0)
+        assert (gradient - theirs[1][name]).abs().max() <= 1e-5 * scale, name
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -227,14 +233,25 @@ def test_two_processes_find_the_losses_and_gradients_of_one(kind, case, both):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_parts_are_exact_for_one_to_one_and_denoising(kind, both):
+def test_micro_batches_are_exact(kind, both):
     expected, apart = step_of(kind, "all"), step_of(kind, "all", parts=2, together=False)
-    assert_same(step_of(kind, "all", parts=2), expected, EXACT[kind])
-    assert_same(both[0][0]["parts"][kind], expected, EXACT[kind])  # 2 processes of 2 parts
-    name = next(
-        name for name in expected[0] if name.startswith(EXACT[kind]) and name.endswith("l1")
-    )
+    assert_same(step_of(kind, "all", parts=2), expected)
+    assert_same(both[0][0]["parts"][kind], expected)  # 2 processes of 2 micro-batches
+    name = next(name for name in expected[0] if name.endswith("l1"))
     assert apart[0][name] != pytest.approx(expected[0][name], rel=1e-3)  # each divided by its own
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_normalizer_groups_give_the_same_losses_in_any_parts(kind, both):
+    """One process with 1, 2 and 4 micro-batches, two processes with 1 and 2 each."""
+    expected, whole = step_of(kind, "all", groups="four groups"), step_of(kind, "all")
+    for parts in (2, 4):
+        assert_same(step_of(kind, "all", parts, groups="four groups"), expected)
+    for parts in (1, 2):
+        assert_same(both[0][0]["groups"][kind, parts], expected)
+    if kind != "detr":  # which has no class loss of groups
+        ours, theirs = expected[0]["labelled denoising/class"], whole[0]["labelled denoising/class"]
+        assert ours != pytest.approx(theirs, rel=1e-3)
 
 
 def test_a_micro_batch_divides_its_denoising_loss_by_the_queries_of_the_whole_step():
@@ -244,9 +261,12 @@ def test_a_micro_batch_divides_its_denoising_loss_by_the_queries_of_the_whole_st
     targets = PaddedTargets(torch.rand(1, 2, 4), torch.tensor([[0, 3]]), valid)
     assigned = torch.tensor([[0, 1, -1, -1] * 3])  # 3 groups of 2 boxes, positive and negative
     denoising_targets = DenoisingTargets(assigned, torch.ones(1, 12, dtype=torch.bool))
-    whole_step = NumBoxes(images=4, matched=5, boxes=10, max_per_image=2, num_shards=2)
+    whole_step = NumBoxes(images=4, matched=5, boxes=10, max_per_image=2)
+    normalizers = Normalizers(whole_step, [whole_step], rows={0: slice(0, 1)}, num_shards=2)
     alone = denoising_loss(outputs, denoising_targets, targets)
-    shared = denoising_loss(outputs, denoising_targets, targets, num_boxes=whole_step)
+    shared = denoising_loss(
+        outputs, denoising_targets, targets, normalizers=normalizers, copies=[3]
+    )
     for name, loss in alone.items():  # 6 of the 30 positive queries, which two shards divide by
         assert shared[name].item() == pytest.approx(loss.item() * 6 / (30 / 2), rel=1e-5)
 

@@ -14,13 +14,11 @@ from semidetr_lite.detectors.denoising import DenoisingTargets
 from semidetr_lite.detectors.transformer import Layers, stack_layers
 from semidetr_lite.losses import (
     LossWeights,
-    NumBoxes,
     denoising_loss,
     detection_loss,
     layer_loss,
     loss_from_assignment,
     quality_focal_loss,
-    reduce_num_boxes,
     to_host,
 )
 from semidetr_lite.matching import (
@@ -32,6 +30,7 @@ from semidetr_lite.matching import (
     one_to_one,
     pad_targets,
 )
+from semidetr_lite.normalizers import Normalizers, NumBoxes
 
 STAGES = ["one_to_many", "one_to_one"]
 SIZES = [(60, 90), (90, 60), (70, 70), (64, 32)]
@@ -358,25 +357,12 @@ def test_no_object_weighs_a_tenth_in_the_class_loss_of_detr():
     alone = detection_loss(layers, padded, assignment, "one_to_one")
     assert alone["class"].item() == pytest.approx(total / weights, rel=1e-5)
     assert weights == pytest.approx(3 + 15 * 0.1)
-    step = NumBoxes(images=8, matched=10, boxes=11, max_per_image=2, num_shards=2)
-    shard = detection_loss(layers, padded, assignment, "one_to_one", num_boxes=step)
+    step = NumBoxes(images=8, matched=10, boxes=11, max_per_image=2)
+    normalizers = Normalizers(step, [step], rows={0: slice(0, 3)}, num_shards=2)
+    shard = detection_loss(layers, padded, assignment, "one_to_one", normalizers=normalizers)
     assert shard["class"].item() == pytest.approx(total / ((10 + 0.1 * (8 * 6 - 10)) / 2), rel=1e-5)
     twice = detection_loss(layers, padded, assignment, "one_to_one", LossWeights(class_weight=4.0))
     assert twice["class"].item() == pytest.approx(2 * total / weights, rel=1e-5)
-
-
-# Numbers of boxes
-
-
-def test_boxes_are_counted_over_all_micro_batches():
-    first = np.array([[True, False, True, False], [False] * 4])
-    second = np.array([[True, True, True, False], [True, False, False, False]])
-    counted = reduce_num_boxes([first, second], num_queries=2)
-    # with 2 queries, the third box of an image finds no partner
-    assert counted == NumBoxes(images=4, matched=5, boxes=6, max_per_image=3, num_shards=2)
-    assert counted.normalizer(5) == 2.5 and counted.normalizer(0.2) == 0.5  # at least 1 in all
-    empty = reduce_num_boxes([np.zeros((2, 0), dtype=bool)], num_queries=2)
-    assert empty == NumBoxes(images=2, matched=0, boxes=0, max_per_image=0, num_shards=1)
 
 
 def test_loss_weights_scale():

@@ -61,6 +61,7 @@ def student(queries: int = 8) -> DINO:
         "dim_feedforward": 32,
     }
     layers = {"encoder_layers": 1, "decoder_layers": 2, "denoising_queries": 6, "anchor_size": 0.15}
+    sizes["query_init"] = "torch"
     detector = shaken(DINO(num_classes=4, **sizes, **layers, backbone=Tiny((8, 8, 16, 16, 16))))
     for head in (detector.class_head, detector.proposal_class):
         torch.nn.init.normal_(head.bias, std=0.3)  # scores about one half

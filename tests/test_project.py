@@ -31,6 +31,8 @@ ROOMS = [
     "detectors",
     "matching",
     "loss_weights",
+    "normalizer_settings",
+    "normalizers",
     "losses",
     "methods",
     "evaluate",

@@ -215,6 +215,20 @@ def test_an_option_that_cannot_be_is_named_as_it_is_typed(tmp_path):
                 cli.run_command(command, cli.COMMANDS)
 
 
+def test_settings_of_before_normalizer_groups_are_read_as_what_they_were():
+    config = json.loads(config_json(new_config("coco-10pct")))
+    assert config.pop("normalizers") == {
+        "normalizer_groups": 8,
+        "normalizer_bound": 8.0,
+        "pseudo_normalizer": "pseudo_boxes",
+    }
+    for group, name in (("views", "released_shear"), ("optimizer", "sampling_lr_factor")):
+        del config[group][name]
+    read = read_settings(config, "config.json")
+    assert read.normalizers == settings.NormalizerSettings(1, 1.0, "pseudo_boxes")
+    assert not read.views.released_shear and read.optimizer.sampling_lr_factor == 1
+
+
 # ---- roles ---------------------------------------------------------------------------------------
 
 

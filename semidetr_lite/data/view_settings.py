@@ -36,3 +36,8 @@ class ViewSettings:
     patches: WholeNumber = 4  # at most so many erased patches in the strong view
     patch_side: Fraction = 0.2  # of an erased patch, at most
     visible: Fraction = 0.25  # a box of which less remains in the view is dropped
+    # shear about the corner and by the hyperbolic tangent of the angle, not the centre and tangent
+    released_shear: bool = False
+    # every second labelled view shows a random part of its image (DETR's recipe)
+    detr_crops: bool = False
+    labelled_color: bool = True  # whether labelled views get a colour operation

@@ -14,9 +14,7 @@ integer colour operations are several times as fast as their float twins, and a 
 quarter of the memory. Elsewhere (digits) views are floats in [0, 1], computed as in the recorded
 runs.
 
-Differences from the released code: boxes that leave the view are dropped (there they stay as
-targets of zero width), and the shear factor is the tangent of its angle (there the hyperbolic
-tangent).
+Differences from the released code: docs/paper_vs_code.md.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,6 +32,8 @@ from semidetr_lite.data.view_settings import ViewSettings
 
 GREY = 125  # uint8 value outside the image and of erased patches, as in the released code
 FILL = GREY / 255  # the same for floats in [0, 1]
+CROP_SHORT_SIDES = (400, 500, 600)  # pixels, of an image before it is cropped
+CROP_SIDES = (384, 600)  # pixels, least and largest side of what is cropped from it
 PER_BOX = (
     "boxes",
     "labels",
@@ -166,9 +166,31 @@ def labelled_view(
     image: torch.Tensor, target: Target, rng: np.random.Generator, settings: ViewSettings
 ) -> View:
     """A labelled image as the student sees it: base geometry and one colour operation."""
+    if settings.detr_crops and settings.short_sides and rng.random() < 0.5:
+        image, target = random_crop(image, target, rng)
     zoom = settings.zoom
     image, target = _base_view(image, target, rng, settings, zoom, settings.shift)
-    return color_augment(image, rng), target
+    return (color_augment(image, rng) if settings.labelled_color else image), target
+
+
+def random_crop(image: torch.Tensor, target: dict, rng: np.random.Generator) -> View:
+    """A random part of an image: at a short side of 400, 500 or 600 pixels, 384 to 600 a side.
+
+    DETR's crop (facebookresearch/detr, datasets/coco.py). The part is not resized here; boxes keep
+    what remains of them, those outside are dropped.
+    """
+    height, width = target["size"]
+    scale = int(rng.choice(CROP_SHORT_SIDES)) / min(height, width)
+    sides = []
+    for side in (height, width):
+        largest = min(round(side * scale), CROP_SIDES[1])
+        wanted = int(rng.integers(min(CROP_SIDES[0], largest), largest + 1))
+        sides.append(min(side, max(1, round(wanted / scale))))
+    top, left = (int(rng.integers(0, whole - side + 1)) for whole, side in
+                 ((height, sides[0]), (width, sides[1])))  # fmt: skip
+    part = image[:, top : top + sides[0], left : left + sides[1]]
+    matrix = _matrix([1, 0, -left], [0, 1, -top])
+    return part, map_target(target, matrix, (sides[0], sides[1]))
 
 
 def weak_view(
@@ -280,10 +302,11 @@ def _strong_matrix(
         cos = float(np.cos(angle))
         sin = float(np.sin(angle))
         return _about_centre(_matrix([cos, sin, 0], [-sin, cos, 0]), size)
-    angles = np.array([amount, rng.uniform(-1, 1)]) * settings.strong_shear
-    along_x, along_y = np.tan(np.deg2rad(angles))
+    angles = np.deg2rad(np.array([amount, rng.uniform(-1, 1)]) * settings.strong_shear)
+    along_x, along_y = np.tanh(angles) if settings.released_shear else np.tan(angles)
     shear = _matrix([1, along_x, 0], [0, 1, 0])
-    return _about_centre(_matrix([1, 0, 0], [along_y, 1, 0]) @ shear, size)
+    shear = _matrix([1, 0, 0], [along_y, 1, 0]) @ shear
+    return shear if settings.released_shear else _about_centre(shear, size)
 
 
 def _matrix(first: list[float], second: list[float]) -> torch.Tensor:

@@ -40,6 +40,9 @@ from semidetr_lite.detectors.transformer import (
     split_outputs,
 )
 from semidetr_lite.device import to_device
+from semidetr_lite.errors import UserError
+
+QUERY_INITS = ("xavier", "torch")
 
 
 def deformable_attention(
@@ -254,6 +257,8 @@ class DeformableDetector(Detector):
         for extra in range(levels - len(channels)):
             input_channels = channels[-1] if extra == 0 else dim
             self.projections.append(_projection(input_channels, dim, 3))
+        coarsest = 2 ** (len(channels) - 1)
+        self.strides = [32 // coarsest * 2**level for level in range(levels)]  # pixels per cell
         self.level_embedding = nn.Parameter(torch.randn(levels, dim))
         self.encoder = nn.ModuleList(
             EncoderLayer(dim, heads, levels, points, dim_feedforward) for _ in range(encoder_layers)
@@ -285,6 +290,28 @@ class DeformableDetector(Detector):
         for box_head in box_heads:
             nn.init.zeros_(box_head.last_layer.weight)
             nn.init.zeros_(box_head.last_layer.bias)
+
+    def init_queries(self, query_init: str) -> None:
+        """Initial weights of what makes the queries: positions, contents and proposals.
+
+        Args:
+            query_init: "xavier" as in the released detectors, or "torch" for PyTorch's own.
+
+        Raises UserError for another name.
+        """
+        if query_init not in QUERY_INITS:
+            choice = " or ".join(QUERY_INITS)
+            raise UserError(f"no query_init called {query_init!r}: choose {choice}")
+        if query_init == "torch":
+            return
+        names = ("query_positions", "proposal", "box_code", "reference_points")
+        layers = [layer for name in names if hasattr(self, name)
+                  for layer in getattr(self, name).modules()]  # fmt: skip
+        for layer in layers:
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+        if hasattr(self, "reference_points"):
+            nn.init.zeros_(self.reference_points.bias)
 
     # ---- encoder ---------------------------------------------------------------------------------
 
@@ -438,12 +465,17 @@ def _group_attn_mask(groups: Sequence[QueryGroup], num_matching: int) -> torch.T
     """
     if not groups:
         return None
-    sizes = []
-    for group in groups:
-        sizes += [group.content.shape[1] // group.copies] * group.copies
     valid = torch.cat([group.valid for group in groups], 1)
     valid = F.pad(valid, (0, num_matching), value=True)
-    blocked = to_device(group_mask(sizes, num_matching), valid.device)
+    sizes_per_image = [
+        sum(sizes, ()) for sizes in zip(*(group.block_sizes() for group in groups), strict=True)
+    ]
+    layouts = list(dict.fromkeys(sizes_per_image))  # mostly a single one
+    masks = torch.stack([group_mask(list(sizes), num_matching) for sizes in layouts])
+    blocked = to_device(masks, valid.device)
+    if len(layouts) > 1:
+        layout_of = torch.tensor([layouts.index(sizes) for sizes in sizes_per_image])
+        blocked = blocked[to_device(layout_of, valid.device)]
     return ~blocked & valid[:, None]
 
 

@@ -15,8 +15,7 @@ Three forms, as published:
 New beside detr.py: deformable attention, several levels, reference boxes, and sigmoid scores
 without a no-object class.
 
-Difference from the released code: no dropout (0.1 there); anchors near the border or in the padding
-are selected as proposals only if there are fewer others than queries.
+Differences from the released code: docs/paper_vs_code.md.
 """
 
 import torch
@@ -44,6 +43,8 @@ class DeformableDETR(DeformableDetector):
         backbone, backbone_weights: see `make_backbone`.
         anchor_size: see DeformableDetector.
         mean, std, test_size: see Detector.
+        query_init: first weights of the layers that make queries and proposals: "xavier" (as
+            released) or "torch".
 
     Raises:
         UserError: two_stage without with_box_refine.
@@ -70,6 +71,7 @@ class DeformableDETR(DeformableDetector):
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
         test_size: tuple[int, int] | None = None,
+        query_init: str = "xavier",
     ):
         if two_stage and not with_box_refine:
             raise UserError("DeformableDETR: two_stage=True needs with_box_refine=True")
@@ -97,6 +99,7 @@ class DeformableDETR(DeformableDetector):
         self.takes_groups = two_stage
         self._add_queries()
         self._add_heads(num_heads=decoder_layers if with_box_refine else 1)
+        self.init_queries(query_init)
 
     def _add_queries(self) -> None:
         """The layers from which the queries are computed."""

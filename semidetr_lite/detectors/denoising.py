@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from semidetr_lite.detectors.transformer import QueryGroup
@@ -69,6 +70,10 @@ class Denoising(nn.Module):
         self.labels = nn.Embedding(num_classes + 1, dim)  # the last row is that of the padding
         self.queries, self.label_noise, self.box_noise = queries, label_noise, box_noise
 
+    def num_copies(self, max_targets: int) -> int:
+        """The groups, and so the positive queries of a box, where an image has T boxes at most."""
+        return max(1, self.queries // max_targets) if max_targets else 0
+
     def forward(
         self,
         boxes: torch.Tensor,
@@ -85,7 +90,7 @@ class Denoising(nn.Module):
         batch, max_targets = labels.shape
         if max_targets == 0:
             return None
-        groups = max(1, self.queries // max_targets)
+        groups = self.num_copies(max_targets)
         layout = (batch, groups, 2, max_targets)  # of N: group, positive or negative, target
         drawn = np.stack([rng.random((*layout[1:], 10), dtype=np.float32) for rng in generators])
         noise = to_device(torch.from_numpy(drawn), boxes.device)  # uniform in [0, 1)
@@ -103,6 +108,53 @@ class Denoising(nn.Module):
         targets = DenoisingTargets(assigned.flatten(1), valid.flatten(1))
         content = self.labels(labels.flatten(1))
         return QueryGroup(content, noised_boxes.flatten(1, 3), groups, targets.valid), targets
+
+    def of_parts(
+        self,
+        boxes: torch.Tensor,
+        labels: torch.Tensor,
+        valid: torch.Tensor,
+        generators: list[np.random.Generator],
+        parts: list[tuple[slice, int]],
+    ) -> tuple[QueryGroup, DenoisingTargets]:
+        """The denoising queries of a batch whose parts have numbers of copies of their own.
+
+        Args:
+            boxes, labels, valid, generators: see forward.
+            parts: the images of each part, in a row, and its most targets of an image.
+        """
+        made = []
+        for images, most in parts:
+            targets = (entry[images, :most] for entry in (boxes, labels, valid))
+            queries = self(*targets, generators[images])
+            made.append(queries or self._no_queries(labels[images]))
+        return made[0] if len(made) == 1 else _join(made)
+
+    def _no_queries(self, labels: torch.Tensor) -> tuple[QueryGroup, DenoisingTargets]:
+        """What there is for images (B, T) without a box: no query."""
+        none = labels[:, :0]
+        content = self.labels(none)  # (B, 0, D)
+        targets = DenoisingTargets(none, none.bool())
+        return QueryGroup(content, content.new_zeros(len(none), 0, 4), 1, targets.valid), targets
+
+
+def _join(
+    parts: list[tuple[QueryGroup, DenoisingTargets]],
+) -> tuple[QueryGroup, DenoisingTargets]:
+    """The queries of several parts of a batch, padded to the longest, as those of the batch."""
+    longest = max(group.valid.shape[1] for group, _ in parts)
+    contents, boxes, valid, assigned, blocks = [], [], [], [], []
+    for group, targets in parts:
+        missing = longest - group.valid.shape[1]
+        contents.append(F.pad(group.content, (0, 0, 0, missing), value=0.5))
+        boxes.append(F.pad(group.boxes, (0, 0, 0, missing), value=0.5))
+        valid.append(F.pad(group.valid, (0, missing)))
+        assigned.append(F.pad(targets.assigned, (0, missing), value=-1))
+        padding = (missing,) if missing else ()
+        blocks += [sizes + padding for sizes in group.block_sizes()]
+    targets = DenoisingTargets(torch.cat(assigned), torch.cat(valid))
+    group = QueryGroup(torch.cat(contents), torch.cat(boxes), 1, targets.valid, tuple(blocks))
+    return group, targets
 
 
 def noise_boxes(

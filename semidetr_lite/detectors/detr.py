@@ -11,7 +11,7 @@ two; this one trains with `supervised` and `mean-teacher`, slowly.
 The original scores by a softmax over C classes and "no object"; `no_object=False` is the variant
 with sigmoids.
 
-Difference from the released code: no dropout (0.1 there).
+Differences from the released code: docs/paper_vs_code.md.
 
 Shapes: B images, Q queries, S tokens, D channels, M heads, C classes.
 """

@@ -14,10 +14,7 @@ New beside deformable_detr.py:
 `DINO(num_classes=80)` is the model of the paper.
 `DINO(num_classes=10, num_queries=30, dim=64, ..., backbone="tiny")` trains on a laptop.
 
-Differences from the released code: no dropout (0 there, too). Query positions are computed from the
-boxes in the image itself, not in the padded batch, so they do not depend on the other images of the
-batch. Anchors near the border or in the padding are selected as proposals only if there are fewer
-others than queries.
+Differences from the released code: docs/paper_vs_code.md.
 """
 
 import torch
@@ -46,6 +43,9 @@ class DINO(DeformableDetector):
         backbone, backbone_weights: see `make_backbone`.
         anchor_size: see DeformableDetector.
         mean, std, test_size: see Detector.
+        query_init: first weights of the contents, of the network of the positions and of the
+            proposals: "xavier" (released: content about as large as position) or "torch"
+            (contents of standard deviation 1, twenty times as large).
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class DINO(DeformableDetector):
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
         test_size: tuple[int, int] | None = None,
+        query_init: str = "xavier",
     ):
         super().__init__(
             num_classes=num_classes,
@@ -100,6 +101,9 @@ class DINO(DeformableDetector):
         self.box_head = MLP(dim, dim, 4, 3)
         self.denoising = Denoising(num_classes, dim, denoising_queries, label_noise)
         self.init_heads([self.proposal_class, self.class_head], [self.proposal_box, self.box_head])
+        self.init_queries(query_init)
+        if query_init == "xavier":
+            nn.init.xavier_uniform_(self.content.weight)
 
     def matching_queries(self, memory: Memory) -> tuple[torch.Tensor, torch.Tensor]:
         """Content (B, Q, D) and boxes (B, Q, 4) cxcywh in [0, 1].

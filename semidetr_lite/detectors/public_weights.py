@@ -162,6 +162,37 @@ def load_public_weights(detector: Detector, path: str | Path, network: str = "te
     return Report(family.title, mapped, ignored + counters, unmapped)
 
 
+def build_public_detector(
+    path: str | Path,
+    num_classes: int,
+    network: str = "teacher",
+    test_size: tuple[int, int] | None = (800, 1333),
+) -> Detector:
+    """The detector of a published file, with its weights, in eval mode.
+
+    Args:
+        path, network: see load_public_weights.
+        num_classes: of the data it is for. A file of COCO's 91 ids fits 80 classes.
+        test_size: see Detector.
+
+    Raises:
+        UserError: see load_public_weights; or the file is for other classes.
+    """
+    tensors, _ = _read_tensors(Path(path), network)
+    family = recognise(tensors, path)
+    with as_user_error(path, f"entries of {family.title} are missing"):
+        with torch.device("meta"):  # shapes without memory
+            example = family.detector(num_classes=1, **family.form)
+        arguments = sizes(_translate(tensors, family, example.state_dict())[1], family)
+    theirs = arguments.pop("num_classes")
+    if num_classes not in (theirs, len(COCO_IDS) if theirs == 91 else theirs):
+        fault = f"weights for {theirs} classes, but the data have {num_classes}"
+        raise UserError(f"{path}: {fault}; give the data that they were trained on")
+    detector = family.detector(num_classes, **family.form, **arguments, test_size=test_size)
+    load_public_weights(detector, path, network)
+    return detector.eval()
+
+
 def recognise(tensors: dict[str, torch.Tensor], path: str | Path) -> Family:
     """The kind of a file, by its names. Raises UserError for an unknown kind."""
     for family in FAMILIES:

@@ -39,14 +39,23 @@ class Memory(NamedTuple):
 class QueryGroup(NamedTuple):
     """Extra queries for the decoder: denoising or consistency queries.
 
-    A group consists of `copies` blocks of equal length. The queries of a block attend to each other
-    and to the matching queries; they do not attend to other blocks.
+    A group consists of `copies` blocks of equal length, unless `blocks` says something else. The
+    queries of a block attend to each other and to the matching queries; they do not attend to other
+    blocks.
     """
 
     content: torch.Tensor  # (B, N, D)
     boxes: torch.Tensor  # (B, N, 4) cxcywh in [0, 1]
     copies: int
     valid: torch.Tensor  # (B, N) bool, False = padding
+    blocks: tuple[tuple[int, ...], ...] | None = None  # the lengths of each image's blocks
+
+    def block_sizes(self) -> list[tuple[int, ...]]:
+        """The lengths of the blocks of each image; their sum is N."""
+        if self.blocks is not None:
+            return list(self.blocks)
+        batch, num_queries = self.valid.shape
+        return [(num_queries // self.copies,) * self.copies] * batch
 
     def pad_to_batch(self, images: slice, batch_size: int) -> "QueryGroup":
         """The group of some images as a group of the whole batch, padding for all other images.
@@ -59,7 +68,10 @@ class QueryGroup(NamedTuple):
         content = F.pad(self.content, (0, 0, 0, 0, before, after), value=0.5)
         boxes = F.pad(self.boxes, (0, 0, 0, 0, before, after), value=0.5)
         valid = F.pad(self.valid, (0, 0, before, after))
-        return QueryGroup(content, boxes, self.copies, valid)
+        blocks = self.blocks
+        if blocks is not None:
+            blocks = (blocks[0],) * before + blocks + (blocks[-1],) * after
+        return QueryGroup(content, boxes, self.copies, valid, blocks)
 
 
 def level_layout(shapes: Sequence[tuple[int, int]], device: torch.device) -> torch.Tensor:

@@ -7,12 +7,13 @@ An exponential moving average (EMA) of the student labels the images that nobody
 This is the plain method of the comparison: one-to-one matching, no consistency, no mining
 ("DINO SSOD" in the paper's tables).
 
-Differences from the released code: buffers are averaged too, and the teacher stays in eval mode.
+Differences from the released code: docs/paper_vs_code.md.
 
 Shapes: B images, K pseudo-boxes per image, T targets, Q queries.
 """
 
 import copy
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +37,7 @@ from semidetr_lite.losses import (
 )
 from semidetr_lite.matching import PaddedTargets, layer_costs, match_layers, pad_targets
 from semidetr_lite.methods.cost_mining import mining_candidates
+from semidetr_lite.normalizer_settings import NormalizerSettings
 
 RNG_LABELLED, RNG_UNLABELLED = range(2)  # separate streams of random numbers
 RNG_STREAMS = {"labelled": RNG_LABELLED, "pseudo": RNG_UNLABELLED}  # by TargetSet.name
@@ -78,6 +80,7 @@ class TeacherStudent(nn.Module):
             1 / (1 - ema_decay) steps.
         seed: of the random numbers of denoising and sampling.
         loss_weights: factors of the losses.
+        normalizers: what the losses are divided by.
     """
 
     pseudo_boxes_per_class: torch.Tensor  # (C,) running mean per image
@@ -90,11 +93,13 @@ class TeacherStudent(nn.Module):
         ema_decay: float = 0.999,
         seed: int = 0,
         loss_weights: LossWeights = LossWeights(),
+        normalizers: NormalizerSettings = NormalizerSettings(),
     ):
         super().__init__()
         self.student = student
         self.teacher = copy.deepcopy(student).requires_grad_(False).eval()
         self.ema_decay, self.seed, self.loss_weights = ema_decay, seed, loss_weights
+        self.normalizers = normalizers
         self.stats: dict[str, float] = {}  # of the last step, for the log
         uniform = torch.ones(student.num_classes) / student.num_classes
         self.register_buffer("pseudo_boxes_per_class", uniform)
@@ -130,6 +135,7 @@ class TeacherStudent(nn.Module):
             first_images=[0] * len(micro_batches),
             student=self.student,
             loss_weights=self.loss_weights,
+            settings=self.normalizers,
         )
 
     def after_step(self, step: int) -> None:
@@ -192,14 +198,19 @@ class TeacherStudent(nn.Module):
         if self.student.denoising is None:
             return denoising
         for target_set, targets in zip(target_sets, views, strict=False):
+            normalizers = target_set.normalizers
+            if normalizers.step.max_per_image == 0:
+                continue
             stream = RNG_STREAMS[target_set.name]
             generators = self.image_generators(step, stream, targets)
-            made = self.student.denoising(*target_set.targets, generators)
-            if made is not None:
-                group, denoising_targets = made
-                group = group.pad_to_batch(target_set.images, num_images)
-                queries = (target_set.name, group, target_set.targets, denoising_targets)
-                denoising.append(DenoisingQueries(*queries))
+            max_targets = [group.max_per_image for group in normalizers.groups]
+            parts = [(rows, max_targets[number]) for number, rows in normalizers.rows.items()]
+            made = self.student.denoising.of_parts(*target_set.targets, generators, parts)
+            group, denoising_targets = made
+            group = group.pad_to_batch(target_set.images, num_images)
+            copies = [self.student.denoising.num_copies(most) for most in max_targets]
+            queries = (target_set.name, group, target_set.targets, denoising_targets, copies)
+            denoising.append(DenoisingQueries(*queries))
         return denoising
 
 
@@ -279,6 +290,17 @@ class PseudoLabels(NamedTuple):
     teacher: tuple[Memory, Outputs] | None  # memory and outputs, where consistency needs them
 
 
+class Mining(NamedTuple):
+    """What mining over a whole step decides for one of its micro-batches."""
+
+    mined: np.ndarray  # (B, K) bool, the mined boxes
+    compared: np.ndarray  # (B, K) bool, the boxes that become consistency queries
+    threshold: float  # the matching cost up to which a box counts as reliable
+    # rows of images, and what the sum over their consistency queries is divided by
+    num_compared: list[tuple[slice, float]]
+    targets: TargetSet  # the boxes that class and box losses are trained towards
+
+
 class Prepared(NamedTuple):
     """What the losses of a micro-batch need to know before the student runs."""
 
@@ -287,6 +309,7 @@ class Prepared(NamedTuple):
     pseudo_labels: PseudoLabels
     confident: np.ndarray  # `pseudo_labels.confident` on the CPU
     candidates: np.ndarray  # `pseudo_labels.candidates` on the CPU
+    mining: Mining | None = None  # where the student has run ahead, see SemiDETR.run_ahead
 
 
 # ---- the method ----------------------------------------------------------------------------------
@@ -303,7 +326,7 @@ class MeanTeacher(TeacherStudent):
             pseudo-label may be loose.
         max_pseudo_boxes: K, the teacher's boxes per image at most.
         nms: IoU of the NMS of pseudo-boxes.
-        ema_decay, seed, loss_weights: see TeacherStudent.
+        ema_decay, seed, loss_weights, normalizers: see TeacherStudent.
     """
 
     mining = "none"  # the rule of cost_mining.py, which only Semi-DETR has
@@ -320,13 +343,16 @@ class MeanTeacher(TeacherStudent):
         ema_decay: float = 0.999,
         seed: int = 0,
         loss_weights: LossWeights = LossWeights(),
+        normalizers: NormalizerSettings = NormalizerSettings(),
     ):
-        super().__init__(student, ema_decay, seed, loss_weights)
+        super().__init__(student, ema_decay, seed, loss_weights, normalizers)
         self.score_threshold = score_threshold
         self.unlabelled_weight = unlabelled_weight
         self.max_pseudo_boxes = max_pseudo_boxes
         self.nms = nms
         self.pseudo_loss_weights = loss_weights.scaled(unlabelled_weight, unlabelled_box_weight)
+        # objects per labelled image, a running mean over about 50 steps; nan before the first
+        self.register_buffer("objects_per_image", torch.tensor(torch.nan))
 
     def forward(
         self, batch: Batch, step: int, prepared: Prepared | None = None
@@ -380,9 +406,10 @@ class MeanTeacher(TeacherStudent):
         keep_teacher = self.has_consistency(step)
         predicted = [self.predict_pseudo_labels(batch, keep_teacher) for batch in micro_batches]
         on_device = [mask for labels in predicted for mask in (labels.confident, labels.candidates)]
-        masks = copy_to_host(*on_device)
+        *masks, objects_per_image = copy_to_host(*on_device, self.objects_per_image)
         confident, candidates = masks[::2], masks[1::2]
         labelled = self.make_labelled_sets(micro_batches)
+        expected = self.update_objects_per_image(float(objects_per_image), labelled[0])
         pseudo = make_target_sets(
             "pseudo",
             [labels.strong._replace(valid=labels.confident) for labels in predicted],
@@ -390,9 +417,28 @@ class MeanTeacher(TeacherStudent):
             first_images=[len(batch["labelled"][0]) for batch in micro_batches],
             student=self.student,
             loss_weights=self.pseudo_loss_weights,
+            settings=self.normalizers,
+            expected_per_image=expected,
         )
         entries = zip(labelled, pseudo, predicted, confident, candidates, strict=True)
         return [Prepared(*entry) for entry in entries]
+
+    def update_objects_per_image(self, so_far: float, labelled: TargetSet) -> float:
+        """Update the running mean of the objects per labelled image.
+
+        Args:
+            so_far: the mean on the CPU, nan before the first step.
+            labelled: a labelled target set, which knows the numbers of the whole step.
+
+        Returns:
+            The objects that an unlabelled image is expected to have: the new mean, or 0 where
+            the settings do not ask for it.
+        """
+        step = labelled.normalizers.step
+        now = step.boxes / max(step.images, 1)
+        mean = now if math.isnan(so_far) else so_far + 0.02 * (now - so_far)
+        self.objects_per_image.fill_(mean)
+        return mean if self.normalizers.pseudo_normalizer == "expected_objects" else 0.0
 
     @torch.no_grad()
     def predict_pseudo_labels(self, micro_batch: Batch, keep_teacher: bool) -> PseudoLabels:

@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import roi_align
 
-from semidetr_lite import distributed
 from semidetr_lite.boxes import to_model
 from semidetr_lite.contracts import Outputs
 from semidetr_lite.detectors.detector import Detector
@@ -108,6 +107,7 @@ def query_consistency(
     teacher: DecodedView,
     labels: PseudoLabels,
     mask: np.ndarray,
+    divisors: list[tuple[slice, float]] | None = None,
 ) -> torch.Tensor:
     """The consistency loss of some pseudo-boxes, without its weight: a scalar.
 
@@ -116,9 +116,10 @@ def query_consistency(
         student, teacher: of the strong and of the weak views of the same images.
         labels: the pseudo-boxes in both views.
         mask: (B, K) bool on the CPU, the boxes to compare.
+        divisors: rows of images, and what the sum over their queries is divided by; None: the
+            mean over all queries.
     """
-    total = sum(distributed.all_gather(int(mask.sum())))
-    num_queries = max(total, 1) / distributed.world_size()
+    divisors = divisors or [(slice(0, len(mask)), max(float(mask.sum()), 1.0))]
     if not mask.any():  # every process needs a gradient
         zeros = [parameter.sum() * 0.0 for parameter in projector.parameters()]
         return cast(torch.Tensor, sum(zeros))
@@ -132,8 +133,7 @@ def query_consistency(
     rows, columns, slots = to_device(indices, device)
 
     features = teacher.memory.features
-    height, width = labels.weak_sizes.amax(0).tolist()
-    strides = [(height / level.shape[-2], width / level.shape[-1]) for level in features]
+    strides = [(float(stride), float(stride)) for stride in teacher.detector.strides]
     contents = projector(features, strides, rows, weak_boxes[rows, columns])
 
     group_shape = (len(mask), int(mask.sum(1).max()))  # (B, N)
@@ -153,7 +153,12 @@ def query_consistency(
     with torch.no_grad():
         teacher_group = QueryGroup(content, weak_positions, 1, valid)
         teacher_embeddings = decode_embeddings(teacher, teacher_group)
-    return consistency_loss(student_embeddings, teacher_embeddings, valid, num_queries)
+    total = valid.new_zeros((), dtype=torch.float32)
+    for images, num_queries in divisors:
+        embeddings = (student_embeddings, teacher_embeddings)
+        parts = ([layer[images] for layer in layers] for layers in embeddings)
+        total = total + consistency_loss(*parts, valid[images], num_queries)
+    return total
 
 
 def decode_embeddings(view: DecodedView, group: QueryGroup) -> list[torch.Tensor]:
@@ -173,8 +178,7 @@ def consistency_loss(
     Args:
         student, teacher: per layer (B, N, D); no gradient reaches the teacher.
         valid: (B, N) bool; the mean is over the valid queries and over D.
-        num_queries: what replaces the number of valid queries in the mean, where other processes
-            share it.
+        num_queries: what replaces the number of valid queries in the mean, where others share it.
     """
     count = num_queries or valid.sum().clamp(min=1)
     total = valid.new_zeros((), dtype=torch.float32)

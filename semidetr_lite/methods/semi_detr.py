@@ -17,19 +17,17 @@ per image and network. The matching queries never see the extra queries: those o
 decoded beside them; those of consistency, which depend on the matching, afterwards against what
 was kept.
 
-Difference from the paper: consistency in stage one only (as in the released code,
-dino_detr_ssod.py:469), unless `consistency_in_both_stages`.
-Differences from the released code: boxes that leave the strong view are dropped; a queue of past
-costs joins the mixture; and a confident box is not dropped where its score is below the mean plus
-one standard deviation of its image's scores (with few boxes in an image that bar is high).
+Consistency is trained in stage one only, as in the released code (dino_detr_ssod.py:469), unless
+`consistency_in_both_stages`. Differences from paper and released code: docs/paper_vs_code.md.
 """
 
 import numpy as np
 import torch
 
+from semidetr_lite import distributed
 from semidetr_lite.contracts import Batch
 from semidetr_lite.detectors.detector import Detector
-from semidetr_lite.detectors.transformer import stack_layers
+from semidetr_lite.detectors.transformer import Layers, stack_layers
 from semidetr_lite.device import copy_to_host, to_device
 from semidetr_lite.errors import UserError
 from semidetr_lite.losses import (
@@ -41,8 +39,10 @@ from semidetr_lite.losses import (
 )
 from semidetr_lite.matching import layer_costs, match_layers, matched_costs
 from semidetr_lite.methods.cost_mining import MINING, mine, push_costs
-from semidetr_lite.methods.mean_teacher import MeanTeacher, Prepared
+from semidetr_lite.methods.mean_teacher import MeanTeacher, Mining, Prepared
 from semidetr_lite.methods.query_consistency import DecodedView, Projector, query_consistency
+from semidetr_lite.normalizer_settings import NormalizerSettings
+from semidetr_lite.normalizers import sum_per_group
 
 CONSISTENCY_BOXES = ("both", "confident", "mined", "none")
 
@@ -66,7 +66,7 @@ class SemiDETR(MeanTeacher):
         nms: IoU of the NMS of pseudo-boxes, and of detections in stage one.
         score_threshold, unlabelled_weight, unlabelled_box_weight, max_pseudo_boxes: see
             MeanTeacher.
-        ema_decay, seed, loss_weights: see TeacherStudent.
+        ema_decay, seed, loss_weights, normalizers: see TeacherStudent.
 
     Raises UserError for a detector that takes no boxes as queries, and for an unknown value of
     `consistency_boxes` or `mining`.
@@ -94,6 +94,7 @@ class SemiDETR(MeanTeacher):
         ema_decay: float = 0.999,
         seed: int = 0,
         loss_weights: LossWeights = LossWeights(),
+        normalizers: NormalizerSettings = NormalizerSettings(),
     ):
         if not student.takes_groups:
             name = type(student).__name__
@@ -113,6 +114,7 @@ class SemiDETR(MeanTeacher):
             ema_decay,
             seed,
             loss_weights,
+            normalizers,
         )
         self.one_to_many_steps = one_to_many_steps
         self.candidates = candidates
@@ -147,7 +149,7 @@ class SemiDETR(MeanTeacher):
 
         # 1. Pseudo-labels: the teacher's boxes on the weak views, mapped to the strong views (3.1)
         prepared = prepared or self.prepare([batch], step)[0]
-        labelled, pseudo, labels, confident, candidates = prepared
+        labelled, pseudo, labels, confident, _, mining = prepared
 
         # 2. One student pass over labelled and strong images; denoising beside the matching queries
         denoised = [labelled, pseudo] if stage == "one_to_one" else [labelled]
@@ -155,63 +157,187 @@ class SemiDETR(MeanTeacher):
         memory = self.student.encode([*images, *strong_images])
         outputs = self.student.decode(memory, [queries.group for queries in denoising])
         layers = stack_layers(outputs)
-        labelled_layers = layers.of_images(labelled.images)
-        strong_layers = layers.of_images(pseudo.images)
 
         # 3. All matching costs to the CPU, in one copy
-        if self.mined_targets:
-            pseudo = pseudo._replace(targets=labels.strong)
-        to_copy = [layer_costs(strong_layers.last_of_decoder(), labels.strong)[0], self.cost_queue]
-        if stage == "one_to_one":
-            to_copy.append(layer_costs(labelled_layers, labelled.targets))
-            to_copy.append(layer_costs(strong_layers, pseudo.targets))
-        last_costs, past_costs, *costs = copy_to_host(*to_copy)
+        costs = self.copy_costs(layers, prepared, stage)
 
         # 4. CPM: mine the pseudo-boxes that match the student's predictions at low cost (3.4)
-        matched = matched_costs(last_costs, confident | candidates)
-        mined, threshold, new_costs = mine(matched, candidates, past_costs, self.mining)
-        self.cost_queue = push_costs(self.cost_queue, new_costs)
-        if self.mined_targets:
-            pseudo = self.with_mined(pseudo, confident | mined)
+        if mining is None:  # no other micro-batch takes part
+            (mining,) = self.mine_step([costs["mining"]], [prepared], costs["past"])
 
         # 5. SHM: match as the stage says; class, L1 and GIoU losses of both kinds of images (3.2)
-        labelled_costs, pseudo_costs = costs or (None, None)
-        rule = (stage, self.candidates)
+        target_sets = [labelled, mining.targets]
         assignments = [
-            match_layers(labelled_layers, labelled.targets, *rule, labelled_costs, labelled.valid),
-            match_layers(strong_layers, pseudo.targets, *rule, pseudo_costs, pseudo.valid),
+            match_layers(
+                layers.of_images(target_set.images),
+                target_set.targets,
+                stage,
+                self.candidates,
+                costs.get(target_set.name),
+                target_set.valid,
+            )
+            for target_set in target_sets
         ]
-        losses = detection_losses(layers, [labelled, pseudo], assignments, stage)
-        losses |= denoising_losses(outputs["groups"], denoising, [labelled, pseudo])
+        losses = detection_losses(layers, target_sets, assignments, stage)
+        losses |= denoising_losses(outputs["groups"], denoising, denoised)
 
         # 6. CQC: both decoders should describe the confident and the mined boxes alike (3.3)
         if labels.teacher is not None:
             student = DecodedView(self.student, memory, outputs).of_images(pseudo.images)
             teacher = DecodedView(self.teacher, *labels.teacher)
-            masks = {"both": confident | mined, "confident": confident, "mined": mined}
-            mask = masks[self.consistency_boxes]
-            loss = query_consistency(self.projector, student, teacher, labels, mask)
+            boxes = (mining.compared, mining.num_compared)
+            loss = query_consistency(self.projector, student, teacher, labels, *boxes)
             losses["consistency"] = self.unlabelled_weight * self.consistency_weight * loss
 
         self.stats = {
             "pseudo_per_image": float(confident.sum() / len(confident)),
-            "mined_per_image": float((mined & ~confident).sum() / len(confident)),
-            "cost_threshold": threshold,
+            "mined_per_image": float((mining.mined & ~confident).sum() / len(confident)),
+            "cost_threshold": mining.threshold,
         }
         return losses
 
-    def with_mined(self, pseudo: TargetSet, mask: np.ndarray) -> TargetSet:
-        """The pseudo-boxes of a mask (B, K) bool as targets, counted within this micro-batch."""
-        device = pseudo.targets.boxes.device
-        targets = pseudo.targets._replace(valid=to_device(torch.from_numpy(mask), device))
+    def copy_costs(self, layers: Layers, prepared: Prepared, stage: str) -> dict[str, np.ndarray]:
+        """The matching costs that a step decides by, on the CPU, in one copy.
+
+        Args:
+            layers: of all images that the student sees.
+            prepared: the targets.
+            stage: the matching of the step.
+
+        Returns:
+            "mining" (B, Q, K) of the last layer and "past", the queue, unless the mining is done
+            already; and of one-to-one matching "labelled" and "pseudo" (L, B, Q, T).
+        """
+        labelled, pseudo, labels = prepared[:3]
+        strong_layers = layers.of_images(pseudo.images)
+        costs = {}
+        targets = labels.strong if self.mined_targets else pseudo.targets
+        if prepared.mining is None:
+            costs["mining"] = layer_costs(strong_layers.last_of_decoder(), labels.strong)[0]
+            costs["past"] = self.cost_queue
+        else:
+            targets = prepared.mining.targets.targets
+        if stage == "one_to_one":
+            costs["labelled"] = layer_costs(layers.of_images(labelled.images), labelled.targets)
+            costs["pseudo"] = layer_costs(strong_layers, targets)
+        return dict(zip(costs, copy_to_host(*costs.values()), strict=True)) if costs else {}
+
+    def prepare(self, micro_batches: list[dict], step: int) -> list[Prepared]:
+        """See MeanTeacher.prepare; the teacher's memory is kept where a step has consistency.
+
+        Of several micro-batches, the student runs ahead where the losses of one depend on what is
+        matched or mined in the others.
+        """
+        prepared = super().prepare(micro_batches, step)
+        one_to_many = self.stage(step) == "one_to_many"
+        depends = one_to_many or self.has_consistency(step) or self.mined_targets
+        if len(micro_batches) > 1 and depends:
+            prepared = self.run_ahead(micro_batches, prepared, one_to_many)
+        return prepared
+
+    @torch.no_grad()
+    def run_ahead(
+        self, micro_batches: list[dict], prepared: list[Prepared], one_to_many: bool
+    ) -> list[Prepared]:
+        """Run the student on all micro-batches without gradient, to mine and match.
+
+        So mining sees the costs of the whole step, and one-to-many matching is divided by the soft
+        targets of the whole step, as if it were one batch. The price is a forward pass.
+
+        Args:
+            micro_batches: of one step.
+            prepared: what the teacher said about each.
+            one_to_many: whether this is the matching of the step.
+        """
+        layers = [
+            stack_layers(self.student([*batch["labelled"][0], *batch["strong"][0]]))
+            for batch in micro_batches
+        ]
+        last_costs = [
+            layer_costs(own.of_images(known.pseudo.images).last_of_decoder(), targets)[0]
+            for own, known in zip(layers, prepared, strict=True)
+            for targets in (known.pseudo_labels.strong,)
+        ]
+        *last_costs, past_costs = copy_to_host(*last_costs, self.cost_queue)
+        mining = self.mine_step(last_costs, prepared, past_costs)
+        if one_to_many:
+            labelled = self.with_soft_targets(layers, [known.labelled for known in prepared])
+            targets = self.with_soft_targets(layers, [found.targets for found in mining])
+            pairs = zip(prepared, labelled, strict=True)
+            prepared = [known._replace(labelled=own) for known, own in pairs]
+            pairs = zip(mining, targets, strict=True)
+            mining = [found._replace(targets=own) for found, own in pairs]
+        return [known._replace(mining=found) for known, found in zip(prepared, mining, strict=True)]
+
+    def with_soft_targets(
+        self, layers: list[Layers], target_sets: list[TargetSet]
+    ) -> list[TargetSet]:
+        """Target sets of all micro-batches with the sums of their soft targets over the step."""
+        rule = ("one_to_many", self.candidates)
+        sums = []
+        for own, target_set in zip(layers, target_sets, strict=True):
+            matched = match_layers(own.of_images(target_set.images), target_set.targets, *rule)
+            sums.append(matched.quality.float().sum((-2, -1)))  # (L,)
+        total = torch.stack(sums).sum(0)
+        total = distributed.all_reduce_mean(total) * distributed.world_size()
+        return [
+            target_set._replace(normalizers=target_set.normalizers._replace(soft_targets=total))
+            for target_set in target_sets
+        ]
+
+    def mine_step(
+        self, last_costs: list[np.ndarray], prepared: list[Prepared], past_costs: np.ndarray
+    ) -> list[Mining]:
+        """Mine the boxes of all micro-batches, and say what becomes of them; queue the costs.
+
+        Args:
+            last_costs: (B, Q, K) of each micro-batch, of the student's last layer.
+            prepared: what the teacher said about each.
+            past_costs: the queue, on the CPU.
+        """
+        confident = np.concatenate([known.confident for known in prepared])
+        candidates = np.concatenate([known.candidates for known in prepared])
+        matched = matched_costs(np.concatenate(last_costs), confident | candidates)
+        mined, threshold, new_costs = mine(matched, candidates, past_costs, self.mining)
+        self.cost_queue = push_costs(self.cost_queue, new_costs)
+        compared = {
+            "both": confident | mined,
+            "confident": confident,
+            "mined": mined,
+            "none": np.zeros_like(mined),
+        }[self.consistency_boxes]
+        edges = np.cumsum([len(known.confident) for known in prepared])[:-1]
+        mined, compared = np.split(mined, edges), np.split(compared, edges)
+        normalizers = [known.pseudo.normalizers for known in prepared]
+        totals = sum_per_group(normalizers, [mask.sum(1) for mask in compared])
+        targets = [known.pseudo for known in prepared]
+        if self.mined_targets:
+            targets = self.with_mined(prepared, mined)
+        parts = zip(mined, compared, normalizers, targets, strict=True)
+        return [
+            Mining(own, mask, threshold, by.divide(totals), target_set)
+            for own, mask, by, target_set in parts
+        ]
+
+    def with_mined(self, prepared: list[Prepared], mined: list[np.ndarray]) -> list[TargetSet]:
+        """The confident and the mined boxes (B, K) as targets, of all micro-batches."""
+        masks = [known.confident | own for known, own in zip(prepared, mined, strict=True)]
+        targets = []
+        for known, mask in zip(prepared, masks, strict=True):
+            boxes = known.pseudo_labels.strong
+            valid = to_device(torch.from_numpy(mask), boxes.boxes.device)
+            targets.append(boxes._replace(valid=valid))
+        first = prepared[0].pseudo
         return make_target_sets(
-            pseudo.name,
-            [targets],
-            valid_masks=[mask],
-            first_images=[pseudo.images.start],
+            first.name,
+            targets,
+            valid_masks=masks,
+            first_images=[known.pseudo.images.start for known in prepared],
             student=self.student,
-            loss_weights=pseudo.loss_weights,
-        )[0]
+            loss_weights=first.loss_weights,
+            settings=self.normalizers,
+            expected_per_image=first.normalizers.expected_per_image,
+        )
 
 
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -51,6 +51,14 @@ def save_weights(
     write_atomic(path, save(tensors, {"semidetr_lite": json.dumps(header)}))
 
 
+def is_own_file(file: Path) -> bool:
+    """Whether a file is one of weights that this package wrote."""
+    if file.suffix != ".safetensors":
+        return False
+    with as_user_error(file, "not a weights file"), safe_open(file, framework="pt") as opened:
+        return "semidetr_lite" in (opened.metadata() or {})
+
+
 def load_detector(path, weights: str = "teacher") -> Detector:
     """A trained detector in eval mode, with `.categories` [{"id", "name"}].
 

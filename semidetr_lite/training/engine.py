@@ -1,10 +1,11 @@
 """How a step is run, whatever the method: in micro-batches, in several processes, in a precision.
 
-None of this changes what is learned. With micro-batches and processes the losses stay those of the
-whole step (see `NumBoxes` in losses.py): exactly for one-to-one matching and denoising. For
-one-to-many matching and consistency the losses of a micro-batch, over all processes, are divided by
-the normalizer of that micro-batch. The detectors of the baselines divide theirs in each micro-batch
-and process, and what Faster R-CNN samples depends on the images beside.
+None of this changes what is learned: in any number of micro-batches and processes the losses are
+those of the whole step, up to rounding (normalizers.py). Where the losses of a micro-batch depend
+on what is matched or mined in the others, the student runs ahead on all of them, without gradient
+(`SemiDETR.run_ahead`). Two things are those of a micro-batch: what is mined in a step without
+consistency loss, where it is only logged, and the baselines: Faster R-CNN and FCOS divide their
+losses in each micro-batch and process, and what Faster R-CNN samples depends on the images beside.
 
 In bfloat16 are the backbone and the insides of encoder and decoder layers, but not the sampling
 locations of attention; heads, boxes, matching and losses are float32.

@@ -70,11 +70,18 @@ def train_or_resume(config: Config, folder: Path, workers: int = 1, quiet: bool 
 
 
 def _as_given(stored: Config, given: Settings) -> Config:
-    """A stored run, less what may differ: threads and precision are chosen, a burn-in moves."""
+    """A stored run, less what may differ: threads and precision are chosen, a burn-in moves, and
+    a run that has begun needs no first weights.
+    """
     runtime = dataclasses.replace(
         stored.runtime, threads=given.runtime.threads, precision=given.runtime.precision
     )
-    return dataclasses.replace(stored, runtime=runtime, burn_in=given.burn_in)
+    kwargs = stored.detector_kwargs
+    if kwargs.query_init is None:  # of a run that began before there was a choice
+        kwargs = dataclasses.replace(kwargs, query_init=given.detector_kwargs.query_init)
+    return dataclasses.replace(
+        stored, runtime=runtime, burn_in=given.burn_in, detector_kwargs=kwargs
+    )
 
 
 class Run:
@@ -470,17 +477,26 @@ def fingerprint(splits: Splits) -> list:
 
 
 def make_optimizer(method: TeacherStudent, recipe: Settings) -> torch.optim.Optimizer:
-    """AdamW, the backbone at its own rate."""
+    """AdamW, the backbone at its own rate, and where that is asked for what samples the maps."""
     backbone: list[torch.nn.Parameter] = []
+    sampling: list[torch.nn.Parameter] = []
     others: list[torch.nn.Parameter] = []
+    sampling_factor = recipe.optimizer.sampling_lr_factor
     for name, parameter in method.named_parameters():
-        if parameter.requires_grad:
-            (backbone if ".backbone." in name else others).append(parameter)
+        if not parameter.requires_grad:
+            continue
+        samples = ".offsets." in name or ".reference_points." in name
+        if ".backbone." in name:
+            backbone.append(parameter)
+        else:
+            (sampling if samples and sampling_factor != 1 else others).append(parameter)
     rate = recipe.optimizer.learning_rate
     groups = [
         {"params": others, "lr": rate},
         {"params": backbone, "lr": rate * recipe.optimizer.backbone_lr_factor},
     ]
+    if sampling:
+        groups.append({"params": sampling, "lr": rate * sampling_factor})
     weight_decay = recipe.optimizer.weight_decay
     optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
     for group in optimizer.param_groups:

@@ -6,7 +6,7 @@ Data, detector, method. The presets are those of settings.py.
 import inspect
 import json
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from semidetr_lite.data import coco, digits
 from semidetr_lite.data.splits import Splits
@@ -115,43 +115,24 @@ def make_method(
         offset: the step that the run begins at, those of a burn-in before it.
         seed: of the noise.
     """
-    ema_decay, loss_weights = recipe.optimizer.ema_decay, recipe.loss_weights
-    if name == "supervised":
-        return Supervised(student, ema_decay, seed, loss_weights)
+    shared: dict[str, Any] = {
+        "ema_decay": recipe.optimizer.ema_decay,
+        "seed": seed,
+        "loss_weights": recipe.loss_weights,
+    }
     if name == "soft-teacher":
-        return SoftTeacher(
-            cast(FasterRCNN, student),
-            **vars(recipe.soft_teacher),
-            ema_decay=ema_decay,
-            seed=seed,
-            loss_weights=loss_weights,
-        )
+        return SoftTeacher(cast(FasterRCNN, student), **vars(recipe.soft_teacher), **shared)
     if name == "dense-teacher":
-        return DenseTeacher(
-            cast(FCOS, student),
-            **vars(recipe.dense_teacher),
-            ema_decay=ema_decay,
-            seed=seed,
-            loss_weights=loss_weights,
-        )
+        return DenseTeacher(cast(FCOS, student), **vars(recipe.dense_teacher), **shared)
+    shared["normalizers"] = recipe.normalizers
+    if name == "supervised":
+        return Supervised(student, **shared)
     if name == "mean-teacher":
-        return MeanTeacher(
-            student,
-            **vars(recipe.pseudo_labels),
-            ema_decay=ema_decay,
-            seed=seed,
-            loss_weights=loss_weights,
-        )
+        return MeanTeacher(student, **vars(recipe.pseudo_labels), **shared)
     if name == "semi-detr":
         fields = dict(vars(recipe.semi_detr))
         one_to_many_steps = offset + round(fields.pop("one_to_many_share") * steps)
         return SemiDETR(
-            student,
-            one_to_many_steps,
-            **fields,
-            **vars(recipe.pseudo_labels),
-            ema_decay=ema_decay,
-            seed=seed,
-            loss_weights=loss_weights,
+            student, one_to_many_steps, **fields, **vars(recipe.pseudo_labels), **shared
         )
     raise UserError(f"no method called {name!r}: choose from {', '.join(METHODS)}")
