@@ -21,7 +21,7 @@ from torch import nn
 from semidetr_lite import distributed
 from semidetr_lite.boxes import to_model
 from semidetr_lite.data.views import map_boxes
-from semidetr_lite.detectors.detector import Detector, postprocess
+from semidetr_lite.detectors.detector import Detector, class_scores, postprocess
 from semidetr_lite.detectors.transformer import Memory, stack_layers
 from semidetr_lite.device import copy_to_host, to_device
 from semidetr_lite.losses import (
@@ -208,6 +208,7 @@ class PseudoBoxes(NamedTuple):
     scores: torch.Tensor  # (B, K)
     labels: torch.Tensor  # (B, K)
     valid: torch.Tensor  # (B, K) bool, False in the padding
+    pair_scores: torch.Tensor | None = None  # (B, Q * C) of all query-class pairs, if known
 
     def above(self, threshold: float) -> torch.Tensor:
         """The boxes whose score is at least the threshold: (B, K) bool."""
@@ -260,6 +261,7 @@ def select_pseudo_boxes(
         scores.gather(1, order),
         labels.gather(1, order),
         valid.gather(1, order),
+        class_scores(outputs).flatten(1).clamp(min=0),
     )
 
 
@@ -303,6 +305,7 @@ class MeanTeacher(TeacherStudent):
 
     mining = "none"  # the rule of cost_mining.py, which only Semi-DETR has
     mining_top_k = 0
+    candidate_scores = "boxes"
 
     def __init__(
         self,
@@ -398,7 +401,7 @@ class MeanTeacher(TeacherStudent):
         confident = weak.above(self.score_threshold)
         self.update_pseudo_box_stats(weak.labels, confident, len(images))
         strong = weak.to_strong_view(weak_views, strong_views)
-        candidates = mining_candidates(weak.scores, weak.valid, self.mining, self.mining_top_k)
+        candidates = self.mining_candidates(weak)
         return PseudoLabels(
             weak,
             sizes,
@@ -406,4 +409,11 @@ class MeanTeacher(TeacherStudent):
             confident=confident & strong.valid,
             candidates=candidates & strong.valid,
             teacher=(memory, outputs) if keep_teacher else None,
+        )
+
+    def mining_candidates(self, pseudo: PseudoBoxes) -> torch.Tensor:
+        """The boxes that Semi-DETR's mining chooses from: (B, K) bool."""
+        pair_scores = pseudo.pair_scores if self.candidate_scores == "pairs" else None
+        return mining_candidates(
+            pseudo.scores, pseudo.valid, self.mining, self.mining_top_k, pair_scores
         )

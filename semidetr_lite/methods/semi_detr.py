@@ -38,7 +38,7 @@ from semidetr_lite.losses import (
     make_target_sets,
 )
 from semidetr_lite.matching import layer_costs, match_layers, matched_costs
-from semidetr_lite.methods.cost_mining import MINING, mine, push_costs
+from semidetr_lite.methods.cost_mining import CANDIDATE_SCORES, MINING, mine, push_costs
 from semidetr_lite.methods.mean_teacher import MeanTeacher, Prepared
 from semidetr_lite.methods.query_consistency import DecodedView, Projector, query_consistency
 
@@ -61,13 +61,15 @@ class SemiDETR(MeanTeacher):
         mining_top_k: boxes per image that the rule "top_k" mines.
         mined_targets: whether mined boxes are targets of the class and box losses too.
         cost_queue_size: past matching costs that join the mixture.
+        candidate_scores: mining chooses from boxes that reach mean plus standard deviation of the
+            scores of the image's "boxes" (released code) or of all its query-class "pairs".
         nms: IoU of the NMS of pseudo-boxes, and of detections in stage one.
         score_threshold, unlabelled_weight, unlabelled_box_weight, max_pseudo_boxes: see
             MeanTeacher.
         ema_decay, seed, loss_weights: see TeacherStudent.
 
     Raises UserError for a detector that takes no boxes as queries, and for an unknown value of
-    `consistency_boxes` or `mining`.
+    `consistency_boxes`, `mining` or `candidate_scores`.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class SemiDETR(MeanTeacher):
         ema_decay: float = 0.999,
         seed: int = 0,
         loss_weights: LossWeights = LossWeights(),
+        candidate_scores: str = "boxes",
     ):
         if not student.takes_groups:
             name = type(student).__name__
@@ -99,6 +102,7 @@ class SemiDETR(MeanTeacher):
             )
         _check_choice("consistency_boxes", consistency_boxes, CONSISTENCY_BOXES)
         _check_choice("mining", mining, MINING)
+        _check_choice("candidate_scores", candidate_scores, CANDIDATE_SCORES)
         super().__init__(
             student,
             score_threshold,
@@ -116,6 +120,7 @@ class SemiDETR(MeanTeacher):
         self.consistency_in_both_stages = consistency_in_both_stages
         self.consistency_boxes = consistency_boxes
         self.mining, self.mining_top_k, self.mined_targets = mining, mining_top_k, mined_targets
+        self.candidate_scores = candidate_scores
         self.projector = Projector(student.dim, hidden=4 * student.dim)
         self.register_buffer("cost_queue", torch.full((cost_queue_size,), torch.nan))
 

@@ -136,8 +136,7 @@ class PseudoLabels:
     score_threshold: Weight = 0.4  # least score of a confident pseudo-box
     unlabelled_weight: Weight = 4.0  # of the losses on unlabelled images
     unlabelled_box_weight: Weight = 1.0  # a further factor of their box losses
-    # per image; mining takes mean and standard deviation of the scores over these
-    max_pseudo_boxes: Count = 100
+    max_pseudo_boxes: Count = 100  # per image
     # IoU over which the teacher's boxes of one class suppress each other in stage one
     nms: Fraction = 0.6
 
@@ -158,6 +157,9 @@ class SemiDetr:
     mining_top_k: Count = 9  # boxes per image, if mining is top_k
     mined_targets: bool = False  # mined boxes are targets too
     cost_queue_size: WholeNumber = 0  # costs of past steps that the mixture is fitted to as well
+    # whose mean plus deviation a box's score must reach to be mined: those of the image's boxes,
+    # or of all its query-class pairs
+    candidate_scores: Literal["boxes", "pairs"] = "boxes"
 
 
 @dataclass(frozen=True)
