@@ -88,7 +88,8 @@ class TeacherStudent(nn.Module):
         self.student = student
         self.teacher = copy.deepcopy(student).requires_grad_(False).eval()
         self.ema_decay, self.seed, self.loss_weights = ema_decay, seed, loss_weights
-        self.stats: dict[str, float] = {}  # of the last step, for the log
+        # of the last step, for the log; tensors are read where a line is written
+        self.stats: dict[str, float | torch.Tensor] = {}
         uniform = torch.ones(student.num_classes) / student.num_classes
         self.register_buffer("pseudo_boxes_per_class", uniform)
 

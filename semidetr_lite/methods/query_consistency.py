@@ -10,9 +10,13 @@ after every layer their normalized embeddings are pulled together:
 
 Differences from the paper: both decoders get the teacher's content, and all layers are compared (as
 in the released code).
-Differences from the released code: the projector uses GroupNorm and LayerNorm instead of live batch
-statistics; padding is left out of the mean (there it is averaged in, at quadratic memory); and one
-group of queries is decoded instead of five equal ones.
+Differences from the released code: padding is left out of the mean (there it is averaged in, at
+quadratic memory); and one group of queries is decoded instead of five equal ones.
+
+The norm of the projector matters. BatchNorm (as released) takes the mean over the boxes out of each
+channel, so that contents of different boxes stay apart. GroupNorm and LayerNorm take it out of each
+box alone: nothing then keeps the projector from giving every box the same content, which makes the
+loss small and the queries useless. The cosines in the log tell: see `Cosines`.
 
 Shapes: B images, K pseudo-boxes per image, R boxes in all, N consistency queries per image,
 D channels.
@@ -33,6 +37,9 @@ from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.detectors.transformer import Memory, QueryGroup, slice_outputs
 from semidetr_lite.device import to_device
 from semidetr_lite.methods.mean_teacher import PseudoLabels
+from semidetr_lite.methods.step_norm import StepBatchNorm
+
+PROJECTOR_NORMS = ("batch", "group")
 
 
 class Projector(nn.Module):
@@ -42,19 +49,21 @@ class Projector(nn.Module):
         dim: D.
         hidden: width of the middle layer.
         roi_size: cells of the RoIAlign grid, per side.
+        norm: "batch", as in the released code; or "group", GroupNorm in the convolutions and
+            LayerNorm behind the linear layer, where a box does not depend on the others.
     """
 
-    def __init__(self, dim: int, hidden: int = 1024, roi_size: int = 7):
+    def __init__(self, dim: int, hidden: int = 1024, roi_size: int = 7, norm: str = "group"):
         super().__init__()
         self.roi_size = roi_size
         groups = math.gcd(32, dim // 2)
         layers: list[nn.Module] = []
         for _ in range(2):
             layers.append(nn.Conv2d(dim, dim, 3, padding=1, bias=False))
-            layers.append(nn.GroupNorm(groups, dim))
+            layers.append(StepBatchNorm(dim) if norm == "batch" else nn.GroupNorm(groups, dim))
             layers.append(nn.ReLU(inplace=True))
         layers += [nn.Flatten(), nn.Linear(dim * roi_size * roi_size, hidden)]
-        layers += [nn.LayerNorm(hidden), nn.ReLU()]
+        layers += [StepBatchNorm(hidden) if norm == "batch" else nn.LayerNorm(hidden), nn.ReLU()]
         self.layers = nn.Sequential(*layers, nn.Linear(hidden, dim), nn.ReLU())
 
     def forward(
@@ -100,6 +109,18 @@ class DecodedView(NamedTuple):
         )
 
 
+class Cosines(NamedTuple):
+    """How alike queries of the same and of different boxes are: scalars, means over a batch.
+
+    Consistency works if the same box is more alike than different boxes, and is empty if all are
+    alike. Nan where there are too few boxes.
+    """
+
+    same: torch.Tensor  # embeddings of student and teacher, last layer, of the same box
+    different: torch.Tensor  # embeddings of student and teacher, last layer, of different boxes
+    content: torch.Tensor  # contents of different boxes
+
+
 def query_consistency(
     projector: Projector,
     student: DecodedView,
@@ -115,10 +136,22 @@ def query_consistency(
         labels: the pseudo-boxes in both views.
         mask: (B, K) bool on the CPU, the boxes to compare.
     """
+    return consistency_and_cosines(projector, student, teacher, labels, mask)[0]
+
+
+def consistency_and_cosines(
+    projector: Projector,
+    student: DecodedView,
+    teacher: DecodedView,
+    labels: PseudoLabels,
+    mask: np.ndarray,
+) -> tuple[torch.Tensor, Cosines]:
+    """The loss of `query_consistency`, and how alike the queries are."""
     total = sum(distributed.all_gather(int(mask.sum())))
     num_queries = max(total, 1) / distributed.world_size()
     if not mask.any():  # every process needs a gradient
-        return sum(parameter.sum() * 0.0 for parameter in projector.parameters())
+        loss = sum(parameter.sum() * 0.0 for parameter in projector.parameters())
+        return loss, Cosines(*loss.new_full((3,), torch.nan))
 
     strong_boxes, weak_boxes = labels.strong.boxes, labels.weak.boxes
     # the boxes of `mask`, in a row: their image, their column in it, and their slot in the group
@@ -150,7 +183,28 @@ def query_consistency(
     with torch.no_grad():
         teacher_group = QueryGroup(content, weak_positions, 1, valid)
         teacher_embeddings = decode_embeddings(teacher, teacher_group)
-    return consistency_loss(student_embeddings, teacher_embeddings, valid, num_queries)
+    loss = consistency_loss(student_embeddings, teacher_embeddings, valid, num_queries)
+    last_of_student = student_embeddings[-1][rows, slots]
+    last_of_teacher = teacher_embeddings[-1][rows, slots]
+    return loss, mean_cosines(last_of_student, last_of_teacher, contents)
+
+
+@torch.no_grad()
+def mean_cosines(
+    student: torch.Tensor, teacher: torch.Tensor, contents: torch.Tensor
+) -> Cosines:
+    """The mean cosines of R boxes: embeddings (R, D) of both decoders, contents (R, D)."""
+    count = len(student)
+    student, teacher, contents = (
+        F.normalize(rows.detach().float(), dim=-1) for rows in (student, teacher, contents)
+    )
+    same = (student * teacher).sum(-1).mean()
+    # the mean over all pairs of different boxes, from the sum over all pairs
+    pairs = count * (count - 1) or torch.nan
+    different = (student.sum(0) @ teacher.sum(0) - same * count) / pairs
+    itself = contents.square().sum()  # less than the number of boxes if a content is zero
+    content = (contents.sum(0).square().sum() - itself) / pairs
+    return Cosines(same, different, content)
 
 
 def decode_embeddings(view: DecodedView, group: QueryGroup) -> list[torch.Tensor]:

@@ -40,7 +40,13 @@ from semidetr_lite.losses import (
 from semidetr_lite.matching import layer_costs, match_layers, matched_costs
 from semidetr_lite.methods.cost_mining import CANDIDATE_SCORES, MINING, mine, push_costs
 from semidetr_lite.methods.mean_teacher import MeanTeacher, Prepared
-from semidetr_lite.methods.query_consistency import DecodedView, Projector, query_consistency
+from semidetr_lite.methods.query_consistency import (
+    PROJECTOR_NORMS,
+    DecodedView,
+    Projector,
+    consistency_and_cosines,
+)
+from semidetr_lite.methods.step_norm import forget_step, update_running_statistics
 
 CONSISTENCY_BOXES = ("both", "confident", "mined", "none")
 
@@ -63,13 +69,15 @@ class SemiDETR(MeanTeacher):
         cost_queue_size: past matching costs that join the mixture.
         candidate_scores: mining chooses from boxes that reach mean plus standard deviation of the
             scores of the image's "boxes" (released code) or of all its query-class "pairs".
+        projector_norm: of the network that makes the content of consistency queries, "batch" (as
+            released) or "group"; see query_consistency.py.
         nms: IoU of the NMS of pseudo-boxes, and of detections in stage one.
         score_threshold, unlabelled_weight, unlabelled_box_weight, max_pseudo_boxes: see
             MeanTeacher.
         ema_decay, seed, loss_weights: see TeacherStudent.
 
     Raises UserError for a detector that takes no boxes as queries, and for an unknown value of
-    `consistency_boxes`, `mining` or `candidate_scores`.
+    `consistency_boxes`, `mining`, `candidate_scores` or `projector_norm`.
     """
 
     def __init__(
@@ -93,6 +101,7 @@ class SemiDETR(MeanTeacher):
         seed: int = 0,
         loss_weights: LossWeights = LossWeights(),
         candidate_scores: str = "boxes",
+        projector_norm: str = "group",
     ):
         if not student.takes_groups:
             name = type(student).__name__
@@ -103,6 +112,7 @@ class SemiDETR(MeanTeacher):
         _check_choice("consistency_boxes", consistency_boxes, CONSISTENCY_BOXES)
         _check_choice("mining", mining, MINING)
         _check_choice("candidate_scores", candidate_scores, CANDIDATE_SCORES)
+        _check_choice("projector_norm", projector_norm, PROJECTOR_NORMS)
         super().__init__(
             student,
             score_threshold,
@@ -121,7 +131,7 @@ class SemiDETR(MeanTeacher):
         self.consistency_boxes = consistency_boxes
         self.mining, self.mining_top_k, self.mined_targets = mining, mining_top_k, mined_targets
         self.candidate_scores = candidate_scores
-        self.projector = Projector(student.dim, hidden=4 * student.dim)
+        self.projector = Projector(student.dim, hidden=4 * student.dim, norm=projector_norm)
         self.register_buffer("cost_queue", torch.full((cost_queue_size,), torch.nan))
 
     def stage(self, step: int) -> str:
@@ -134,8 +144,13 @@ class SemiDETR(MeanTeacher):
         return self.consistency_boxes != "none" and in_this_stage
 
     def after_step(self, step: int) -> None:
-        """Move the teacher, and note whether detections of these weights need NMS."""
+        """Move the teacher, and note whether detections of these weights need NMS.
+
+        All processes call it after the optimizer's step, and the projector's running statistics
+        move.
+        """
         super().after_step(step)
+        update_running_statistics(self.projector.modules())
         nms = self.nms if self.stage(step) == "one_to_many" else None
         self.student.nms = self.teacher.nms = nms
 
@@ -186,23 +201,28 @@ class SemiDETR(MeanTeacher):
         losses |= denoising_losses(outputs["groups"], denoising, [labelled, pseudo])
 
         # 6. CQC: both decoders should describe the confident and the mined boxes alike (3.3)
+        cosines = {}
         if labels.teacher is not None:
             student = DecodedView(self.student, memory, outputs).of_images(pseudo.images)
             teacher = DecodedView(self.teacher, *labels.teacher)
             masks = {"both": confident | mined, "confident": confident, "mined": mined}
             mask = masks[self.consistency_boxes]
-            loss = query_consistency(self.projector, student, teacher, labels, mask)
+            views = (student, teacher)
+            loss, found = consistency_and_cosines(self.projector, *views, labels, mask)
             losses["consistency"] = self.unlabelled_weight * self.consistency_weight * loss
+            cosines = {f"{name}_cosine": value for name, value in found._asdict().items()}
 
         self.stats = {
             "pseudo_per_image": float(confident.sum() / len(confident)),
             "mined_per_image": float((mined & ~confident).sum() / len(confident)),
             "cost_threshold": threshold,
+            **cosines,
         }
         return losses
 
     def prepare(self, micro_batches: list[dict], step: int) -> list[Prepared]:
         """See MeanTeacher.prepare; the teacher's memory is kept where a step has consistency."""
+        forget_step(self.projector.modules())
         return super().prepare(micro_batches, step, keep_teacher=self.has_consistency(step))
 
     def with_mined(self, pseudo: TargetSet, mask: np.ndarray) -> TargetSet:

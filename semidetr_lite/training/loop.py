@@ -445,9 +445,13 @@ def replay(file: str | Path) -> dict[str, torch.Tensor]:
 
 
 def mean_stats(stats: dict[str, float]) -> dict[str, float]:
-    """Each figure's mean over the processes."""
-    every = distributed.all_gather(stats)
-    return {name: sum(own[name] for own in every) / len(every) for name in stats}
+    """Each figure's mean over the processes that have one; nan where none has."""
+    every = distributed.all_gather({name: float(value) for name, value in stats.items()})
+    means = {}
+    for name in stats:
+        values = [own[name] for own in every if not math.isnan(own[name])]
+        means[name] = sum(values) / len(values) if values else math.nan
+    return means
 
 
 def fingerprint(splits: Splits) -> list:
@@ -464,16 +468,25 @@ def fingerprint(splits: Splits) -> list:
 
 
 def make_optimizer(method: TeacherStudent, recipe: Settings) -> torch.optim.Optimizer:
-    """AdamW, the backbone at its own rate."""
-    backbone, others = [], []
+    """AdamW, backbone and projector at their own rates."""
+    backbone, projector, others = [], [], []
+    projector_lr_factor = recipe.semi_detr.projector_lr_factor
     for name, parameter in method.named_parameters():
-        if parameter.requires_grad:
-            (backbone if ".backbone." in name else others).append(parameter)
+        if not parameter.requires_grad:
+            continue
+        if ".backbone." in name:
+            backbone.append(parameter)
+        elif name.startswith("projector.") and projector_lr_factor != 1:
+            projector.append(parameter)
+        else:
+            others.append(parameter)
     rate = recipe.optimizer.learning_rate
     groups = [
         {"params": others, "lr": rate},
         {"params": backbone, "lr": rate * recipe.optimizer.backbone_lr_factor},
     ]
+    if projector:
+        groups.append({"params": projector, "lr": rate * projector_lr_factor})
     weight_decay = recipe.optimizer.weight_decay
     optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
     for group in optimizer.param_groups:

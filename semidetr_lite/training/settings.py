@@ -160,6 +160,9 @@ class SemiDetr:
     # whose mean plus deviation a box's score must reach to be mined: those of the image's boxes,
     # or of all its query-class pairs
     candidate_scores: Literal["boxes", "pairs"] = "boxes"
+    # of the network that makes the content of consistency queries; batch: as released
+    projector_norm: Literal["batch", "group"] = "group"
+    projector_lr_factor: Weight = 1.0  # its learning rate as a fraction of the detector's
 
 
 @dataclass(frozen=True)
@@ -385,6 +388,7 @@ COCO = Settings(
     optimizer=Optimizer(batch_size=8, unlabelled_batch_size=32),
     runtime=Runtime(accumulate=8),
     pseudo_labels=PseudoLabels(max_pseudo_boxes=300),
+    semi_detr=SemiDetr(projector_norm="batch"),
     loss_weights=LossWeights(l1_weight=10.0),
     views=ViewSettings(short_sides=tuple(range(480, 801, 32))),
     detector_kwargs=RESNET_DETECTORS["dino"],
@@ -405,7 +409,9 @@ PRESETS: dict[str, Settings] = {
         COCO,
         preset="coco-10pct-paper",
         loss_weights=LossWeights(),
-        semi_detr=SemiDetr(consistency_weight=1.0, consistency_in_both_stages=True),
+        semi_detr=SemiDetr(
+            consistency_weight=1.0, consistency_in_both_stages=True, projector_norm="batch"
+        ),
     ),
     # train2017 with all labels and unlabeled2017: 8 GPUs of 8 images, half of them labelled
     "coco-full": dataclasses.replace(
