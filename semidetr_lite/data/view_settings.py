@@ -1,7 +1,7 @@
 """How far the views of an image may go. Without torch, so that the commands start quickly."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -36,3 +36,6 @@ class ViewSettings:
     patches: WholeNumber = 4  # at most so many erased patches in the strong view
     patch_side: Fraction = 0.2  # of an erased patch, at most
     visible: Fraction = 0.25  # a box of which less remains in the view is dropped
+    # of strong views with each other; both: the one or the other
+    mixing: Literal["none", "mixup", "mosaic", "both"] = "none"
+    mixing_share: Fraction = 0.5  # of the strong views that are mixed

@@ -20,6 +20,7 @@ from torch import nn
 
 from semidetr_lite import distributed
 from semidetr_lite.boxes import to_model
+from semidetr_lite.data.mixing import Sources, map_to_mixed_views, sources_of
 from semidetr_lite.data.views import map_boxes
 from semidetr_lite.detectors.detector import Detector, class_scores, postprocess
 from semidetr_lite.detectors.transformer import Memory, stack_layers
@@ -226,6 +227,16 @@ class PseudoBoxes(NamedTuple):
         boxes, in_view = map_boxes(self.boxes, matrices, sizes)
         return PaddedTargets(to_model(boxes, sizes), self.labels, self.valid & in_view)
 
+    def to_mixed_views(
+        self, sources: Sources, weak: list[dict], strong: list[dict]
+    ) -> PaddedTargets:
+        """The same where strong views are mixed, for the S * K boxes `of_sources`."""
+        sizes = to_device(image_sizes(strong), self.boxes.device)
+        boxes = self.boxes.unflatten(1, (sources.rows.shape[1], -1))
+        boxes, in_view = map_to_mixed_views(boxes, sources, weak)
+        valid = self.valid & in_view.flatten(1)
+        return PaddedTargets(to_model(boxes.flatten(1, 2), sizes), self.labels, valid)
+
 
 def weak_to_strong(weak: list[dict], strong: list[dict]) -> list[torch.Tensor]:
     """The matrix (3, 3) of each image that takes pixels of its weak view to its strong view."""
@@ -275,6 +286,15 @@ class PseudoLabels(NamedTuple):
     confident: torch.Tensor  # (B, K) bool, in view and of at least the score threshold
     candidates: torch.Tensor  # (B, K) bool, in view and what Semi-DETR's mining chooses from
     teacher: tuple[Memory, dict] | None  # memory and outputs, where consistency needs them
+    weak_rows: np.ndarray | None = None  # (B, K) the weak view of each box; None: its own image's
+
+
+def of_sources(entry: torch.Tensor, sources: Sources) -> torch.Tensor:
+    """What belongs to the K boxes of each weak view, side by side for each mixed strong view.
+
+    entry: (B, K, ...) -> (B, S * K, ...).
+    """
+    return entry[to_device(torch.from_numpy(sources.rows), entry.device)].flatten(1, 2)
 
 
 class Prepared(NamedTuple):
@@ -401,8 +421,15 @@ class MeanTeacher(TeacherStudent):
         weak = select_pseudo_boxes(outputs, sizes, self.max_pseudo_boxes, self.nms)
         confident = weak.above(self.score_threshold)
         self.update_pseudo_box_stats(weak.labels, confident, len(images))
-        strong = weak.to_strong_view(weak_views, strong_views)
         candidates = self.mining_candidates(weak)
+        sources, weak_rows = sources_of(strong_views), None
+        if sources is None:
+            strong = weak.to_strong_view(weak_views, strong_views)
+        else:
+            weak_rows = sources.rows.repeat(weak.boxes.shape[1], axis=1)
+            weak = PseudoBoxes(*(of_sources(entry, sources) for entry in weak[:4]))
+            confident, candidates = (of_sources(one, sources) for one in (confident, candidates))
+            strong = weak.to_mixed_views(sources, weak_views, strong_views)
         return PseudoLabels(
             weak,
             sizes,
@@ -410,6 +437,7 @@ class MeanTeacher(TeacherStudent):
             confident=confident & strong.valid,
             candidates=candidates & strong.valid,
             teacher=(memory, outputs) if keep_teacher else None,
+            weak_rows=weak_rows,
         )
 
     def mining_candidates(self, pseudo: PseudoBoxes) -> torch.Tensor:

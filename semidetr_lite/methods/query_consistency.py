@@ -153,36 +153,36 @@ def consistency_and_cosines(
         loss = sum(parameter.sum() * 0.0 for parameter in projector.parameters())
         return loss, Cosines(*loss.new_full((3,), torch.nan))
 
-    strong_boxes, weak_boxes = labels.strong.boxes, labels.weak.boxes
-    # the boxes of `mask`, in a row: their image, their column in it, and their slot in the group
-    device = strong_boxes.device
+    # the boxes of `mask`, in a row: their image and column, their slot in the student's group of
+    # queries, and their image and slot in the teacher's
+    device = labels.strong.boxes.device
     rows, columns = np.nonzero(mask)
-    slots = np.concatenate([np.arange(count) for count in mask.sum(1)])
-    indices = torch.from_numpy(np.stack([rows, columns, slots]))
-    rows, columns, slots = to_device(indices, device)
+    weak_rows = rows if labels.weak_rows is None else labels.weak_rows[rows, columns]
+    indices = np.stack([rows, columns, slots_in(rows), weak_rows, slots_in(weak_rows)])
+    max_queries = int(indices[[2, 4]].max()) + 1
+    rows, columns, slots, weak_rows, weak_slots = to_device(torch.from_numpy(indices), device)
+    strong_boxes = labels.strong.boxes[rows, columns]
+    weak_boxes = labels.weak.boxes[rows, columns]
 
     features = teacher.memory.features
     height, width = labels.weak_sizes.amax(0).tolist()
     strides = [(height / level.shape[-2], width / level.shape[-1]) for level in features]
-    contents = projector(features, strides, rows, weak_boxes[rows, columns])
+    contents = projector(features, strides, weak_rows, weak_boxes)
 
-    group_shape = (len(mask), int(mask.sum(1).max()))  # (B, N)
-    valid = torch.zeros(group_shape, dtype=torch.bool, device=device)
-    valid[rows, slots] = True
-    content = contents.new_zeros(*group_shape, contents.shape[1])
-    content = content.index_put((rows, slots), contents)
-
-    weak_boxes = to_model(weak_boxes, to_device(labels.weak_sizes, device))
-    strong_positions = strong_boxes.new_full((*group_shape, 4), 0.5)
-    strong_positions = strong_positions.index_put((rows, slots), strong_boxes[rows, columns])
-    weak_positions = weak_boxes.new_full((*group_shape, 4), 0.5)
-    weak_positions = weak_positions.index_put((rows, slots), weak_boxes[rows, columns])
-
-    student_group = QueryGroup(content, strong_positions, 1, valid)
+    weak_sizes = to_device(labels.weak_sizes, device)[weak_rows]
+    weak_boxes = to_model(weak_boxes[:, None], weak_sizes)[:, 0]
+    group_shape = (len(mask), max_queries)  # (B, N)
+    student_group = make_group(contents, strong_boxes, rows, slots, group_shape)
     student_embeddings = decode_embeddings(student, student_group)
     with torch.no_grad():
-        teacher_group = QueryGroup(content, weak_positions, 1, valid)
+        teacher_group = make_group(contents, weak_boxes, weak_rows, weak_slots, group_shape)
         teacher_embeddings = decode_embeddings(teacher, teacher_group)
+    if labels.weak_rows is not None:  # in the order of the student's
+        teacher_embeddings = [
+            torch.zeros_like(layer).index_put((rows, slots), layer[weak_rows, weak_slots])
+            for layer in teacher_embeddings
+        ]
+    valid = student_group.valid
     loss = consistency_loss(student_embeddings, teacher_embeddings, valid, num_queries)
     last_of_student = student_embeddings[-1][rows, slots]
     last_of_teacher = teacher_embeddings[-1][rows, slots]
@@ -205,6 +205,35 @@ def mean_cosines(
     itself = contents.square().sum()  # less than the number of boxes if a content is zero
     content = (contents.sum(0).square().sum() - itself) / pairs
     return Cosines(same, different, content)
+
+
+def slots_in(rows: np.ndarray) -> np.ndarray:
+    """The place of each of R boxes among those of its row: (R,)."""
+    order = np.argsort(rows, kind="stable")
+    slots = np.empty_like(rows)
+    slots[order] = np.concatenate([np.arange(count) for count in np.bincount(rows)])
+    return slots
+
+
+def make_group(
+    contents: torch.Tensor,
+    boxes: torch.Tensor,
+    rows: torch.Tensor,
+    slots: torch.Tensor,
+    shape: tuple[int, int],
+) -> QueryGroup:
+    """The consistency queries of a view, padded.
+
+    Args:
+        contents, boxes: (R, D) and (R, 4) cxcywh in the view.
+        rows, slots: (R,) the image of each box, and its place among those of the image.
+        shape: (B, N).
+    """
+    valid = torch.zeros(shape, dtype=torch.bool, device=boxes.device)
+    valid[rows, slots] = True
+    content = contents.new_zeros(*shape, contents.shape[1]).index_put((rows, slots), contents)
+    positions = boxes.new_full((*shape, 4), 0.5).index_put((rows, slots), boxes)
+    return QueryGroup(content, positions, 1, valid)
 
 
 def decode_embeddings(view: DecodedView, group: QueryGroup) -> list[torch.Tensor]:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from semidetr_lite import distributed
 from semidetr_lite.data.batches import Batches
+from semidetr_lite.data.mixing import check_blocks
 from semidetr_lite.data.splits import Splits
 from semidetr_lite.device import to_host
 from semidetr_lite.errors import Stopped, UserError, as_user_error
@@ -154,6 +155,8 @@ class Run:
         self.method.to(self.device).train()
         self.optimizer = make_optimizer(self.method, config)
         self.engine = Engine(self.method, config.runtime, config.optimizer.batch_size)
+        parts = self.engine.num_micro_batches * distributed.world_size()
+        check_blocks(config.views.mixing, self.unlabelled, parts)
         if state:
             load_state_strict(self.method, state["method"], self.folder.last)
             self.optimizer.load_state_dict(state["optimizer"])

@@ -521,6 +521,10 @@ def check(settings: SettingsType, origin: str = OPTIONS) -> SettingsType:
         choice = " or ".join(fitting)
         fault = f"{settings.method} cannot train {settings.detector}"
         raise UserError(f"{fault}: choose --detector {choice}")
+    mixing = settings.views.mixing
+    if mixing != "none" and settings.method in ("soft-teacher", "dense-teacher"):
+        fault = f"{settings.method} cannot learn from mixed views"
+        raise UserError(f"{fault}: leave out --mixing {mixing}")
     files = dataclasses.asdict(settings.data_files) | {"unlabelled": settings.unlabelled}
     for name in ("images", "unlabelled", "validation", "folds"):
         if settings.data == "digits" and files[name]:
