@@ -68,7 +68,9 @@ def test_the_setting_decides_what_a_step_mines_from():
         bar = labels.weak.scores if candidate_scores == "boxes" else labels.weak.pair_scores
         if candidate_scores == "pairs":
             expected = labels.weak.scores >= (bar.mean(1) + bar.std(1))[:, None]
-            assert torch.equal(labels.candidates, expected & labels.weak.valid & labels.strong.valid)
+            assert torch.equal(
+                labels.candidates, expected & labels.weak.valid & labels.strong.valid
+            )
         found[candidate_scores] = labels.candidates
     assert not torch.equal(found["boxes"], found["pairs"])
 

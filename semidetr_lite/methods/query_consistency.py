@@ -190,9 +190,7 @@ def consistency_and_cosines(
 
 
 @torch.no_grad()
-def mean_cosines(
-    student: torch.Tensor, teacher: torch.Tensor, contents: torch.Tensor
-) -> Cosines:
+def mean_cosines(student: torch.Tensor, teacher: torch.Tensor, contents: torch.Tensor) -> Cosines:
     """The mean cosines of R boxes: embeddings (R, D) of both decoders, contents (R, D)."""
     count = len(student)
     student, teacher, contents = (
