@@ -20,11 +20,12 @@ import torch
 
 from semidetr_lite import distributed
 from semidetr_lite.contracts import Batch, Views
+from semidetr_lite.data.mixing import check_blocks, mix_views
 from semidetr_lite.data.splits import Dataset, Splits
 from semidetr_lite.data.views import ViewSettings, labelled_view, strong_view, weak_view
 from semidetr_lite.errors import UserError
 
-# separate streams of random numbers
+# separate streams of random numbers; the next is MIXING_STREAM of mixing.py
 RNG_LABELLED, RNG_WEAK, RNG_STRONG, RNG_ORDER, RNG_SHAPES, RNG_REPLACEMENT = range(6)
 MAX_ATTEMPTS = 20  # images tried for one that can be read
 
@@ -103,6 +104,7 @@ class Batches(torch.utils.data.Dataset):
         if processes > min(labelled, unlabelled or labelled):
             problem = f"{processes} processes for {labelled} labelled images a step"
             raise UserError(f"{problem}: start fewer")
+        check_blocks(views.mixing, unlabelled, processes)
         self.labelled_shard = distributed.shard(labelled)
         self.unlabelled_shard = distributed.shard(unlabelled)
         self.splits = splits
@@ -144,7 +146,10 @@ class Batches(torch.utils.data.Dataset):
             # once for both views
             scenes = self._read(RNG_WEAK, self.unlabelled, indices, shape, step)
             batch["weak"] = self._views(scenes, weak_view, step, RNG_WEAK)
-            batch["strong"] = self._views(scenes, strong_view, step, RNG_STRONG)
+            strong = zip(*self._views(scenes, strong_view, step, RNG_STRONG), strict=True)
+            shard = self.unlabelled_shard
+            mixed = mix_views(list(strong), shard, self.seed, step, self.views)
+            batch["strong"] = ([image for image, _ in mixed], [target for _, target in mixed])
         return batch
 
     def _read(

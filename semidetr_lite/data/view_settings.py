@@ -1,7 +1,7 @@
 """How far the views of an image may go. Without torch, so that the commands start quickly."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -41,3 +41,6 @@ class ViewSettings:
     # every second labelled view shows a random part of its image (DETR's recipe)
     detr_crops: bool = False
     labelled_color: bool = True  # whether labelled views get a colour operation
+    # of strong views with each other; both: the one or the other
+    mixing: Literal["none", "mixup", "mosaic", "both"] = "none"
+    mixing_share: Fraction = 0.5  # of the strong views that are mixed

@@ -44,23 +44,29 @@ PER_BOX = (
 )  # target entries with a row per box
 
 
-def map_boxes(boxes: torch.Tensor, matrix: torch.Tensor, size) -> tuple[torch.Tensor, torch.Tensor]:
+def map_boxes(
+    boxes: torch.Tensor, matrix: torch.Tensor, size, visible: float | torch.Tensor = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Map boxes to another view by the matrix that moved the pixels.
 
     Args:
         boxes: (T, 4) xyxy pixels; or (B, T, 4).
         matrix: (3, 3), acting on columns (x, y, 1); or (B, 3, 3).
         size: (H, W) of the image the boxes are mapped to; or a tensor (B, 2).
+        visible: the fraction of a box's area that must be left; or a tensor (B, 1).
 
     Returns:
         (T, 4) the bounding boxes of the mapped corners, clamped to the image; (T,) bool, False
-        where nothing of the box is left.
+        where nothing, or too little, of the box is left.
     """
     mapped = _bounding_boxes_of_corners(boxes, matrix)
     size = torch.as_tensor(size, dtype=mapped.dtype, device=mapped.device)
     limit = torch.cat([size, size], -1).flip(-1).unsqueeze(-2)  # (..., 1, 4) W, H, W, H
     clamped = torch.minimum(mapped.clamp(min=0), limit)
-    keep = (clamped[..., 2:] - clamped[..., :2] > 1e-3).all(-1)
+    sides = clamped[..., 2:] - clamped[..., :2]
+    keep = (sides > 1e-3).all(-1)
+    if isinstance(visible, torch.Tensor) or visible > 0:
+        keep &= sides.prod(-1) >= visible * (mapped[..., 2:] - mapped[..., :2]).prod(-1)
     return clamped, keep
 
 

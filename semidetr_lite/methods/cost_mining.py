@@ -10,7 +10,13 @@ released code: dino_detr_ssod.py:332-353).
 Differences from the released code: the costs of one step on one machine are few, so a short queue
 of past costs can join them. The other rules of MINING are those of the paper's ablation.
 
-Shapes: B images, K pseudo-boxes per image.
+A box is a candidate if its score reaches the mean plus one standard deviation of its image's
+scores. On COCO these are the scores of up to 300 boxes, nearly all of them low, so the bar is low.
+A small detector has about ten boxes in an image, most of them on objects, and the same bar lets
+hardly any but confident boxes pass. There the scores of all query-class pairs are what the boxes
+are on COCO: CANDIDATE_SCORES names the choice.
+
+Shapes: B images, K pseudo-boxes per image, Q queries, C classes.
 """
 
 import warnings
@@ -25,6 +31,7 @@ from semidetr_lite import distributed
 from semidetr_lite.device import to_device
 
 MINING = ("gmm", "mean_std", "top_k", "none")  # rules
+CANDIDATE_SCORES = ("boxes", "pairs")  # whose mean and deviation are the candidates' bar
 
 
 class Mined(NamedTuple):
@@ -36,7 +43,11 @@ class Mined(NamedTuple):
 
 
 def mining_candidates(
-    scores: torch.Tensor, valid: torch.Tensor, rule: str, top_k: int
+    scores: torch.Tensor,
+    valid: torch.Tensor,
+    rule: str,
+    top_k: int,
+    pair_scores: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The boxes that mining chooses from: (B, K) bool.
 
@@ -45,12 +56,17 @@ def mining_candidates(
         rule: "gmm" and "mean_std" take all boxes that reach their image's mean score plus one
             standard deviation; "top_k" the `top_k` best of each image; "none" no box.
         top_k: see rule.
+        pair_scores: (B, Q * C) the scores whose mean and deviation count, those of all query-class
+            pairs; None: the scores of the boxes.
     """
     if rule == "none":
         return torch.zeros_like(valid)
     if rule == "top_k":
         return valid & (torch.arange(valid.shape[1], device=valid.device) < top_k)
-    return above_mean_plus_std(scores, valid)
+    if pair_scores is None:
+        return above_mean_plus_std(scores, valid)
+    std, mean = torch.std_mean(pair_scores, dim=1, keepdim=True)
+    return valid & (scores >= mean + std)
 
 
 def above_mean_plus_std(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

@@ -23,8 +23,9 @@ from torch import nn
 from semidetr_lite import distributed
 from semidetr_lite.boxes import to_model
 from semidetr_lite.contracts import Batch, Outputs, Target
+from semidetr_lite.data.mixing import Sources, map_to_mixed_views, sources_of
 from semidetr_lite.data.views import map_boxes
-from semidetr_lite.detectors.detector import Detector, postprocess
+from semidetr_lite.detectors.detector import Detector, class_scores, postprocess
 from semidetr_lite.detectors.transformer import Memory, stack_layers
 from semidetr_lite.device import copy_to_host, to_device
 from semidetr_lite.losses import (
@@ -100,7 +101,8 @@ class TeacherStudent(nn.Module):
         self.teacher = copy.deepcopy(student).requires_grad_(False).eval()
         self.ema_decay, self.seed, self.loss_weights = ema_decay, seed, loss_weights
         self.normalizers = normalizers
-        self.stats: dict[str, float] = {}  # of the last step, for the log
+        # of the last step, for the log; tensors are read where a line is written
+        self.stats: dict[str, float | torch.Tensor] = {}
         uniform = torch.ones(student.num_classes) / student.num_classes
         self.register_buffer("pseudo_boxes_per_class", uniform)
 
@@ -224,6 +226,7 @@ class PseudoBoxes(NamedTuple):
     scores: torch.Tensor  # (B, K)
     labels: torch.Tensor  # (B, K)
     valid: torch.Tensor  # (B, K) bool, False in the padding
+    pair_scores: torch.Tensor | None = None  # (B, Q * C) of all query-class pairs, if known
 
     def above(self, threshold: float) -> torch.Tensor:
         """The boxes whose score is at least the threshold: (B, K) bool."""
@@ -239,6 +242,16 @@ class PseudoBoxes(NamedTuple):
         sizes = to_device(image_sizes(strong), device)
         boxes, in_view = map_boxes(self.boxes, matrices, sizes)
         return PaddedTargets(to_model(boxes, sizes), self.labels, self.valid & in_view)
+
+    def to_mixed_views(
+        self, sources: Sources, weak: list[dict], strong: list[dict]
+    ) -> PaddedTargets:
+        """The same where strong views are mixed, for the S * K boxes `of_sources`."""
+        sizes = to_device(image_sizes(strong), self.boxes.device)
+        boxes = self.boxes.unflatten(1, (sources.rows.shape[1], -1))
+        boxes, in_view = map_to_mixed_views(boxes, sources, weak)
+        valid = self.valid & in_view.flatten(1)
+        return PaddedTargets(to_model(boxes.flatten(1, 2), sizes), self.labels, valid)
 
 
 def weak_to_strong(weak: list[Target], strong: list[Target]) -> list[torch.Tensor]:
@@ -276,6 +289,7 @@ def select_pseudo_boxes(
         scores.gather(1, order),
         labels.gather(1, order),
         valid.gather(1, order),
+        class_scores(outputs).flatten(1).clamp(min=0),
     )
 
 
@@ -288,6 +302,15 @@ class PseudoLabels(NamedTuple):
     confident: torch.Tensor  # (B, K) bool, in view and of at least the score threshold
     candidates: torch.Tensor  # (B, K) bool, in view and what Semi-DETR's mining chooses from
     teacher: tuple[Memory, Outputs] | None  # memory and outputs, where consistency needs them
+    weak_rows: np.ndarray | None = None  # (B, K) the weak view of each box; None: its own image's
+
+
+def of_sources(entry: torch.Tensor, sources: Sources) -> torch.Tensor:
+    """What belongs to the K boxes of each weak view, side by side for each mixed strong view.
+
+    entry: (B, K, ...) -> (B, S * K, ...).
+    """
+    return entry[to_device(torch.from_numpy(sources.rows), entry.device)].flatten(1, 2)
 
 
 class Mining(NamedTuple):
@@ -331,6 +354,7 @@ class MeanTeacher(TeacherStudent):
 
     mining = "none"  # the rule of cost_mining.py, which only Semi-DETR has
     mining_top_k = 0
+    candidate_scores = "boxes"
 
     def __init__(
         self,
@@ -450,8 +474,15 @@ class MeanTeacher(TeacherStudent):
         weak = select_pseudo_boxes(outputs, sizes, self.max_pseudo_boxes, self.nms)
         confident = weak.above(self.score_threshold)
         self.update_pseudo_box_stats(weak.labels, confident, len(images))
-        strong = weak.to_strong_view(weak_views, strong_views)
-        candidates = mining_candidates(weak.scores, weak.valid, self.mining, self.mining_top_k)
+        candidates = self.mining_candidates(weak)
+        sources, weak_rows = sources_of(strong_views), None
+        if sources is None:
+            strong = weak.to_strong_view(weak_views, strong_views)
+        else:
+            weak_rows = sources.rows.repeat(weak.boxes.shape[1], axis=1)
+            weak = PseudoBoxes(*(of_sources(entry, sources) for entry in weak[:4]))
+            confident, candidates = (of_sources(one, sources) for one in (confident, candidates))
+            strong = weak.to_mixed_views(sources, weak_views, strong_views)
         return PseudoLabels(
             weak,
             sizes,
@@ -459,4 +490,12 @@ class MeanTeacher(TeacherStudent):
             confident=confident & strong.valid,
             candidates=candidates & strong.valid,
             teacher=(memory, outputs) if keep_teacher else None,
+            weak_rows=weak_rows,
+        )
+
+    def mining_candidates(self, pseudo: PseudoBoxes) -> torch.Tensor:
+        """The boxes that Semi-DETR's mining chooses from: (B, K) bool."""
+        pair_scores = pseudo.pair_scores if self.candidate_scores == "pairs" else None
+        return mining_candidates(
+            pseudo.scores, pseudo.valid, self.mining, self.mining_top_k, pair_scores
         )

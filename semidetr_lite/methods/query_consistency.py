@@ -11,9 +11,13 @@ after every layer their normalized embeddings are pulled together:
 
 Differences from the paper: both decoders get the teacher's content, and all layers are compared (as
 in the released code).
-Differences from the released code: the projector uses GroupNorm and LayerNorm instead of live batch
-statistics; padding is left out of the mean (there it is averaged in, at quadratic memory); and one
-group of queries is decoded instead of five equal ones.
+Differences from the released code: padding is left out of the mean (there it is averaged in, at
+quadratic memory); and one group of queries is decoded instead of five equal ones.
+
+The norm of the projector matters. BatchNorm (as released) takes the mean over the boxes out of each
+channel, so that contents of different boxes stay apart. GroupNorm and LayerNorm take it out of each
+box alone: nothing then keeps the projector from giving every box the same content, which makes the
+loss small and the queries useless. The cosines in the log tell: see `Cosines`.
 
 Shapes: B images, K pseudo-boxes per image, R boxes in all, N consistency queries per image,
 D channels.
@@ -34,6 +38,9 @@ from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.detectors.transformer import Memory, QueryGroup, slice_outputs
 from semidetr_lite.device import to_device
 from semidetr_lite.methods.mean_teacher import PseudoLabels
+from semidetr_lite.methods.step_norm import StepBatchNorm
+
+PROJECTOR_NORMS = ("batch", "group")
 
 
 class Projector(nn.Module):
@@ -43,19 +50,21 @@ class Projector(nn.Module):
         dim: D.
         hidden: width of the middle layer.
         roi_size: cells of the RoIAlign grid, per side.
+        norm: "batch", as in the released code; or "group", GroupNorm in the convolutions and
+            LayerNorm behind the linear layer, where a box does not depend on the others.
     """
 
-    def __init__(self, dim: int, hidden: int = 1024, roi_size: int = 7):
+    def __init__(self, dim: int, hidden: int = 1024, roi_size: int = 7, norm: str = "group"):
         super().__init__()
         self.roi_size = roi_size
         groups = math.gcd(32, dim // 2)
         layers: list[nn.Module] = []
         for _ in range(2):
             layers.append(nn.Conv2d(dim, dim, 3, padding=1, bias=False))
-            layers.append(nn.GroupNorm(groups, dim))
+            layers.append(StepBatchNorm(dim) if norm == "batch" else nn.GroupNorm(groups, dim))
             layers.append(nn.ReLU(inplace=True))
         layers += [nn.Flatten(), nn.Linear(dim * roi_size * roi_size, hidden)]
-        layers += [nn.LayerNorm(hidden), nn.ReLU()]
+        layers += [StepBatchNorm(hidden) if norm == "batch" else nn.LayerNorm(hidden), nn.ReLU()]
         self.layers = nn.Sequential(*layers, nn.Linear(hidden, dim), nn.ReLU())
 
     def forward(
@@ -101,6 +110,18 @@ class DecodedView(NamedTuple):
         )
 
 
+class Cosines(NamedTuple):
+    """How alike queries of the same and of different boxes are: scalars, means over a batch.
+
+    Consistency works if the same box is more alike than different boxes, and is empty if all are
+    alike. Nan where there are too few boxes.
+    """
+
+    same: torch.Tensor  # embeddings of student and teacher, last layer, of the same box
+    different: torch.Tensor  # embeddings of student and teacher, last layer, of different boxes
+    content: torch.Tensor  # contents of different boxes
+
+
 def query_consistency(
     projector: Projector,
     student: DecodedView,
@@ -119,46 +140,106 @@ def query_consistency(
         divisors: rows of images, and what the sum over their queries is divided by; None: the
             mean over all queries.
     """
+    return consistency_and_cosines(projector, student, teacher, labels, mask, divisors)[0]
+
+
+def consistency_and_cosines(
+    projector: Projector,
+    student: DecodedView,
+    teacher: DecodedView,
+    labels: PseudoLabels,
+    mask: np.ndarray,
+    divisors: list[tuple[slice, float]] | None = None,
+) -> tuple[torch.Tensor, Cosines]:
+    """The loss of `query_consistency`, and how alike the queries are."""
     divisors = divisors or [(slice(0, len(mask)), max(float(mask.sum()), 1.0))]
     if not mask.any():  # every process needs a gradient
         zeros = [parameter.sum() * 0.0 for parameter in projector.parameters()]
-        return cast(torch.Tensor, sum(zeros))
+        loss = cast(torch.Tensor, sum(zeros))
+        return loss, Cosines(*loss.new_full((3,), torch.nan))
 
-    strong_boxes, weak_boxes = labels.strong.boxes, labels.weak.boxes
-    # the boxes of `mask`, in a row: their image, their column in it, and their slot in the group
-    device = strong_boxes.device
+    # the boxes of `mask`, in a row: their image and column, their slot in the student's group of
+    # queries, and their image and slot in the teacher's
+    device = labels.strong.boxes.device
     rows, columns = np.nonzero(mask)
-    slots = np.concatenate([np.arange(count) for count in mask.sum(1)])
-    indices = torch.from_numpy(np.stack([rows, columns, slots]))
-    rows, columns, slots = to_device(indices, device)
+    weak_rows = rows if labels.weak_rows is None else labels.weak_rows[rows, columns]
+    indices = np.stack([rows, columns, slots_in(rows), weak_rows, slots_in(weak_rows)])
+    max_queries = int(indices[[2, 4]].max()) + 1
+    rows, columns, slots, weak_rows, weak_slots = to_device(torch.from_numpy(indices), device)
+    strong_boxes = labels.strong.boxes[rows, columns]
+    weak_boxes = labels.weak.boxes[rows, columns]
 
     features = teacher.memory.features
     strides = [(float(stride), float(stride)) for stride in teacher.detector.strides]
-    contents = projector(features, strides, rows, weak_boxes[rows, columns])
+    contents = projector(features, strides, weak_rows, weak_boxes)
 
-    group_shape = (len(mask), int(mask.sum(1).max()))  # (B, N)
-    valid = torch.zeros(group_shape, dtype=torch.bool, device=device)
-    valid[rows, slots] = True
-    content = contents.new_zeros(*group_shape, contents.shape[1])
-    content = content.index_put((rows, slots), contents)
-
-    weak_boxes = to_model(weak_boxes, to_device(labels.weak_sizes, device))
-    strong_positions = strong_boxes.new_full((*group_shape, 4), 0.5)
-    strong_positions = strong_positions.index_put((rows, slots), strong_boxes[rows, columns])
-    weak_positions = weak_boxes.new_full((*group_shape, 4), 0.5)
-    weak_positions = weak_positions.index_put((rows, slots), weak_boxes[rows, columns])
-
-    student_group = QueryGroup(content, strong_positions, 1, valid)
+    weak_sizes = to_device(labels.weak_sizes, device)[weak_rows]
+    weak_boxes = to_model(weak_boxes[:, None], weak_sizes)[:, 0]
+    group_shape = (len(mask), max_queries)  # (B, N)
+    student_group = make_group(contents, strong_boxes, rows, slots, group_shape)
     student_embeddings = decode_embeddings(student, student_group)
     with torch.no_grad():
-        teacher_group = QueryGroup(content, weak_positions, 1, valid)
+        teacher_group = make_group(contents, weak_boxes, weak_rows, weak_slots, group_shape)
         teacher_embeddings = decode_embeddings(teacher, teacher_group)
-    total = valid.new_zeros((), dtype=torch.float32)
+    if labels.weak_rows is not None:  # in the order of the student's
+        teacher_embeddings = [
+            torch.zeros_like(layer).index_put((rows, slots), layer[weak_rows, weak_slots])
+            for layer in teacher_embeddings
+        ]
+    valid = student_group.valid
+    loss = valid.new_zeros((), dtype=torch.float32)
     for images, num_queries in divisors:
-        embeddings = (student_embeddings, teacher_embeddings)
-        parts = ([layer[images] for layer in layers] for layers in embeddings)
-        total = total + consistency_loss(*parts, valid[images], num_queries)
-    return total
+        ours = [layer[images] for layer in student_embeddings]
+        theirs = [layer[images] for layer in teacher_embeddings]
+        loss = loss + consistency_loss(ours, theirs, valid[images], num_queries)
+    last_of_student = student_embeddings[-1][rows, slots]
+    last_of_teacher = teacher_embeddings[-1][rows, slots]
+    return loss, mean_cosines(last_of_student, last_of_teacher, contents)
+
+
+@torch.no_grad()
+def mean_cosines(student: torch.Tensor, teacher: torch.Tensor, contents: torch.Tensor) -> Cosines:
+    """The mean cosines of R boxes: embeddings (R, D) of both decoders, contents (R, D)."""
+    count = len(student)
+    student, teacher, contents = (
+        F.normalize(rows.detach().float(), dim=-1) for rows in (student, teacher, contents)
+    )
+    same = (student * teacher).sum(-1).mean()
+    # the mean over all pairs of different boxes, from the sum over all pairs
+    pairs = count * (count - 1) or torch.nan
+    different = (student.sum(0) @ teacher.sum(0) - same * count) / pairs
+    itself = contents.square().sum()  # less than the number of boxes if a content is zero
+    content = (contents.sum(0).square().sum() - itself) / pairs
+    return Cosines(same, different, content)
+
+
+def slots_in(rows: np.ndarray) -> np.ndarray:
+    """The place of each of R boxes among those of its row: (R,)."""
+    order = np.argsort(rows, kind="stable")
+    slots = np.empty_like(rows)
+    slots[order] = np.concatenate([np.arange(count) for count in np.bincount(rows)])
+    return slots
+
+
+def make_group(
+    contents: torch.Tensor,
+    boxes: torch.Tensor,
+    rows: torch.Tensor,
+    slots: torch.Tensor,
+    shape: tuple[int, int],
+) -> QueryGroup:
+    """The consistency queries of a view, padded.
+
+    Args:
+        contents, boxes: (R, D) and (R, 4) cxcywh in the view.
+        rows, slots: (R,) the image of each box, and its place among those of the image.
+        shape: (B, N).
+    """
+    valid = torch.zeros(shape, dtype=torch.bool, device=boxes.device)
+    valid[rows, slots] = True
+    content = contents.new_zeros(*shape, contents.shape[1]).index_put((rows, slots), contents)
+    positions = boxes.new_full((*shape, 4), 0.5).index_put((rows, slots), boxes)
+    return QueryGroup(content, positions, 1, valid)
 
 
 def decode_embeddings(view: DecodedView, group: QueryGroup) -> list[torch.Tensor]:

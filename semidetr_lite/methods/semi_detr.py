@@ -38,9 +38,15 @@ from semidetr_lite.losses import (
     make_target_sets,
 )
 from semidetr_lite.matching import layer_costs, match_layers, matched_costs
-from semidetr_lite.methods.cost_mining import MINING, mine, push_costs
+from semidetr_lite.methods.cost_mining import CANDIDATE_SCORES, MINING, mine, push_costs
 from semidetr_lite.methods.mean_teacher import MeanTeacher, Mining, Prepared
-from semidetr_lite.methods.query_consistency import DecodedView, Projector, query_consistency
+from semidetr_lite.methods.query_consistency import (
+    PROJECTOR_NORMS,
+    DecodedView,
+    Projector,
+    consistency_and_cosines,
+)
+from semidetr_lite.methods.step_norm import forget_step, update_running_statistics
 from semidetr_lite.normalizer_settings import NormalizerSettings
 from semidetr_lite.normalizers import sum_per_group
 
@@ -63,13 +69,17 @@ class SemiDETR(MeanTeacher):
         mining_top_k: boxes per image that the rule "top_k" mines.
         mined_targets: whether mined boxes are targets of the class and box losses too.
         cost_queue_size: past matching costs that join the mixture.
+        candidate_scores: mining chooses from boxes that reach mean plus standard deviation of the
+            scores of the image's "boxes" (released code) or of all its query-class "pairs".
+        projector_norm: of the network that makes the content of consistency queries, "batch" (as
+            released) or "group"; see query_consistency.py.
         nms: IoU of the NMS of pseudo-boxes, and of detections in stage one.
         score_threshold, unlabelled_weight, unlabelled_box_weight, max_pseudo_boxes: see
             MeanTeacher.
         ema_decay, seed, loss_weights, normalizers: see TeacherStudent.
 
     Raises UserError for a detector that takes no boxes as queries, and for an unknown value of
-    `consistency_boxes` or `mining`.
+    `consistency_boxes`, `mining`, `candidate_scores` or `projector_norm`.
     """
 
     cost_queue: torch.Tensor  # (cost_queue_size,) past matching costs, nan where there is none yet
@@ -95,6 +105,8 @@ class SemiDETR(MeanTeacher):
         seed: int = 0,
         loss_weights: LossWeights = LossWeights(),
         normalizers: NormalizerSettings = NormalizerSettings(),
+        candidate_scores: str = "boxes",
+        projector_norm: str = "group",
     ):
         if not student.takes_groups:
             name = type(student).__name__
@@ -104,6 +116,8 @@ class SemiDETR(MeanTeacher):
             )
         _check_choice("consistency_boxes", consistency_boxes, CONSISTENCY_BOXES)
         _check_choice("mining", mining, MINING)
+        _check_choice("candidate_scores", candidate_scores, CANDIDATE_SCORES)
+        _check_choice("projector_norm", projector_norm, PROJECTOR_NORMS)
         super().__init__(
             student,
             score_threshold,
@@ -122,7 +136,8 @@ class SemiDETR(MeanTeacher):
         self.consistency_in_both_stages = consistency_in_both_stages
         self.consistency_boxes = consistency_boxes
         self.mining, self.mining_top_k, self.mined_targets = mining, mining_top_k, mined_targets
-        self.projector = Projector(student.dim, hidden=4 * student.dim)
+        self.candidate_scores = candidate_scores
+        self.projector = Projector(student.dim, hidden=4 * student.dim, norm=projector_norm)
         self.register_buffer("cost_queue", torch.full((cost_queue_size,), torch.nan))
 
     def stage(self, step: int) -> str:
@@ -135,8 +150,13 @@ class SemiDETR(MeanTeacher):
         return self.consistency_boxes != "none" and in_this_stage
 
     def after_step(self, step: int) -> None:
-        """Move the teacher, and note whether detections of these weights need NMS."""
+        """Move the teacher, and note whether detections of these weights need NMS.
+
+        All processes call it after the optimizer's step, and the projector's running statistics
+        move.
+        """
         super().after_step(step)
+        update_running_statistics(self.projector.modules())
         nms = self.nms if self.stage(step) == "one_to_many" else None
         self.student.nms = self.teacher.nms = nms
 
@@ -182,17 +202,21 @@ class SemiDETR(MeanTeacher):
         losses |= denoising_losses(outputs["groups"], denoising, denoised)
 
         # 6. CQC: both decoders should describe the confident and the mined boxes alike (3.3)
+        cosines = {}
         if labels.teacher is not None:
             student = DecodedView(self.student, memory, outputs).of_images(pseudo.images)
             teacher = DecodedView(self.teacher, *labels.teacher)
             boxes = (mining.compared, mining.num_compared)
-            loss = query_consistency(self.projector, student, teacher, labels, *boxes)
+            views = (student, teacher)
+            loss, found = consistency_and_cosines(self.projector, *views, labels, *boxes)
             losses["consistency"] = self.unlabelled_weight * self.consistency_weight * loss
+            cosines = {f"{name}_cosine": value for name, value in found._asdict().items()}
 
         self.stats = {
             "pseudo_per_image": float(confident.sum() / len(confident)),
             "mined_per_image": float((mining.mined & ~confident).sum() / len(confident)),
             "cost_threshold": mining.threshold,
+            **cosines,
         }
         return losses
 
@@ -228,6 +252,7 @@ class SemiDETR(MeanTeacher):
         Of several micro-batches, the student runs ahead where the losses of one depend on what is
         matched or mined in the others.
         """
+        forget_step(self.projector.modules())
         prepared = super().prepare(micro_batches, step)
         one_to_many = self.stage(step) == "one_to_many"
         depends = one_to_many or self.has_consistency(step) or self.mined_targets

@@ -247,6 +247,7 @@ class Ablation:
 CURVE = (
     *("step", "seconds", "AP_student", "AP_teacher", "pseudo_precision", "pseudo_recall"),
     *("pseudo_per_image", "mined_per_image", "duplicates", "duplicates_nms"),
+    *("mined_boxes", "mined_precision", "mined_recall"),
 )
 
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from semidetr_lite import distributed
 from semidetr_lite.contracts import Batch
 from semidetr_lite.data.batches import Batches
+from semidetr_lite.data.mixing import check_blocks
 from semidetr_lite.data.splits import Splits
 from semidetr_lite.device import to_host
 from semidetr_lite.errors import Stopped, UserError, as_user_error
@@ -166,6 +167,8 @@ class Run:
         self.method.to(self.device).train()
         self.optimizer = make_optimizer(self.method, config)
         self.engine = Engine(self.method, config.runtime, config.optimizer.batch_size)
+        parts = self.engine.num_micro_batches * distributed.world_size()
+        check_blocks(config.views.mixing, self.unlabelled, parts)
         if state:
             load_state_strict(self.method, state["method"], self.folder.last)
             self.optimizer.load_state_dict(state["optimizer"])
@@ -458,9 +461,13 @@ def replay(file: str | Path) -> dict[str, torch.Tensor]:
 
 
 def mean_stats(stats: dict[str, float]) -> dict[str, float]:
-    """Each figure's mean over the processes."""
-    every = distributed.all_gather(stats)
-    return {name: sum(own[name] for own in every) / len(every) for name in stats}
+    """Each figure's mean over the processes that have one; nan where none has."""
+    every = distributed.all_gather({name: float(value) for name, value in stats.items()})
+    means = {}
+    for name in stats:
+        values = [own[name] for own in every if not math.isnan(own[name])]
+        means[name] = sum(values) / len(values) if values else math.nan
+    return means
 
 
 def fingerprint(splits: Splits) -> list:
@@ -477,19 +484,25 @@ def fingerprint(splits: Splits) -> list:
 
 
 def make_optimizer(method: TeacherStudent, recipe: Settings) -> torch.optim.Optimizer:
-    """AdamW, the backbone at its own rate, and where that is asked for what samples the maps."""
+    """AdamW; backbone, projector and what samples the maps have rates of their own."""
     backbone: list[torch.nn.Parameter] = []
     sampling: list[torch.nn.Parameter] = []
+    projector: list[torch.nn.Parameter] = []
     others: list[torch.nn.Parameter] = []
     sampling_factor = recipe.optimizer.sampling_lr_factor
+    projector_factor = recipe.semi_detr.projector_lr_factor
     for name, parameter in method.named_parameters():
         if not parameter.requires_grad:
             continue
         samples = ".offsets." in name or ".reference_points." in name
         if ".backbone." in name:
             backbone.append(parameter)
+        elif samples and sampling_factor != 1:
+            sampling.append(parameter)
+        elif name.startswith("projector.") and projector_factor != 1:
+            projector.append(parameter)
         else:
-            (sampling if samples and sampling_factor != 1 else others).append(parameter)
+            others.append(parameter)
     rate = recipe.optimizer.learning_rate
     groups = [
         {"params": others, "lr": rate},
@@ -497,6 +510,8 @@ def make_optimizer(method: TeacherStudent, recipe: Settings) -> torch.optim.Opti
     ]
     if sampling:
         groups.append({"params": sampling, "lr": rate * sampling_factor})
+    if projector:
+        groups.append({"params": projector, "lr": rate * projector_factor})
     weight_decay = recipe.optimizer.weight_decay
     optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
     for group in optimizer.param_groups:

@@ -132,6 +132,7 @@ def make_method(
     if name == "semi-detr":
         fields = dict(vars(recipe.semi_detr))
         one_to_many_steps = offset + round(fields.pop("one_to_many_share") * steps)
+        del fields["projector_lr_factor"]  # the optimizer's, see training/loop.py
         return SemiDETR(
             student, one_to_many_steps, **fields, **vars(recipe.pseudo_labels), **shared
         )

@@ -148,8 +148,7 @@ class PseudoLabels:
     score_threshold: Weight = 0.4  # least score of a confident pseudo-box
     unlabelled_weight: Weight = 4.0  # of the losses on unlabelled images
     unlabelled_box_weight: Weight = 1.0  # a further factor of their box losses
-    # per image; mining takes mean and standard deviation of the scores over these
-    max_pseudo_boxes: Count = 100
+    max_pseudo_boxes: Count = 100  # per image
     # IoU over which the teacher's boxes of one class suppress each other in stage one
     nms: Fraction = 0.6
 
@@ -170,6 +169,12 @@ class SemiDetr:
     mining_top_k: Count = 9  # boxes per image, if mining is top_k
     mined_targets: bool = False  # mined boxes are targets too
     cost_queue_size: WholeNumber = 0  # costs of past steps that the mixture is fitted to as well
+    # whose mean plus deviation a box's score must reach to be mined: those of the image's boxes,
+    # or of all its query-class pairs
+    candidate_scores: Literal["boxes", "pairs"] = "boxes"
+    # of the network that makes the content of consistency queries; batch: as released
+    projector_norm: Literal["batch", "group"] = "group"
+    projector_lr_factor: Weight = 1.0  # its learning rate as a fraction of the detector's
 
 
 @dataclass(frozen=True)
@@ -398,6 +403,7 @@ COCO = Settings(
     optimizer=Optimizer(batch_size=8, unlabelled_batch_size=32),
     runtime=Runtime(accumulate=8),
     pseudo_labels=PseudoLabels(max_pseudo_boxes=300),
+    semi_detr=SemiDetr(projector_norm="batch"),
     loss_weights=LossWeights(l1_weight=10.0),
     views=ViewSettings(short_sides=tuple(range(480, 801, 32)), released_shear=True),
     detector_kwargs=RESNET_DETECTORS["dino"],
@@ -423,7 +429,9 @@ PRESETS: dict[str, Settings] = {
         COCO,
         preset="coco-10pct-paper",
         loss_weights=LossWeights(),
-        semi_detr=SemiDetr(consistency_weight=1.0, consistency_in_both_stages=True),
+        semi_detr=SemiDetr(
+            consistency_weight=1.0, consistency_in_both_stages=True, projector_norm="batch"
+        ),
     ),
     # The released supervised baseline, 35.0 AP: 12 epochs of the 11,829 labelled images, 2 on each
     # of 8 GPUs, DETR's crops, no colour operation, the rate a tenth in the last epoch.
@@ -557,6 +565,10 @@ def check(settings: SettingsType, origin: str = OPTIONS) -> SettingsType:
         choice = " or ".join(fitting)
         fault = f"{settings.method} cannot train {settings.detector}"
         raise UserError(f"{fault}: choose --detector {choice}")
+    mixing = settings.views.mixing
+    if mixing != "none" and settings.method in ("soft-teacher", "dense-teacher"):
+        fault = f"{settings.method} cannot learn from mixed views"
+        raise UserError(f"{fault}: leave out --mixing {mixing}")
     files = dataclasses.asdict(settings.data_files) | {"unlabelled": settings.unlabelled}
     for name in ("images", "unlabelled", "validation", "folds"):
         if settings.data == "digits" and files[name]:
