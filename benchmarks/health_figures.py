@@ -1,4 +1,4 @@
-"""Health of the pieces of Semi-DETR in some runs: is what CQC compares alive, does CPM find anything?
+"""Health of the pieces of Semi-DETR in some runs: the cosines of CQC, and what CPM finds.
 
     python benchmarks/health_figures.py RUN... --out notebooks/recorded/health.json
 

@@ -12,6 +12,15 @@ from typing import Any, TypedDict
 import torch
 
 
+class Source(TypedDict):
+    """One of the images that a mixed strong view shows; see data/mixing.py."""
+
+    offset: int  # the image's row in the batch, less the row of the view
+    matrix: torch.Tensor  # (3, 3) from the image's own pixels to those of the view
+    region: tuple[int, int, int, int]  # x1, y1, x2, y2 pixels of the view in which it is seen
+    visible: float  # a box of which a smaller fraction remains in the region is dropped
+
+
 class Target(TypedDict, total=False):
     """The objects of one image, in pixels of the image beside it.
 
@@ -30,6 +39,7 @@ class Target(TypedDict, total=False):
     matrix: torch.Tensor  # (3, 3), original pixels -> this view, acting on columns (x, y, 1)
     position: int  # of the image among those of its kind in the whole step
     truth: "Target"  # of an unlabelled image
+    sources: list[Source]  # of a mixed strong view
 
 
 TargetLike = Mapping[str, Any]  # a Target, or one of lists, as JSON holds it

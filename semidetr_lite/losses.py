@@ -215,10 +215,11 @@ def loss_from_assignment(
         weight = 1.0 if stage == "one_to_many" else torch.where(target_scores > 0, 0.25, 0.75)
         focal = _focal(logits, target_scores, weight=weight)
         focal = focal if query_mask is None else focal * query_mask[..., None]
-        class_loss = sum(
+        parts = [
             loss_weights.class_weight * focal[..., images, :, :].sum((-3, -2, -1)) / divisor
             for images, divisor in of_classes
-        )
+        ]
+        class_loss = torch.stack(parts).sum(0)
     l1 = (pred_boxes.float() - boxes).abs().sum(-1)
     giou = overlaps(_xyxy(pred_boxes.float()), _xyxy(boxes))[1]
     l1_loss = loss_weights.l1_weight * (l1 * quality).sum((-2, -1)) / of_boxes
@@ -242,8 +243,8 @@ def _divisors(
         alone = soft_targets.clamp(min=1.0)
         return [(slice(None), alone)], alone
     if stage == "one_to_many":
-        of_classes, of_boxes = normalizers.soft(soft_targets)
-        return [(slice(None), of_classes)], of_boxes
+        class_divisor, box_divisor = normalizers.soft(soft_targets)
+        return [(slice(None), class_divisor)], box_divisor
     if copies is None:
         total = normalizers.step.matched
         shares = [normalizers.classes_of_group(number) for number in normalizers.rows]

@@ -24,11 +24,12 @@ Shapes: B images, S sources of a view, K boxes of an image.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 
+from semidetr_lite.contracts import Source, Target
 from semidetr_lite.data.view_settings import ViewSettings
 from semidetr_lite.data.views import PER_BOX, View, map_boxes, map_target, warp
 from semidetr_lite.device import to_device
@@ -143,7 +144,7 @@ def _scale_and_move(scale: float, dx: float, dy: float) -> torch.Tensor:
     return torch.tensor([[scale, 0, dx], [0, scale, dy], [0, 0, 1]], dtype=torch.float32)
 
 
-def _mixed_target(views: Sequence[View], placed: list[tuple], visible: float) -> dict:
+def _mixed_target(views: Sequence[View], placed: list[tuple], visible: float) -> Target:
     """The target of a mixed view: that of its own image, moved, with "sources" and all truths.
 
     Args:
@@ -154,7 +155,8 @@ def _mixed_target(views: Sequence[View], placed: list[tuple], visible: float) ->
     """
     row, matrix, _ = placed[0]
     own = views[row][1]
-    without_truth = {key: value for key, value in own.items() if key != "truth"}
+    without_truth = own.copy()
+    without_truth.pop("truth", None)
     target = map_target(without_truth, matrix, own["size"])
     target["sources"] = []
     truths = []
@@ -169,20 +171,23 @@ def _mixed_target(views: Sequence[View], placed: list[tuple], visible: float) ->
         if "truth" in of_source:
             truths.append(_in_region(of_source["truth"], matrix, region, visible))
     if len(truths) == len(placed):
-        target["truth"] = {"size": target["size"]}
-        for key in PER_BOX:
-            if all(key in truth for truth in truths):
-                target["truth"][key] = torch.cat([truth[key] for truth in truths])
+        per_box: dict[str, Any] = {
+            key: torch.cat([cast(dict, truth)[key] for truth in truths])
+            for key in PER_BOX
+            if all(key in truth for truth in truths)
+        }
+        target["truth"] = cast(Target, {"size": target["size"], **per_box})
     return target
 
 
-def _in_region(truth: dict, matrix: torch.Tensor, region: tuple, visible: float) -> dict:
+def _in_region(truth: Target, matrix: torch.Tensor, region: tuple, visible: float) -> Target:
     """A truth in a mixed view: what remains of it in its region, in pixels of the whole view."""
     left, top, right, bottom = region
     to_region = _scale_and_move(1.0, -left, -top) @ matrix
     mapped = map_target(truth, to_region, (bottom - top, right - left), visible)
     corner = torch.tensor([left, top, left, top], dtype=torch.float32)
-    return {**mapped, "boxes": mapped["boxes"] + corner}
+    mapped["boxes"] = mapped["boxes"] + corner
+    return mapped
 
 
 # ---- mapping pseudo-boxes ------------------------------------------------------------------------
@@ -198,15 +203,16 @@ class Sources(NamedTuple):
     visible: torch.Tensor  # (B, S) the fraction of a box that must remain
 
 
-def sources_of(views: list[dict]) -> Sources | None:
+def sources_of(views: list[Target]) -> Sources | None:
     """The sources of strong views, from their targets; None where none of them is mixed."""
     if not any("sources" in view for view in views):
         return None
-    per_view = []
+    per_view: list[list[Source]] = []
     for view in views:
         height, width = view["size"]
-        plain = {"offset": 0, "matrix": view["matrix"], "region": (0, 0, width, height)}
-        per_view.append(view.get("sources", [{**plain, "visible": 0.0}]))
+        region = (0, 0, width, height)
+        plain = Source(offset=0, matrix=view["matrix"], region=region, visible=0.0)
+        per_view.append(view.get("sources", [plain]))
     most = max(len(sources) for sources in per_view)
     present = [[number < len(sources) for number in range(most)] for sources in per_view]
     padded = [sources + sources[:1] * (most - len(sources)) for sources in per_view]
@@ -221,7 +227,7 @@ def sources_of(views: list[dict]) -> Sources | None:
 
 
 def map_to_mixed_views(
-    boxes: torch.Tensor, sources: Sources, weak: list[dict]
+    boxes: torch.Tensor, sources: Sources, weak: list[Target]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Map the boxes of weak views to the strong views that show their images.
 

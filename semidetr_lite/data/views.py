@@ -179,7 +179,7 @@ def labelled_view(
     return (color_augment(image, rng) if settings.labelled_color else image), target
 
 
-def random_crop(image: torch.Tensor, target: dict, rng: np.random.Generator) -> View:
+def random_crop(image: torch.Tensor, target: Target, rng: np.random.Generator) -> View:
     """A random part of an image: at a short side of 400, 500 or 600 pixels, 384 to 600 a side.
 
     DETR's crop (facebookresearch/detr, datasets/coco.py). The part is not resized here; boxes keep

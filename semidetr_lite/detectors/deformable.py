@@ -310,8 +310,9 @@ class DeformableDetector(Detector):
         for layer in layers:
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
-        if hasattr(self, "reference_points"):
-            nn.init.zeros_(self.reference_points.bias)
+        reference_points = getattr(self, "reference_points", None)
+        if isinstance(reference_points, nn.Linear):
+            nn.init.zeros_(reference_points.bias)
 
     # ---- encoder ---------------------------------------------------------------------------------
 

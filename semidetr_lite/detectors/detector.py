@@ -21,6 +21,7 @@ from semidetr_lite.contracts import Outputs, Target
 from semidetr_lite.data.images import read_image
 from semidetr_lite.data.views import resized
 from semidetr_lite.detectors.backbone import Backbone
+from semidetr_lite.detectors.denoising import Denoising
 from semidetr_lite.detectors.transformer import Memory
 from semidetr_lite.device import to_device
 from semidetr_lite.errors import UserError
@@ -41,6 +42,7 @@ class Detector(nn.Module):
     """
 
     used_maps = slice(None)  # which of the backbone's maps are projected
+    strides: list[int]  # pixels per cell of the maps that a deformable detector reads
     takes_groups = False  # whether `decode` takes query groups
     num_classes: int  # C
     num_queries: int  # Q, where there are queries
@@ -61,7 +63,7 @@ class Detector(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.test_size = test_size
-        self.denoising: nn.Module | None = None
+        self.denoising: Denoising | None = None
         self.nms: float | None = None  # IoU threshold that `detect` needs; its training sets it
 
     def encode(self, images: Sequence[torch.Tensor] | torch.Tensor) -> Memory:

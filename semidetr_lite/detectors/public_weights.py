@@ -226,7 +226,7 @@ def describe(path: str | Path, network: str = "teacher") -> list[str]:
     ]
 
 
-def sizes(values: dict[str, torch.Tensor], family: Family) -> dict[str, int | str]:
+def sizes(values: dict[str, torch.Tensor], family: Family) -> dict[str, Any]:
     """Keyword arguments of the detector that follow from the shapes of its tensors.
 
     Heads (8) and points (4) do not follow from them.

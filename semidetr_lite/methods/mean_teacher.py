@@ -244,7 +244,7 @@ class PseudoBoxes(NamedTuple):
         return PaddedTargets(to_model(boxes, sizes), self.labels, self.valid & in_view)
 
     def to_mixed_views(
-        self, sources: Sources, weak: list[dict], strong: list[dict]
+        self, sources: Sources, weak: list[Target], strong: list[Target]
     ) -> PaddedTargets:
         """The same where strong views are mixed, for the S * K boxes `of_sources`."""
         sizes = to_device(image_sizes(strong), self.boxes.device)
@@ -376,6 +376,7 @@ class MeanTeacher(TeacherStudent):
         self.nms = nms
         self.pseudo_loss_weights = loss_weights.scaled(unlabelled_weight, unlabelled_box_weight)
         # objects per labelled image, a running mean over about 50 steps; nan before the first
+        self.objects_per_image: torch.Tensor
         self.register_buffer("objects_per_image", torch.tensor(torch.nan))
 
     def forward(

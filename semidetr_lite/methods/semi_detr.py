@@ -246,7 +246,7 @@ class SemiDETR(MeanTeacher):
             costs["pseudo"] = layer_costs(strong_layers, targets)
         return dict(zip(costs, copy_to_host(*costs.values()), strict=True)) if costs else {}
 
-    def prepare(self, micro_batches: list[dict], step: int) -> list[Prepared]:
+    def prepare(self, micro_batches: list[Batch], step: int) -> list[Prepared]:
         """See MeanTeacher.prepare; the teacher's memory is kept where a step has consistency.
 
         Of several micro-batches, the student runs ahead where the losses of one depend on what is
@@ -262,7 +262,7 @@ class SemiDETR(MeanTeacher):
 
     @torch.no_grad()
     def run_ahead(
-        self, micro_batches: list[dict], prepared: list[Prepared], one_to_many: bool
+        self, micro_batches: list[Batch], prepared: list[Prepared], one_to_many: bool
     ) -> list[Prepared]:
         """Run the student on all micro-batches without gradient, to mine and match.
 
@@ -278,21 +278,27 @@ class SemiDETR(MeanTeacher):
             stack_layers(self.student([*batch["labelled"][0], *batch["strong"][0]]))
             for batch in micro_batches
         ]
-        last_costs = [
-            layer_costs(own.of_images(known.pseudo.images).last_of_decoder(), targets)[0]
-            for own, known in zip(layers, prepared, strict=True)
-            for targets in (known.pseudo_labels.strong,)
+        strong_layers = [
+            own.of_images(known.pseudo.images) for own, known in zip(layers, prepared, strict=True)
         ]
-        *last_costs, past_costs = copy_to_host(*last_costs, self.cost_queue)
+        on_device = [
+            layer_costs(own.last_of_decoder(), known.pseudo_labels.strong)[0]
+            for own, known in zip(strong_layers, prepared, strict=True)
+        ]
+        *last_costs, past_costs = copy_to_host(*on_device, self.cost_queue)
         mining = self.mine_step(last_costs, prepared, past_costs)
         if one_to_many:
             labelled = self.with_soft_targets(layers, [known.labelled for known in prepared])
-            targets = self.with_soft_targets(layers, [found.targets for found in mining])
-            pairs = zip(prepared, labelled, strict=True)
-            prepared = [known._replace(labelled=own) for known, own in pairs]
-            pairs = zip(mining, targets, strict=True)
-            mining = [found._replace(targets=own) for found, own in pairs]
-        return [known._replace(mining=found) for known, found in zip(prepared, mining, strict=True)]
+            targets = self.with_soft_targets(layers, [one.targets for one in mining])
+            prepared = [
+                known._replace(labelled=target_set)
+                for known, target_set in zip(prepared, labelled, strict=True)
+            ]
+            mining = [
+                one._replace(targets=target_set)
+                for one, target_set in zip(mining, targets, strict=True)
+            ]
+        return [known._replace(mining=one) for known, one in zip(prepared, mining, strict=True)]
 
     def with_soft_targets(
         self, layers: list[Layers], target_sets: list[TargetSet]
@@ -320,19 +326,26 @@ class SemiDETR(MeanTeacher):
             prepared: what the teacher said about each.
             past_costs: the queue, on the CPU.
         """
-        confident = np.concatenate([known.confident for known in prepared])
-        candidates = np.concatenate([known.candidates for known in prepared])
-        matched = matched_costs(np.concatenate(last_costs), confident | candidates)
-        mined, threshold, new_costs = mine(matched, candidates, past_costs, self.mining)
+        matched = [
+            matched_costs(costs, known.confident | known.candidates)
+            for costs, known in zip(last_costs, prepared, strict=True)
+        ]
+        of_step, threshold, new_costs = mine(
+            pad_and_concatenate(matched, np.nan),
+            pad_and_concatenate([known.candidates for known in prepared], False),
+            past_costs,
+            self.mining,
+        )
         self.cost_queue = push_costs(self.cost_queue, new_costs)
-        compared = {
-            "both": confident | mined,
-            "confident": confident,
-            "mined": mined,
-            "none": np.zeros_like(mined),
-        }[self.consistency_boxes]
         edges = np.cumsum([len(known.confident) for known in prepared])[:-1]
-        mined, compared = np.split(mined, edges), np.split(compared, edges)
+        mined = [
+            mask[:, : known.confident.shape[1]]
+            for mask, known in zip(np.split(of_step, edges), prepared, strict=True)
+        ]
+        compared = [
+            self.boxes_to_compare(known.confident, mask)
+            for known, mask in zip(prepared, mined, strict=True)
+        ]
         normalizers = [known.pseudo.normalizers for known in prepared]
         totals = sum_per_group(normalizers, [mask.sum(1) for mask in compared])
         targets = [known.pseudo for known in prepared]
@@ -343,6 +356,11 @@ class SemiDETR(MeanTeacher):
             Mining(own, mask, threshold, by.divide(totals), target_set)
             for own, mask, by, target_set in parts
         ]
+
+    def boxes_to_compare(self, confident: np.ndarray, mined: np.ndarray) -> np.ndarray:
+        """Which boxes become consistency queries, from two masks (B, K) bool: a mask."""
+        masks = {"both": confident | mined, "confident": confident, "mined": mined}
+        return masks.get(self.consistency_boxes, np.zeros_like(mined))
 
     def with_mined(self, prepared: list[Prepared], mined: list[np.ndarray]) -> list[TargetSet]:
         """The confident and the mined boxes (B, K) as targets, of all micro-batches."""
@@ -363,6 +381,14 @@ class SemiDETR(MeanTeacher):
             settings=self.normalizers,
             expected_per_image=first.normalizers.expected_per_image,
         )
+
+
+def pad_and_concatenate(masks: list[np.ndarray], fill: float) -> np.ndarray:
+    """Arrays (B, K) of micro-batches as one; where K differs, the missing columns are `fill`."""
+    most = max(mask.shape[1] for mask in masks)
+    padding = [((0, 0), (0, most - mask.shape[1])) for mask in masks]
+    pairs = zip(masks, padding, strict=True)
+    return np.concatenate([np.pad(mask, pad, constant_values=fill) for mask, pad in pairs])
 
 
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -1,5 +1,4 @@
-"""Batch normalization inside a method: batch statistics in training, running ones that move once a
-step.
+"""Batch normalization inside a method; its running statistics move once a step.
 
 A forward pass in training normalizes by the mean and variance of its own micro-batch and process
 (on COCO: of the boxes that one released GPU would have), as `torch.nn.BatchNorm2d` does. The
@@ -32,6 +31,9 @@ class StepBatchNorm(nn.Module):
         momentum: how far the running statistics move towards those of a step.
         eps: added to the variance.
     """
+
+    running_mean: torch.Tensor  # (D,)
+    running_var: torch.Tensor  # (D,)
 
     def __init__(self, channels: int, momentum: float = 0.1, eps: float = 1e-5):
         super().__init__()

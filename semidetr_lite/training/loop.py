@@ -71,8 +71,10 @@ def train_or_resume(config: Config, folder: Path, workers: int = 1, quiet: bool 
 
 
 def _as_given(stored: Config, given: Settings) -> Config:
-    """A stored run, less what may differ: threads and precision are chosen, a burn-in moves, and
-    a run that has begun needs no first weights.
+    """A stored run, less what may differ from it on resume.
+
+    Threads and precision are chosen, a burn-in moves, and a run that has begun needs no first
+    weights.
     """
     runtime = dataclasses.replace(
         stored.runtime, threads=given.runtime.threads, precision=given.runtime.precision
@@ -460,7 +462,7 @@ def replay(file: str | Path) -> dict[str, torch.Tensor]:
         return run.method(dump["batch"], dump["step"])
 
 
-def mean_stats(stats: dict[str, float]) -> dict[str, float]:
+def mean_stats(stats: dict[str, float | torch.Tensor]) -> dict[str, float]:
     """Each figure's mean over the processes that have one; nan where none has."""
     every = distributed.all_gather({name: float(value) for name, value in stats.items()})
     means = {}

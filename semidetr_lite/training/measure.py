@@ -12,7 +12,7 @@ from torchvision.ops import box_iou
 
 from semidetr_lite import distributed
 from semidetr_lite.boxes import to_model
-from semidetr_lite.contracts import View
+from semidetr_lite.contracts import Target, View
 from semidetr_lite.data.splits import Dataset
 from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.detectors.transformer import stack_layers
@@ -119,7 +119,7 @@ def mines(method: TeacherStudent) -> bool:
     return getattr(method, "mining", "none") != "none"
 
 
-def detection_of(pseudo: PseudoBoxes, keep: torch.Tensor) -> dict:
+def detection_of(pseudo: PseudoBoxes, keep: torch.Tensor) -> Target:
     """Some pseudo-boxes of one image, those of `keep` (K,) bool, as a detection on the CPU."""
     return {
         "boxes": pseudo.boxes[0].cpu()[keep],
@@ -183,9 +183,8 @@ def matched_costs_of_image(
     last_layer = stack_layers(method.student([image])).last_of_decoder()
     costs = layer_costs(last_layer, targets)[0].cpu().numpy()
     matched = matched_costs(costs, valid.cpu().numpy())
-    threshold = method.stats.get(
-        "cost_threshold", -np.inf
-    )  # nothing is mined before the first step
+    # nothing is mined before the first step
+    threshold = float(method.stats.get("cost_threshold", -np.inf))
     return matched, select_mined(matched, candidates.cpu().numpy(), threshold, method.mining)
 
 
