@@ -282,8 +282,8 @@ def test_the_teacher_of_labelled_images_alone_expects_nothing():
 
 @pytest.mark.parametrize("kind", ["stage one", "stage two"])
 def test_mined_targets_of_micro_batches_are_those_of_the_whole_step(kind):
-    """The mixture, the targets and what they are divided by; denoising keeps to confident boxes."""
-    changes = {"mined_targets": True, "score_threshold": 0.7, "cost_queue_size": 40}
+    """The targets and what they are divided by; denoising keeps to the confident boxes."""
+    changes = {"mined_targets": True, "score_threshold": 0.8, "mining": "top_k", "mining_top_k": 6}
     whole = losses_of(kind, 1, NormalizerSettings(), **changes)
     without = losses_of(kind, 1, NormalizerSettings(), **{**changes, "mined_targets": False})
     assert losses_of(kind, 4, NormalizerSettings(), **changes) == pytest.approx(whole, rel=1e-4)

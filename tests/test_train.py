@@ -139,18 +139,27 @@ def test_accumulated_parts_keep_the_mix_and_give_the_gradient_of_the_whole(split
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_a_step_waits_for_the_device_once_a_part_and_twice_more(parts, splits, tmp_path):
-    """For how many pseudo-boxes all parts have, then in each for its matching, at the end for
-    losses and norm.
+@pytest.mark.parametrize("stage", ["one", "two"])
+def test_a_step_waits_for_the_device_only_where_it_decides(stage, parts, splits, tmp_path):
+    """For how many pseudo-boxes all parts have, for the matching, at the end for losses and norm.
+
+    In stage one all parts are matched and mined together, in stage two each by itself.
     """
-    config = small(batch_size=2, unlabelled_batch_size=4, score_threshold=0.0, accumulate=parts)
+    share = 1.0 if stage == "one" else 0.0
+    config = small(
+        batch_size=2,
+        unlabelled_batch_size=4,
+        score_threshold=0.0,
+        accumulate=parts,
+        one_to_many_share=share,
+    )
     run = Run(config, tmp_path / "x", splits=splits, workers=0)
     batch = next(iter(run._loader()))
     with Accelerator(run.method) as watch:
         run.train_step(batch)
-    assert [read.split(":")[0] for read in watch.reads] == ["device.py"] * (
-        parts + 2
-    ) and watch.sends == []
+    waits = 3 if stage == "one" else parts + 2
+    assert [read.split(":")[0] for read in watch.reads] == ["device.py"] * waits
+    assert watch.sends == []
 
 
 DETECTORS = ("dino", "deformable-detr", "detr", "faster-rcnn", "fcos")
