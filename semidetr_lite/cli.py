@@ -146,7 +146,10 @@ def train(
 
     distributed.start()
     if resume:
-        run = Run(None, out, resume=True, workers=workers, runtime=config.runtime)
+        skip_unreadable = config.data_files.skip_unreadable
+        run = Run(
+            None, out, True, workers=workers, runtime=config.runtime, skip_unreadable=skip_unreadable
+        )
         _check_resumed(out, config, run.config)
     else:
         run = Run(config, out, workers=workers)
