@@ -131,7 +131,7 @@ def load(
     if nobody:
         parts.append(NobodyLabelled(whole, nobody))
     if unlabelled is not None:
-        parts.append(_unlabelled_images(unlabelled, datasets))
+        parts.append(unlabelled_images(unlabelled, datasets))
     return Splits(
         labelled=Subset(whole, labelled),
         unlabelled=Concat(parts) if len(parts) > 1 else parts[0],
@@ -236,9 +236,10 @@ def _warn_about_classes(whole: "CocoDataset", with_labels: list[int], labelled: 
             print(f"warning: {whole.source}: {count}: {listed}", file=sys.stderr)
 
 
-def _unlabelled_images(unlabelled, datasets: list["CocoDataset"]) -> ImageFolder:
+def unlabelled_images(unlabelled, datasets: list["CocoDataset"]) -> ImageFolder:
     """The images of a folder, or of a json of images, that none of the data sets lists."""
-    first_id = max(image_id for dataset in datasets for image_id in dataset.image_ids) + 1
+    image_ids = (image_id for dataset in datasets for image_id in dataset.image_ids)
+    first_id = max(image_ids, default=0) + 1
     listed = {path for dataset in datasets for path in dataset.paths()}
     path = Path(unlabelled)
     if path.suffix.lower() != ".json":
@@ -357,7 +358,8 @@ class CocoDataset:
             path = self.image_dir / (name or row["file_name"])
             row = {**row, "file_name": name or row["file_name"]}
             if name is None and (problems is None or not _stays_inside(row["file_name"])):
-                faults.append(f"{path}: the image is missing, though {self.source} lists it")
+                missing = f"the image is missing, though {self.source} lists it"
+                faults.append(f"{path}: {missing} (--skip-unreadable leaves it out)")
                 continue
             if "width" not in row:
                 try:
@@ -504,6 +506,16 @@ def _boxes_in_image(
 # ---- categories ----------------------------------------------------------------------------------
 
 
+def mapped_by_name(train: Annotations, validation: Annotations) -> bool:
+    """Whether every validation class is one of the training classes by its name."""
+    ours, theirs = (
+        [row["name"] for row in annotations.document["categories"]]
+        for annotations in (train, validation)
+    )
+    no_name_twice = len(set(ours)) == len(ours) and len(set(theirs)) == len(theirs)
+    return no_name_twice and set(theirs) <= set(ours)
+
+
 def align_categories(train: Annotations, validation: Annotations) -> Annotations:
     """The validation annotations with the category ids of the training ones, mapped by name.
 
@@ -512,10 +524,9 @@ def align_categories(train: Annotations, validation: Annotations) -> Annotations
     """
     ours, theirs = train.document["categories"], validation.document["categories"]
     id_of = {row["name"]: row["id"] for row in ours}
-    names = [row["name"] for row in theirs]
     if not theirs and not validation.document["annotations"]:
         return validation._replace(document={**validation.document, "categories": ours})
-    if len(id_of) < len(ours) or len(set(names)) < len(names) or not set(names) <= id_of.keys():
+    if not mapped_by_name(train, validation):
         for problem in category_problems(train, validation):
             raise UserError(problem)
         return validation

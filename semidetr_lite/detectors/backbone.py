@@ -27,9 +27,9 @@ def make_backbone(
     """A backbone by name ("tiny" or a torchvision ResNet), or the module given.
 
     Args:
-        backbone: "tiny", "resnet18" ... "resnet152", "timm:NAME", or a module with the attributes `channels`
-            (of each map) and `pad_before_backbone` (whether images of different sizes are padded
-            and run together, see Detector.extract_features).
+        backbone: "tiny", "resnet18" ... "resnet152", "timm:NAME", or a module with the attributes
+            `channels` (of each map) and `pad_before_backbone` (whether images of different sizes
+            are padded and run together, see Detector.extract_features).
         weights: name of torchvision weights ("IMAGENET1K_V1"), path of a file that holds them
             (torchvision's, or a published detector's with this backbone), or None for random
             weights. Of a timm model: a file, or any other word for timm's own weights.

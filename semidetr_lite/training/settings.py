@@ -200,8 +200,7 @@ class DetectorKwargs:
     # objects that can be found in an image, at most
     num_queries: Annotated[Size | None, QUERIES_OPTION] = None
     backbone: str | None = None  # tiny, resnet18 ... resnet152, or timm:NAME (an extra)
-    # a file, or a name of torchvision's (timm's have one: pretrained), or "none" for random ones;
-    # IMAGENET1K_V1 is downloaded, once (0.1 GB)
+    # a file, or "none" for random ones, or a name (IMAGENET1K_V1; downloaded once, 0.1 GB)
     backbone_weights: str | None = None
     dim: Size | None = None  # channels
     heads: Size | None = None  # of attention
