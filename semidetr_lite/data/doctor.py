@@ -226,7 +226,7 @@ def _describe_training(dataset: CocoDataset, percent: float) -> dict:
     counts = dataset.counts()[with_labels] if with_labels else np.zeros(1, dtype=int)
     return {
         "unlabelled": len(missing),
-        "objects": (int(np.median(counts)), int(counts.max())),
+        "objects": [int(np.median(counts)), int(counts.max())],
         "images_of_class": {name: images[label] for label, name in enumerate(names)},
         "labelled_of_class": {name: labelled[label] for label, name in enumerate(names)},
         "labelled": len(drawn),
