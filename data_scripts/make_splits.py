@@ -15,8 +15,10 @@
     python data_scripts/make_splits.py --check data/coco/annotations/semi_supervised
         compare the files with their manifest
 
-Without an option the draw is that of `semidetr train --percent P --fold F`: both call the same
-function, so a fold on disk and one drawn in training have the same images. The -unlabeled.json hold
+Without an option the draw is that of `semidetr train --no-stratified --percent P --fold F` (the
+COCO and VOC presets draw so), with --stratified that of one's own data: both call the same
+functions, so a fold on disk and one drawn in training have the same images where every image is
+labelled. The -unlabeled.json hold
 no boxes: their truth cannot leak.
 
 The manifest has the SHA-256 of every file and of the json they were drawn from, the counts, the
@@ -34,7 +36,6 @@ since leaving them out would use their labels; there they are in neither.
 import argparse
 import os
 import sys
-from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
@@ -42,9 +43,9 @@ import numpy as np
 from _script import run
 
 import semidetr_lite
-from semidetr_lite.data.coco import read_coco, read_coco_json
+from semidetr_lite.data.coco_json import read_coco, read_coco_json
 from semidetr_lite.data.folds import check_manifest
-from semidetr_lite.data.splits import SEED, labelled_indices
+from semidetr_lite.data.splits import SEED, labelled_indices, stratified_indices
 from semidetr_lite.errors import UserError
 from semidetr_lite.files import file_digest, read_json, write_json
 
@@ -229,50 +230,6 @@ def classes_of(document: dict) -> list[set[int]]:
         if not row.get("iscrowd"):
             classes[row["image_id"]].add(row["category_id"])
     return list(classes.values())
-
-
-def stratified_indices(classes: list[set[int]], percent: float, fold: int) -> list[int]:
-    """Sorted indices, as many as `labelled_indices` draws, with its fraction of every class.
-
-    A class that is on n images should be on percent % of n labelled ones, at least on one. Images
-    without any class count as one more class, without that minimum. From the rarest class to the
-    most frequent, images that have it are taken until it has its number: in the fold's random
-    order, but first those that put no other class over its own number. Equally rare classes come in
-    a random order. The last places go to images in the fold's random order.
-
-    Args:
-        classes: the class ids of each image.
-        percent, fold: as of `labelled_indices`.
-    """
-    count = len(labelled_indices(len(classes), percent, fold))
-    rng = np.random.default_rng([fold, SEED])
-    order = rng.permutation(len(classes)).tolist()
-    strata = [of_image or {None} for of_image in classes]
-    frequency = Counter(stratum for of_image in strata for stratum in of_image)
-    goal = {
-        stratum: max(stratum is not None, round(images * percent / 100))
-        for stratum, images in frequency.items()
-    }
-    ties = dict(zip(sorted(set().union(*classes)), rng.random(len(goal))))
-
-    def rarest_first(stratum: int | None) -> tuple:
-        return stratum is None, frequency[stratum], ties.get(stratum)
-
-    labelled: set[int] = set()
-    reached: Counter = Counter()
-
-    def overfills(index: int) -> bool:
-        return any(reached[stratum] >= goal[stratum] for stratum in strata[index])
-
-    for stratum in sorted(goal, key=rarest_first):
-        candidates = [i for i in order if stratum in strata[i] and i not in labelled]
-        for index in sorted(candidates, key=overfills):
-            if reached[stratum] >= goal[stratum] or len(labelled) == count:
-                break
-            labelled.add(index)
-            reached.update(strata[index])
-    rest = [index for index in order if index not in labelled]
-    return sorted([*labelled, *rest[: count - len(labelled)]])
 
 
 def read_indices(path: Path, document: dict, wanted: list[Fold], all_needed: bool) -> Drawn:

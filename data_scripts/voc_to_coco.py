@@ -227,7 +227,7 @@ def without_empty_boxes(images: list[BoxImage], path: Path) -> list[BoxImage]:
         kept.append(image._replace(objects=solid))
     total = sum(len(image.objects) for image in images)
     if len(dropped_from) > MAX_DROPPED_FRACTION * total:
-        counts = f"{len(dropped_from)} of {total} boxes have xmax < xmin or ymax < ymin"
+        counts = f"{len(dropped_from)} of {total} boxes are empty or not finite"
         raise UserError(f"{path}: {counts} (first: {dropped_from[0]}); correct them")
     if dropped_from:
         counts = f"{len(dropped_from)} empty boxes are dropped (first: {dropped_from[0]})"

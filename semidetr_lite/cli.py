@@ -9,6 +9,7 @@ import functools
 import inspect
 import json
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -146,7 +147,15 @@ def train(
 
     distributed.start()
     if resume:
-        run = Run(None, out, resume=True, workers=workers, runtime=config.runtime)
+        skip_unreadable = config.data_files.skip_unreadable
+        run = Run(
+            None,
+            out,
+            resume=True,
+            workers=workers,
+            runtime=config.runtime,
+            skip_unreadable=skip_unreadable,
+        )
         _check_resumed(out, config, run.config)
     else:
         run = Run(config, out, workers=workers)
@@ -351,42 +360,81 @@ def _image_files(path: Path) -> list[Path]:
 
 def doctor(
     data: str | None = None, images: Path | None = None, unlabelled: Path | None = None,
-    validation: Path | None = None, weights: Path | None = None, out: Path | None = None,
+    validation: Path | None = None, percent: float = 10, queries: int | None = None,
+    weights: Path | None = None, out: Path | None = None,
 ) -> None:  # fmt: skip
     """Say what is in a data set and what is wrong with it, or what a published weights file is.
 
     Args:
-        data: as in `train`: a COCO json, or a COCO, VOC or YOLO folder.
+        data: as in `train`: a COCO json, or a folder that a labelling tool wrote.
         images: the folder of the json's images.
-        unlabelled: a folder of further images without labels.
+        unlabelled: a folder of further images without labels, or a COCO json of such.
         validation: a json or folder to measure on.
+        percent: of the labelled images whose labels you will use: labels per class are counted.
+        queries: of the detector you will train, to compare with the objects per image.
         weights: a file of weights that others published.
-        out: a .png file for a picture of the sizes and classes.
+        out: a .png file for pictures with their boxes; beside it a picture of the sizes and
+            classes (NAME-sizes.png) and a list of all defects (NAME-defects.txt).
     """
     if weights is None and data is None:
         raise UserError("doctor: give --data or --weights")
     if out is not None and out.suffix.lower() != ".png":
         raise UserError(f"{out}: the picture is a .png file; give --out such a name")
+    if not 0 < percent <= 100:
+        raise UserError(f"--percent must be over 0 and at most 100, got {percent:g}")
     for path in (weights, Path(data) if data is not None else None):
         if path is not None and not path.exists():
             raise UserError(f"{path}: no such file or folder")
 
-    from semidetr_lite.data.doctor import doctor_data
+    from semidetr_lite.data.doctor import diagnose
     from semidetr_lite.detectors.public_weights import describe
-    from semidetr_lite.files import write_atomic
-    from semidetr_lite.visualize import png, show_data_summary
 
     if weights is not None:
         print("\n".join(describe(weights)))
-    if data is not None:
-        lines, found, defects = doctor_data(data, images, unlabelled, validation)
-        print("\n".join(lines))
-        if out is not None:
-            write_atomic(out, png(show_data_summary(found)))
-        if defects:
-            raise UserError(
-                f"{data}: {defects} {'defect' if defects == 1 else 'defects'}, listed above"
-            )
+    if data is None:
+        return
+    found = diagnose(data, images, unlabelled, validation, percent, queries)
+    print("\n".join(found.lines()))
+    if out is not None:
+        _write_diagnosis(found, out)
+    if found.problems:
+        count = f"{len(found.problems)} {'defect' if len(found.problems) == 1 else 'defects'}"
+        more = "" if out else "; --out NAME.png writes all of them, and pictures with their boxes"
+        raise UserError(f"{data}: {count}, listed above{more}")
+    print(f"next: {_next_command(found, data, images, unlabelled, validation)}")
+
+
+def _write_diagnosis(found, out: Path) -> None:
+    """The pictures of a data set, and the list of its defects."""
+    from semidetr_lite.files import write_atomic
+    from semidetr_lite.visualize import png, show_data_summary, show_targets
+
+    images, targets, names = found.sample()
+    if images:
+        categories = found.datasets["train"].categories
+        sheet = show_targets(images, targets, categories, names, columns=4)
+        write_atomic(out, png(sheet, dpi=150))
+    sizes = out.with_name(f"{out.stem}-sizes.png")
+    write_atomic(sizes, png(show_data_summary(found.summary)))
+    defects = out.with_name(f"{out.stem}-defects.txt")
+    write_atomic(defects, found.all_problems())
+    print(f"pictures: {out if images else 'none to show'}, {sizes}; all defects: {defects}")
+
+
+def _next_command(found, data, images, unlabelled, validation) -> str:
+    """The command that trains on what the doctor saw."""
+    words = ["semidetr", "train", "--data", str(data)]
+    for option, value in (("--images", images), ("--validation", validation)):
+        words += [option, str(value)] if value is not None else []
+    semi = unlabelled is not None or found.summary.get("train", {}).get("unlabelled", 0) > 0
+    supervised = [*words, "--method", "supervised", "--percent", "100"]
+    name = Path(data).resolve().stem
+    line = shlex.join([*supervised, "--out", f"runs/{name}-supervised"])
+    if not semi:
+        return line
+    words += ["--unlabelled", str(unlabelled)] if unlabelled is not None else []
+    words += ["--percent", "100", "--burn-in", f"runs/{name}-supervised"]
+    return f"{line}\nthen: {shlex.join([*words, '--out', f'runs/{name}-semi'])}"
 
 
 def gallery(out: Path = Path("runs/gallery"), scenes: int = 6, score: float = 0.3) -> None:

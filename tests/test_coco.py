@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import struct
 import zlib
 from pathlib import Path
@@ -45,6 +44,13 @@ def document(images: int = 3) -> dict:
         box(4, 11, 9, 3, 3, 5, 5, area=25, iscrowd=0),
     ]
     return {"images": rows, "annotations": boxes, "categories": CATEGORIES}
+
+
+def full(images: int = 3) -> dict:
+    """The same, and a cat on every image."""
+    content = document(images)
+    cats = [box(100 + number, 10 + number, 2, 1, 1, 9, 9) for number in range(images)]
+    return {**content, "annotations": content["annotations"] + cats}
 
 
 def write(path: Path, content) -> Path:
@@ -269,7 +275,8 @@ class TestBadJson:
             ("text", "not valid json"),
             (3, "object"),
             (without(document(), "images"), '"images"'),
-            (without(document(), "annotations"), '"annotations"'),
+            ({**document(), "annotations": None, "images": {}}, '"images"'),
+            ({**document(), "annotations": {}}, '"annotations"'),
             (without(document(), "categories"), '"categories"'),
             ({**document(), "images": {}}, '"images"'),
             ({**document(), "annotations": [1]}, '"annotations"'),
@@ -286,21 +293,14 @@ class TestBadJson:
             ("images", {"id": 10}, ["two of the images have the id 10"]),
             ("images", {"id": "x"}, ["whole number"]),
             ("images", {"file_name": None}, ["file_name", "12"]),
-            ("images", {"file_name": "../2.png"}, ["leaves", "../2.png", "12"]),
-            ("images", {"file_name": "a/../../2.png"}, ["leaves"]),
-            ("images", {"file_name": os.path.abspath("2.png")}, ["leaves"]),
-            ("images", {"file_name": "."}, ["leaves"]),
-            ("images", {"width": 0}, ["width", "12"]),
-            ("images", {"height": None}, ["height", "12"]),
+            ("images", {"file_name": "."}, ["file_name"]),
             ("categories", {"id": 9}, ["two of the categories have the id 9"]),
-            ("categories", {"name": 5}, ["name", "40"]),
+            ("categories", {"name": None}, ["name", "40"]),
             ("annotations", {"category_id": 3}, ["annotation 4", "category_id 3", "categories"]),
             ("annotations", {"category_id": [3]}, ["annotation 4", "category_id"]),
             ("annotations", {"image_id": 99}, ["annotation 4", "image_id 99", "images"]),
             ("annotations", {"bbox": [1, 2, 3]}, ["annotation 4", "4 numbers"]),
-            ("annotations", {"bbox": [1, 2, 3, "4"]}, ["annotation 4", "4 numbers"]),
-            ("annotations", {"bbox": None}, ["annotation 4", "4 numbers"]),
-            ("annotations", {"area": "large"}, ["annotation 4", "area"]),
+            ("annotations", {"bbox": [1, 2, 3, "wide"]}, ["annotation 4", "4 numbers"]),
             ("annotations", {"iscrowd": 5}, ["annotation 4", "iscrowd"]),
             ("annotations", {"difficult": "no"}, ["annotation 4", "difficult"]),
         ],
@@ -483,8 +483,8 @@ class TestImageFolder:
 
 class TestLoad:
     def test_percent_splits_the_training_images(self, tmp_path, capsys):
-        make(tmp_path, document(20), images="train")
-        make(tmp_path, document(4), "instances_val.json", images="val")
+        make(tmp_path, full(20), images="train")
+        make(tmp_path, full(4), "instances_val.json", images="val")
         splits = load(tmp_path, percent=20, fold=1)
         labelled, unlabelled = image_ids(splits.labelled), image_ids(splits.unlabelled)
         assert len(labelled) == 4 and sorted(labelled + unlabelled) == list(range(10, 30))
@@ -499,29 +499,30 @@ class TestLoad:
         assert image_ids(load(tmp_path, percent=20, fold=2).labelled) != labelled
         everything = load(tmp_path, percent=100)
         assert len(everything.labelled) == 20 and len(everything.unlabelled) == 0
-        assert capsys.readouterr() == ("", "")
+        said = capsys.readouterr()
+        assert said.out == "" and "images" not in said.err.replace("labelled images", "")
 
     @pytest.mark.parametrize("place", ["", "annotations/"])
     @pytest.mark.parametrize(
         "train, val", [("images", "images"), ("train2017", "val2017"), ("", "")]
     )
     def test_layouts(self, tmp_path, place, train, val):
-        other = document()
+        other = full()
         for row in other["images"]:
             row["file_name"] = "v" + row["file_name"]
-        for name, images, content in [("train2017", train, document()), ("val2017", val, other)]:
+        for name, images, content in [("train2017", train, full()), ("val2017", val, other)]:
             path = make(tmp_path, content, f"{place}instances_{name}.json", images)
             assert path.parent == tmp_path / place
         splits = load(tmp_path)
         assert splits.labelled[0][0].shape == splits.test[2][0].shape == (3, 24, 32)
 
     def test_without_validation_a_fifth_is_set_aside(self, tmp_path, capsys):
-        path = make(tmp_path, document(20))
+        path = make(tmp_path, full(20))
         splits = load(path, images=tmp_path / "images", percent=25)
         out, err = capsys.readouterr()
-        assert (
-            out == "" and err.count("\n") == 1 and str(path) in err and "4 of its 20 images" in err
-        )
+        lines = [line for line in err.splitlines() if "classes" not in line]
+        assert out == "" and len(lines) == 1
+        assert str(path) in lines[0] and "4 of its 20 images" in lines[0]
         held_out, labelled, unlabelled = map(
             image_ids, (splits.test, splits.labelled, splits.unlabelled)
         )
@@ -531,14 +532,14 @@ class TestLoad:
             image_ids(load(path, images=tmp_path / "images", percent=50, fold=3).test) == held_out
         )
         two = load(
-            make(tmp_path / "two", document(2) | {"annotations": []}),
+            make(tmp_path / "two", full(2)),
             images=tmp_path / "two" / "images",
         )
         assert (len(two.test), len(two.labelled), len(two.unlabelled)) == (1, 1, 0)
 
     def test_validation_given(self, tmp_path):
-        train = make(tmp_path, document(6), "a.json", images="one")
-        val = make(tmp_path, document(4), "b.json", images="b")
+        train = make(tmp_path, full(6), "a.json", images="one")
+        val = make(tmp_path, full(4), "b.json", images="b")
         splits = load(train, images=tmp_path / "one", validation=val)
         assert len(splits.test) == 4 and len(splits.labelled) + len(splits.unlabelled) == 6
         # Images of the same names in two folders: the folder named as the json is the one meant.
@@ -547,8 +548,8 @@ class TestLoad:
         assert splits.test.image_dir == tmp_path / "one"
 
     def test_a_folder_of_unlabelled_images(self, tmp_path):
-        train = make(tmp_path / "data", document(6))
-        val = make(tmp_path / "data", document(4), "v.json", images="v")
+        train = make(tmp_path / "data", full(6))
+        val = make(tmp_path / "data", full(4), "v.json", images="v")
         for name in "ab":
             picture(tmp_path / "more" / f"{name}.jpg", 12, 16)
         data = {
@@ -568,8 +569,8 @@ class TestLoad:
         assert len(splits.labelled) == 6 and image_ids(splits.unlabelled) == [16, 17]
 
     def test_ids_of_unlabelled_images_clash_with_no_json(self, tmp_path):
-        train = make(tmp_path / "data", document(6))
-        val_content = document(4)
+        train = make(tmp_path / "data", full(6))
+        val_content = full(4)
         for row in val_content["images"]:
             row["id"] += 500
         for row in val_content["annotations"]:
@@ -583,7 +584,7 @@ class TestLoad:
         assert image_ids(splits.unlabelled) == [514]
 
     def test_a_labelled_link_is_not_unlabelled_as_well(self, tmp_path):
-        make(tmp_path / "data", document(4))
+        make(tmp_path / "data", full(4))
         (tmp_path / "pool").mkdir()
         for name in ("1.png", "3.png"):
             (tmp_path / "data" / "images" / name).rename(tmp_path / "pool" / name)
@@ -593,8 +594,8 @@ class TestLoad:
         assert [path.name for path in splits.unlabelled.datasets[1].paths] == ["new one.png"]
 
     def test_images_of_the_jsons_are_not_unlabelled_as_well(self, tmp_path, capsys):
-        make(tmp_path, document(6))
-        make(tmp_path, document(4), "instances_val.json", images="images/val")
+        make(tmp_path, full(6))
+        make(tmp_path, full(4), "instances_val.json", images="images/val")
         picture(tmp_path / "images" / "new.png")
         (tmp_path / "link").symlink_to(tmp_path / "images")
         splits = load(tmp_path, unlabelled=tmp_path / "link", percent=100)
@@ -611,7 +612,9 @@ class TestLoad:
         bad_load(tmp_path, "no instances_train*.json", data=tmp_path)
         bad_load(tmp_path / "none", "No such file", data=tmp_path / "none")
         path = make(tmp_path, images="hidden")
+        (tmp_path / "hidden" / "0.png").rename(tmp_path / "hidden" / "other.png")
         bad_load(path, "0.png", data=tmp_path)
+        (tmp_path / "hidden" / "other.png").rename(tmp_path / "hidden" / "0.png")
         bad_load(
             tmp_path / "nowhere",
             "nowhere: no such folder",
@@ -640,7 +643,9 @@ class TestLoad:
         bad_load(tmp_path, "instances_train2014.json", data=tmp_path)
 
     def test_one_image_and_no_validation(self, tmp_path):
-        path = make(tmp_path, document(1) | {"annotations": []})
+        content = full(1)
+        content["annotations"] = [row for row in content["annotations"] if row["image_id"] == 10]
+        path = make(tmp_path, content)
         bad_load(path, "validation", data=tmp_path)
 
     @pytest.mark.parametrize(
@@ -648,18 +653,17 @@ class TestLoad:
         [
             ([*CATEGORIES[:2], {"id": 40, "name": "ox"}], ["category 40", "'ox'", "'cow'"]),
             ([*CATEGORIES, {"id": 41, "name": "ox"}], ["category 41", "'ox'", "missing"]),
-            ([*CATEGORIES[:2], {"id": 41, "name": "cow"}], ["category 40", "missing"]),
         ],
     )
     def test_other_categories_in_validation(self, tmp_path, categories, words):
         train = make(tmp_path)
         val = make(
             tmp_path,
-            {**document(), "annotations": [], "categories": categories},
+            {**full(), "annotations": [], "categories": categories},
             "instances_val.json",
         )
         bad_load(val, *words, str(train), data=tmp_path)
-        write(val, {**document(), "categories": CATEGORIES[::-1]})
+        write(val, {**full(), "categories": CATEGORIES[::-1]})
         assert len(load(tmp_path).test) == 3  # another order is the same
 
 
@@ -671,7 +675,7 @@ def bad_load(path: Path, *words: str, **arguments) -> None:
 
 @pytest.mark.skipif(not REAL.exists(), reason="the real COCO images are not beside this checkout")
 def test_real_coco_images(capsys):
-    splits = load(REAL, percent=10, fold=1)
+    splits = load(REAL, percent=10, fold=1, missing_labels="background")
     assert (len(splits.labelled), len(splits.unlabelled), len(splits.tune)) == (9, 83, 66)
     assert len(splits.categories) == 80 and splits.categories[-1] == {
         "id": 90,
@@ -690,4 +694,4 @@ def test_real_coco_images(capsys):
     for part in (splits.labelled, splits.unlabelled, splits.tune):
         image, target = part[len(part) - 1]
         assert image.shape[1:] == target["size"] == part.sizes[-1]
-    assert capsys.readouterr() == ("", "")
+    assert "classes have no box in the 9 labelled images" in capsys.readouterr().err

@@ -168,15 +168,12 @@ class TestVoc:
 
 
 def yolo(folder: Path, train="images/train", val="images/val") -> Path:
-    """A YOLO folder: four training images, the last without a text file, one for validation."""
+    """A YOLO folder: four training images, the last with an empty file, one for validation."""
     for place, names in ((train, "abcd"), (val, "e")):
         for name in names:
             picture(folder / place / f"{name}.png")
-            if name != "d":
-                write(
-                    folder / place.replace("images", "labels") / f"{name}.txt",
-                    "1 0.5 0.5 0.25 0.5\n\n0 0.125 .25 .25 .5\n",
-                )
+            lines = "1 0.5 0.5 0.25 0.5\n\n0 0.125 .25 .25 .5\n" if name != "d" else "\n"
+            write(folder / place.replace("images", "labels") / f"{name}.txt", lines)
     write(
         folder / "data.yaml", "path: .\ntrain: x\nnames:\n  0: person\n  1: traffic light\nnc: 2\n"
     )
@@ -218,6 +215,7 @@ class TestYolo:
     def test_val_is_for_validation_and_test_neither_for_it_nor_for_training(self, tmp_path):
         folder = yolo(tmp_path)
         picture(folder / "images" / "test" / "f.png")
+        write(folder / "labels" / "test" / "f.txt", "1 0.5 0.5 0.25 0.5")
         train, validation = find_annotations(folder)
         assert stems(train) == list("abcd") and stems(validation) == ["e"]
         (folder / "images" / "val" / "e.png").unlink()
@@ -236,7 +234,7 @@ class TestYolo:
         "line, words",
         [
             ("0 0.5 0.5 0.2", ["line 2", "class cx cy width height"]),
-            ("0 0.5 0.5 0.2 0.2 0.9", ["line 2", "class cx cy width height"]),
+            ("0 0.5 0.5 0.2 0.2 0.9 0.1 0.1", ["line 2", "class cx cy width height"]),
             ("dog 0.5 0.5 0.2 0.2", ["line 2", "class cx cy width height"]),
             ("0 320 240 20 20", ["line 2", "0..1"]),
             ("0 nan 0.5 0.2 0.2", ["line 2", "0..1"]),

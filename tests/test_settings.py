@@ -93,7 +93,7 @@ def test_every_field_is_an_option_and_its_help_says_what_it_is(capsys):
         text = " ".join(lines[rows[0] : rows[0] + 3])
         assert "(default" in text.split(option, 1)[1], option
     names = [option_name(path) for path in leaves()]
-    assert len(set(names)) == len(names) and "--weights" not in names
+    assert len(set(names)) == len(names)
     first = lines[: next(n for n, line in enumerate(lines) if "data-files options" in line)]
     assert sum(line.startswith("│ --") for line in first) <= 15, "too many options for a beginner"
 
@@ -234,7 +234,8 @@ def test_settings_of_before_normalizer_groups_are_read_as_what_they_were():
 
 def test_roles_are_those_of_the_record_and_of_a_resume():
     names = {path[-1] for path in fields_with(Role.RUNTIME)}
-    assert names == {"accumulate", "precision", "checkpointing", "channels_last", "compile"}
+    speed = {"accumulate", "precision", "checkpointing", "channels_last", "compile"}
+    assert names == speed | {"skip_unreadable"}
     identity = {"method", "detector", "preset", "data", "percent", "fold", "seed", "steps"}
     assert set(settings.RUN_IDENTITY) == identity
 

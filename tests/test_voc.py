@@ -271,12 +271,18 @@ class TestConversion:
         add(tmp_path, "000001", bad)
         refused(capsys, tmp_path, words=("000001.xml", "lacks"), out=tmp_path / "out")
 
-    def test_reversed_corners(self, tmp_path, capsys):
-        add(tmp_path, "000001", *[thing("dog", 1, 1, 5, 5)] * 200, thing("dog", 9, 1, 5, 5))
+    def test_reversed_corners_are_put_right(self, tmp_path):
+        add(tmp_path, "000001", thing("dog", 9, 1, 5, 6))
+        assert convert(tmp_path) == 0
+        (row,) = read(tmp_path / "annotations", "train")["annotations"]
+        assert row["bbox"] == [4, 0, 5, 6]
+
+    def test_boxes_that_are_not_finite(self, tmp_path, capsys):
+        add(tmp_path, "000001", *[thing("dog", 1, 1, 5, 5)] * 200, thing("dog", 9, 1, "inf", 5))
         assert convert(tmp_path) == 0
         assert len(read(tmp_path / "annotations", "train")["annotations"]) == 200
         assert " 1 empty box" in capsys.readouterr().err
-        add(tmp_path, "000002", thing("dog", 9, 1, 5, 5), thing("dog", 1, 9, 5, 5))
+        add(tmp_path, "000002", thing("dog", "nan", 1, 5, 5), thing("dog", 1, "-inf", 5, 5))
         refused(capsys, tmp_path, words=("3 of 203", "000001.jpg"), out=tmp_path / "out")
 
 

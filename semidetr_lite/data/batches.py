@@ -175,7 +175,10 @@ class Batches(torch.utils.data.Dataset):
                     scenes.append(dataset[index])
                     break
                 except UserError as problem:
-                    if attempt == MAX_ATTEMPTS - 1 or not may_skip:
+                    if not may_skip:
+                        advice = "--skip-unreadable (also with --resume) goes on without it"
+                        raise UserError(f"{problem}; {advice}") from problem
+                    if attempt == MAX_ATTEMPTS - 1:
                         raise
                     self._warn_about_skipped(str(problem))
                     key = [self.seed, RNG_REPLACEMENT, stream, step, position, attempt]

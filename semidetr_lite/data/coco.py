@@ -1,49 +1,67 @@
-"""Annotated images in COCO's format: a json with the boxes, perhaps a folder of unlabelled images.
+"""Annotated images as a data set, whatever tool wrote them, perhaps with a folder of further ones.
 
-    {"images": [{"id", "file_name", "width", "height"}],
-     "annotations": [{"id", "image_id", "category_id", "bbox": [x, y, width, height],
-                      "area", "iscrowd", "difficult"}],
-     "categories": [{"id", "name"}]}
+Every layout is read into the rows of a COCO json (layouts.py, coco_json.py, formats.py), so there
+is one data set class for all. Category ids may have gaps; the labels 0..C-1 follow them in
+ascending order. A crowd region (`iscrowd` 1) stays among the boxes and is marked in "crowd", a
+`difficult` object in "difficult". An image may have no box at all.
 
-A Pascal VOC or YOLO folder is read into the same rows (formats.py), so there is one data set class
-for all. Category ids may have gaps; the labels 0..C-1 follow them in ascending order. A crowd
-region (`iscrowd` 1) stays among the boxes and is marked in "crowd", a `difficult` object in
-"difficult". An image may have no box at all. Boxes refer to the pixels as they are stored: a
-rotation noted in an image's EXIF data is not applied, here as in COCO, unless the size that the
-json declares is that of the rotated image.
+Images are turned upright as their EXIF data ask, and boxes are in pixels of the upright image. Were
+they drawn on the pixels as they are stored, they are turned too: a json or an XML file says which
+by the size that it declares. Where the two sizes are equal, boxes of a json or XML file are those
+of the stored pixels, as in COCO; YOLO's are those of the upright image.
 
 Real files have defects: COCO's own training set holds two boxes of no height. A box that reaches
 over the edge of its image is cut there. A box that is empty or wholly outside is dropped. One line
 on stderr counts both. If more than one box in a hundred would be dropped, the file is refused.
 """
 
-import json
 import os
-import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import cast
 
 import numpy as np
 import torch
 
 from semidetr_lite.contracts import Target, View
+from semidetr_lite.data.coco_json import is_numbers, read_annotations, read_coco, read_coco_json
 from semidetr_lite.data.folds import labelled_in_manifest
-from semidetr_lite.data.formats import Annotations, read_voc, read_yolo
-from semidetr_lite.data.images import IMAGE_SUFFIXES, ImageFolder, read_image
+from semidetr_lite.data.formats import Annotations
+from semidetr_lite.data.images import (
+    IMAGE_SUFFIXES,
+    QUARTER_TURNS,
+    ImageFolder,
+    header_size,
+    images_below,
+    read_image,
+    read_upright,
+    turn_boxes,
+)
+from semidetr_lite.data.layouts import find_annotations, image_dirs
 from semidetr_lite.data.splits import (
     Concat,
     Dataset,
+    NobodyLabelled,
     Splits,
     Subset,
     WithoutLabels,
     labelled_indices,
+    stratified_indices,
 )
+from semidetr_lite.data.suspicions import all_crowd, looks_like_corners, looks_normalised, named
 from semidetr_lite.errors import UserError
-from semidetr_lite.files import json_problems
 
-__all__ = ["IMAGE_SUFFIXES", "CocoDataset", "ImageFolder", "load", "read_coco", "read_image"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "CocoDataset",
+    "ImageFolder",
+    "find_annotations",
+    "is_numbers",
+    "load",
+    "read_coco",
+    "read_coco_json",
+    "read_image",
+]
 # ids between 1 and 90 that COCO gives to no class
 COCO_ID_GAPS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 COCO_IDS = [number for number in range(1, 91) if number not in COCO_ID_GAPS]  # of the 80 classes
@@ -59,6 +77,9 @@ def load(
     validation=None,
     folds=None,
     flip: bool = True,
+    missing_labels: str = "unlabelled",
+    stratified: bool = False,
+    skip_unreadable: bool = False,
 ) -> Splits:
     """The splits of a data set on disk.
 
@@ -66,43 +87,56 @@ def load(
         data, images, validation: as `find_annotations` takes them.
         unlabelled: a folder of images without labels, or a COCO json of such. Images that the
             annotations list are left out.
-        percent: of the training images that are labelled. The others are unlabelled.
+        percent: of the labelled training images, those whose labels are used. The others are
+            unlabelled.
         fold: the number of the draw of labelled images, from 1.
-        folds: a folder of folds with its manifest, to read the draw from.
+        folds: a folder of folds with its manifest, to read the draw from. It also says which images
+            are labelled at all.
         flip: whether a mirrored object is still the same.
+        missing_labels: what a training image without a label file, in a json without an annotation,
+            is: "unlabelled", or "background", an image without objects. A validation json always
+            lists images that somebody looked at.
+        stratified: whether every class gets its fraction of the labelled images.
+        skip_unreadable: whether images and labels that cannot be read are left out, with a line
+            that counts them; validation images are then decoded once to find out.
 
     Returns:
         Splits whose tune and test split are both the validation images. If there are none, a fifth
-        of the training images, always the same, is set aside, and one line on stderr says so.
+        of the labelled images, always the same, is set aside, and one line on stderr says so.
 
     Raises UserError for data that cannot be used.
     """
     train_annotations, val_annotations = find_annotations(data, images, validation)
-    whole = CocoDataset(train_annotations)
+    whole = CocoDataset(train_annotations, skip_unreadable=skip_unreadable)
+    with_labels = _with_labels(whole, missing_labels if folds is None else "background")
     datasets = [whole]
-    train: Dataset = whole
     held_out: Dataset
     if val_annotations is None:
-        train, held_out = _set_aside(whole)
+        with_labels, held_out = _set_aside(whole, with_labels)
     else:
-        datasets.append(CocoDataset(val_annotations))
-        held_out = datasets[1]
-        for problem in category_problems(train_annotations, val_annotations):
-            raise UserError(problem)
+        val_annotations = align_categories(train_annotations, val_annotations)
+        val = CocoDataset(val_annotations, skip_unreadable=skip_unreadable)
+        datasets.append(val)
+        held_out = _validation_images(val, missing_labels, skip_unreadable)
+    draw = (whole, with_labels, percent, fold)
     if folds is None:
-        labelled = labelled_indices(len(train), percent, fold)
+        labelled = _draw(*draw, stratified)
     elif val_annotations is None:
         problem = "folds leave no image to evaluate on; give a json with --validation"
         raise UserError(f"{folds}: {problem}")
     else:
         labelled = labelled_in_manifest(folds, whole.image_ids, percent, fold)
-    rest = sorted(set(range(len(train))) - set(labelled))
-    pool: Dataset = WithoutLabels(train, rest)
+    _warn_about_classes(whole, with_labels, labelled)
+    rest = sorted(set(with_labels) - set(labelled))
+    parts: list[Dataset] = [WithoutLabels(whole, rest)]
+    nobody = [index for index in whole.without_labels if index not in set(with_labels)]
+    if nobody:
+        parts.append(NobodyLabelled(whole, nobody))
     if unlabelled is not None:
-        pool = Concat([pool, _unlabelled_images(unlabelled, datasets)])
+        parts.append(unlabelled_images(unlabelled, datasets))
     return Splits(
-        labelled=Subset(train, labelled),
-        unlabelled=pool,
+        labelled=Subset(whole, labelled),
+        unlabelled=Concat(parts) if len(parts) > 1 else parts[0],
         tune=held_out,
         test=held_out,
         categories=whole.categories,
@@ -110,62 +144,117 @@ def load(
     )
 
 
-def _unlabelled_images(unlabelled, datasets: list["CocoDataset"]) -> ImageFolder:
-    """The images of a folder, or of a json of images, that none of the data sets lists."""
-    first_id = max(image_id for dataset in datasets for image_id in dataset.image_ids) + 1
-    listed = {path for dataset in datasets for path in dataset.paths()}
-    if Path(unlabelled).suffix != ".json":
-        return ImageFolder(unlabelled, first_id, listed)
-    image_dirs = _image_dirs(Path(unlabelled), None, [Path(unlabelled)])
-    in_json = CocoDataset(unlabelled, image_dirs)
-    return ImageFolder(in_json.image_dir, first_id, listed, in_json.paths())
+def _with_labels(whole: "CocoDataset", missing_labels: str) -> list[int]:
+    """The images to draw labelled ones from; one line on stderr counts those without labels.
 
-
-def find_annotations(
-    data, images=None, validation=None, categories: list[dict] | None = None
-) -> tuple[Annotations, Annotations | None]:
-    """The annotations to train on, and those to evaluate on or None.
-
-    Args:
-        data: a COCO json, its images in the folder `images`; or a folder of one of these kinds:
-
-            COCO   instances_train*.json and perhaps instances_val*.json in it or in its
-                   annotations/; the images in train2017/ and val2017/ (named as the jsons are),
-                   in images/ or in the folder itself
-            VOC    JPEGImages/, Annotations/*.xml and perhaps ImageSets/Main/*.txt; see `read_voc`
-            YOLO   images/ and labels/ with data.yaml or classes.txt; see `read_yolo`
-
-        images: the folder of the images.
-        validation: a json or folder of the same kinds; it replaces what `data` has for validation.
-        categories: [{"id", "name"}] that a VOC folder has to agree with.
-
-    Raises UserError for what is not there.
+    Raises UserError for nothing to learn from.
     """
-    data = Path(data)
-    if images and not Path(images).is_dir():
-        raise UserError(f"{images}: no such folder of images")
-    train_json, val_json = _find_jsons(data)
-    val = None
-    if train_json is not None:
-        around = [] if images else [train_json]
-        train = read_annotations(train_json, _image_dirs(train_json, images, around))
-        if val_json is not None and validation is None:
-            val = read_annotations(val_json, _image_dirs(val_json, images, [val_json, train_json]))
-    elif any(data.glob("Annotations/*.xml")):
-        train, val = read_voc(data, images, categories)
-    elif any(data.glob("labels/**/*.txt")) or any(data.glob("*/labels/*.txt")):
-        train, val = read_yolo(data)
+    problem = all_crowd(whole.fields)
+    if problem:
+        raise UserError(f"{whole.source}: nothing to learn: {problem}")
+    missing = whole.without_labels
+    if len(missing) == len(whole) or not len(whole.fields["boxes"]):
+        advice = "label some images, or name another file with --data"
+        raise UserError(f"{whole.source}: nothing to learn: none of its images has a box; {advice}")
+    if missing:
+        kind = "no annotation" if whole.labelled_ids is None else "no label file"
+        count = f"{len(missing)} of its {len(whole)} training images have {kind}"
+        other = "--missing-labels background takes them as images without objects"
+        meaning = f"and are unlabelled ({other})"
+        if missing_labels == "background":
+            meaning = "and are taken as images without objects (--missing-labels)"
+        print(f"{whole.source}: {count} {meaning}", file=sys.stderr)
+    if missing_labels == "background":
+        return list(range(len(whole)))
+    return sorted(set(range(len(whole))) - set(missing))
+
+
+def _validation_images(val: "CocoDataset", missing_labels: str, skip_unreadable: bool) -> Dataset:
+    """The images to measure on: those that somebody labelled and, if asked, that can be read.
+
+    One line on stderr counts those left out, and one says that no AP can be measured. Raises
+    UserError where none is left.
+    """
+    kept = list(range(len(val)))
+    if val.labelled_ids is not None and missing_labels == "unlabelled":
+        without_labels = set(val.without_labels)
+        kept = [index for index in kept if index not in without_labels]
+        if without_labels:
+            count = f"{len(without_labels)} of its {len(val)} validation images"
+            message = "have no label file and are not measured on"
+            print(f"{val.source}: {count} {message}", file=sys.stderr)
+    if skip_unreadable:
+        kept = _readable(val, kept)
+    if not kept:
+        raise UserError(f"{val.source}: no validation image with labels is left")
+    if not (~val.fields["crowd"]).any():
+        message = "its validation images have no box, so AP cannot be measured (nan)"
+        print(f"warning: {val.source}: {message}", file=sys.stderr)
+    return val if len(kept) == len(val) else Subset(val, kept)
+
+
+def _readable(dataset: "CocoDataset", indices: list[int]) -> list[int]:
+    """The indices of the images that can be decoded; one line on stderr counts the others."""
+    readable = []
+    problems = []
+    for index in indices:
+        try:
+            _ = dataset[index]
+        except UserError as problem:
+            problems.append(str(problem))
+        else:
+            readable.append(index)
+    if problems:
+        count = f"{len(problems)} of {len(indices)} validation images"
+        message = f"{count} are left out (first: {problems[0]})"
+        print(f"warning: {dataset.source}: {message}", file=sys.stderr)
+    return readable
+
+
+def _draw(
+    whole: "CocoDataset", with_labels: list[int], percent: float, fold: int, stratified: bool
+) -> list[int]:
+    """The labelled images of a fold, drawn from those with labels."""
+    if not stratified:
+        drawn = labelled_indices(len(with_labels), percent, fold)
     else:
-        coco = "no instances_train*.json in this folder or in its annotations/"
-        advice = "give the path of a COCO json, or a COCO, VOC or YOLO folder"
-        raise UserError(f"{data}: {coco}, no Annotations/*.xml, no labels/*.txt; {advice}")
-    if validation is not None and Path(validation).is_dir():
-        of_train, of_val = find_annotations(validation, categories=train.document["categories"])
-        val = of_val or of_train
-    elif validation is not None:
-        around = [Path(validation), *filter(None, [train_json])]
-        val = read_annotations(validation, _image_dirs(Path(validation), images, around))
-    return train, val
+        drawn = stratified_indices([whole.classes(i) for i in with_labels], percent, fold)
+    return [with_labels[index] for index in drawn]
+
+
+def _warn_about_classes(whole: "CocoDataset", with_labels: list[int], labelled: list[int]) -> None:
+    """One line on stderr that names the classes without a box in the labelled images."""
+    there = set().union(*(whole.classes(index) for index in labelled))
+    known = set().union(*(whole.classes(index) for index in with_labels))
+    names = [category["name"] for category in whole.categories]
+    groups = {
+        f"in the {len(labelled)} labelled images": sorted(known - there),
+        "in any training image": sorted(set(range(len(names))) - known - there),
+    }
+    for where, labels in groups.items():
+        if labels:
+            count = f"{len(labels)} of {len(names)} classes have no box {where}"
+            listed = named([names[label] for label in labels])
+            print(f"warning: {whole.source}: {count}: {listed}", file=sys.stderr)
+
+
+def unlabelled_images(unlabelled, datasets: list["CocoDataset"]) -> ImageFolder:
+    """The images of a folder, or of a json of images, that none of the data sets lists."""
+    image_ids = (image_id for dataset in datasets for image_id in dataset.image_ids)
+    first_id = max(image_ids, default=0) + 1
+    listed = {path for dataset in datasets for path in dataset.paths()}
+    path = Path(unlabelled)
+    if path.suffix.lower() != ".json":
+        return ImageFolder(unlabelled, first_id, listed)
+    annotations = read_annotations(path, image_dirs(path, None, [path]))
+    if annotations.problems:
+        raise UserError(annotations.problems[0])
+    image_dir, names = _locate_images(annotations)
+    there = [os.path.join(image_dir, name) for name in names if name is not None]
+    if len(there) < len(names):
+        count = f"{len(names) - len(there)} of its {len(names)} images"
+        print(f"warning: {path}: {count} are missing and left out", file=sys.stderr)
+    return ImageFolder(image_dir, first_id, listed, there)
 
 
 class CocoDataset:
@@ -177,39 +266,40 @@ class CocoDataset:
             the json is taken.
         problems: a list that takes one line about each defect of the json; without it the first one
             is raised.
+        skip_unreadable: whether missing images and labels that cannot be read are left out, with
+            one line on stderr that counts them.
 
     Attributes:
         categories: [{"id", "name"}] in the order of the labels.
-        sizes: [(H, W)] and `image_ids` [int], in the order of the json.
+        sizes: [(H, W)] as the json declares them, and `image_ids` [int], in the order of the json.
         fields: {"boxes" (A, 4) float32 xyxy, "labels", "crowd", "area", perhaps "difficult"},
             arrays over all boxes.
+        without_labels: the indices of the images that nobody labelled: without a label file or, in
+            a json, without an annotation that can be used.
+        labelled_ids: ids of the images with a label file; None for a json.
 
     Raises UserError: at opening for a defect of the json or a missing image, at reading for an
     image that cannot be decoded or has another size than the json says.
     """
 
-    def __init__(self, annotations, images=(), problems: list[str] | None = None):
-        image_dirs = [
-            Path(folder) for folder in (images if isinstance(images, list | tuple) else [images])
-        ]
+    def __init__(
+        self, annotations, images=(), problems: list[str] | None = None, skip_unreadable=False
+    ):
+        folders = images if isinstance(images, list | tuple) else [images]
         if not isinstance(annotations, Annotations):
-            annotations = read_annotations(annotations, image_dirs)
-        if problems is not None:
-            problems += annotations.problems
-        elif annotations.problems:
-            raise UserError(annotations.problems[0])
+            annotations = read_annotations(annotations, [Path(folder) for folder in folders])
         self.source = annotations.source
         self.upright = annotations.upright
-        rows = annotations.document["images"]
+        self.labelled_ids = annotations.labelled_ids
+        rows = self._usable_images(annotations, problems, skip_unreadable)
         self.image_ids = [row["id"] for row in rows]
         self.sizes = [(row["height"], row["width"]) for row in rows]
         self.names = [row["file_name"] for row in rows]
         by_id = sorted(annotations.document["categories"], key=lambda row: row["id"])
         self.categories = [{"id": row["id"], "name": row["name"]} for row in by_id]
-        self.image_dir = _dir_with_images(annotations, self.names)
-        if problems is None:
-            self._check_images_exist()
-        self._store_boxes(annotations.document["annotations"], problems)
+        for note in annotations.notes if problems is None else ():
+            print(note, file=sys.stderr)
+        self._store_boxes(annotations, problems)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -217,56 +307,102 @@ class CocoDataset:
     def __getitem__(self, index: int) -> View:
         target = self.target(index)
         path = self.image_dir / self.names[index]
-        height, width = target["size"]
-        image = read_image(path, self.upright)
-        if image.shape[1:] == (width, height) and height != width:
-            # the boxes may have been drawn on the image turned upright
-            image = read_image(path, upright=True)
-        if image.shape[1:] != (height, width):
-            size = f"{image.shape[2]} x {image.shape[1]} pixels"
+        image, orientation = read_upright(path)
+        declared, upright = target["size"], (image.shape[1], image.shape[2])
+        stored = upright[::-1] if orientation in QUARTER_TURNS else upright
+        if declared not in (stored, upright):
+            size = f"{upright[1]} x {upright[0]} pixels"
             raise UserError(
-                f"{path}: the image is {size}, but {self.source} says {width} x {height}; "
-                "use the images the boxes were drawn on"
+                f"{path}: the image is {size}, but {self.source} says {declared[1]} x "
+                f"{declared[0]}; use the images the boxes were drawn on"
             )
+        drawn_upright = self.upright or declared != stored
+        if orientation != 1 and not drawn_upright:
+            target["boxes"] = turn_boxes(target["boxes"], stored, orientation)
+        target["size"] = upright
         return image, target
 
     def target(self, index: int) -> Target:
-        """The target of one image, without decoding the image."""
+        """The target of one image, without decoding the image: boxes as they are written."""
         index = range(len(self))[index]  # -1 is the last one
         rows = slice(self._starts[index], self._starts[index + 1])
         fields = {name: torch.tensor(values[rows]) for name, values in self.fields.items()}
         size, image_id = self.sizes[index], self.image_ids[index]
         return cast(Target, {**fields, "size": size, "image_id": image_id})
 
+    def classes(self, index: int) -> set[int]:
+        """The labels of an image's boxes, without those of crowd regions."""
+        rows = slice(self._starts[index], self._starts[index + 1])
+        return set(self.fields["labels"][rows][~self.fields["crowd"][rows]].tolist())
+
+    def counts(self) -> np.ndarray:
+        """(N,) the boxes of each image, without crowd regions."""
+        image_of = np.repeat(np.arange(len(self)), np.diff(self._starts))
+        return np.bincount(image_of[~self.fields["crowd"]], minlength=len(self))
+
     def paths(self) -> list[str]:
         """The image files, links resolved, so that two ways to one file compare equal."""
         return [os.path.realpath(os.path.join(self.image_dir, name)) for name in self.names]
 
-    def _check_images_exist(self) -> None:
-        folders = {os.path.dirname(name) for name in self.names}
-        files_in = {
-            folder: set(os.listdir(self.image_dir / folder))
-            for folder in folders
-            if (self.image_dir / folder).is_dir()
-        }
-        for name in self.names:
-            folder, base = os.path.split(name)
-            # A disk that ignores case may list another spelling of a file that is there.
-            if base not in files_in.get(folder, ()) and not (self.image_dir / name).is_file():
-                path = self.image_dir / name
-                raise UserError(f"{path}: the image is missing, though {self.source} lists it")
+    def _usable_images(
+        self, annotations: Annotations, problems: list[str] | None, skip_unreadable: bool
+    ) -> list[dict]:
+        """The rows of the images that can be used, their file names below `image_dir`.
 
-    def _store_boxes(self, rows: list[dict], problems: list[str] | None) -> None:
+        Defects go to `problems`, or are counted, or the first is raised.
+        """
+        rows = annotations.document["images"]
+        faults = list(annotations.problems)
+        if not rows:
+            raise UserError(faults[0] if faults else f'{self.source}: its list "images" is empty')
+        self.image_dir, names = _locate_images(annotations)
+        usable = []
+        for row, name in zip(rows, names):
+            path = self.image_dir / (name or row["file_name"])
+            row = {**row, "file_name": name or row["file_name"]}
+            if name is None and (problems is None or not _stays_inside(row["file_name"])):
+                missing = f"the image is missing, though {self.source} lists it"
+                faults.append(f"{path}: {missing} (--skip-unreadable leaves it out)")
+                continue
+            if "width" not in row:
+                try:
+                    row["height"], row["width"] = header_size(path, upright=True)
+                except UserError as fault:
+                    faults.append(str(fault))
+                    continue
+            usable.append(row)
+        if problems is not None:
+            problems += faults
+        elif faults and not (skip_unreadable and usable):
+            more = f" ({len(faults) - 1} more such lines: semidetr doctor)" if faults[1:] else ""
+            raise UserError(f"{faults[0]}{more}")
+        elif faults:
+            count = f"{len(faults)} images or labels"
+            message = f"{count} cannot be used and are left out (first: {faults[0]})"
+            print(f"warning: {self.source}: {message}", file=sys.stderr)
+        return usable
+
+    def _store_boxes(self, annotations: Annotations, problems: list[str] | None) -> None:
         """Keep the boxes as flat arrays, image after image, which worker processes can share."""
         image_index = {image_id: index for index, image_id in enumerate(self.image_ids)}
         label_of = {category["id"]: label for label, category in enumerate(self.categories)}
+        rows = annotations.document["annotations"]
+        rows = [row for row in rows if row["image_id"] in image_index]
         image_of = np.array([image_index[row["image_id"]] for row in rows], dtype=np.int64)
         xywh = np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(-1, 4)
         sizes = np.array(self.sizes, dtype=np.float64).reshape(-1, 2)[image_of]
         boxes, usable, cut = _boxes_in_image(xywh, sizes)
+        for look in (looks_normalised, looks_like_corners):
+            problem = look(xywh, sizes) if len(xywh) else None
+            if problem is None:
+                continue
+            if problems is None:
+                raise UserError(f"{self.source}: {problem}")
+            problems.append(f"{self.source}: {problem}")
         if problems is None:
-            self._warn_about_boxes(rows, ~usable, cut)
+            self._warn_about_boxes(rows, ~usable, cut, annotations.left_out)
         else:
+            problems += annotations.left_out
             problems += self._box_problems(rows, image_of, ~usable, cut)
         box_area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
         area = np.array([row.get("area", np.nan) for row in rows], dtype=np.float32)
@@ -283,6 +419,20 @@ class CocoDataset:
         order = order[image_of[order].argsort(kind="stable")]
         self.fields = {name: values[order] for name, values in fields.items()}
         self._starts = np.searchsorted(image_of[order], np.arange(len(self.names) + 1))
+        self.without_labels = self._images_without_labels(set(image_of[~usable].tolist()))
+
+    def _images_without_labels(self, with_dropped: set[int]) -> list[int]:
+        """See the class; `with_dropped` are images some of whose boxes were dropped."""
+        return [
+            index
+            for index, count in enumerate(np.diff(self._starts))
+            if count == 0
+            and (
+                self.labelled_ids is None
+                or self.image_ids[index] not in self.labelled_ids
+                or index in with_dropped
+            )
+        ]
 
     def _box_problems(
         self, rows: list[dict], image_of: np.ndarray, dropped: np.ndarray, cut: np.ndarray
@@ -300,11 +450,18 @@ class CocoDataset:
             problems.append(f"{path}: {box} {defect}, {width} x {height} pixels")
         return problems
 
-    def _warn_about_boxes(self, rows: list[dict], dropped: np.ndarray, cut: np.ndarray) -> None:
-        """One line on stderr that counts the boxes dropped and cut.
+    def _warn_about_boxes(
+        self, rows: list[dict], dropped: np.ndarray, cut: np.ndarray, left_out: tuple[str, ...]
+    ) -> None:
+        """One line on stderr that counts the boxes left out, dropped and cut.
 
-        Raises UserError for too many dropped.
+        Raises UserError for too many left out or dropped.
         """
+        if left_out and len(left_out) > MAX_DROPPED_FRACTION * (len(rows) + len(left_out)):
+            more = (
+                f" ({len(left_out) - 1} more such lines: semidetr doctor)" if left_out[1:] else ""
+            )
+            raise UserError(f"{left_out[0]}{more}")
         if dropped.sum() > MAX_DROPPED_FRACTION * len(rows):
             defect = _count_and_first(
                 rows, dropped, f"of {len(rows)} boxes are empty or outside their image"
@@ -312,6 +469,9 @@ class CocoDataset:
             advice = "correct or remove them (COCO's bbox is [x, y, width, height] in pixels)"
             raise UserError(f"{self.source}: {defect}; {advice}")
         notes = []
+        if left_out:
+            fault = left_out[0].removeprefix(f"{self.source}: ")
+            notes.append(f"{len(left_out)} annotations cannot be used and are left out ({fault})")
         if dropped.any():
             defect = "boxes empty or outside their image are dropped"
             notes.append(_count_and_first(rows, dropped, defect))
@@ -347,162 +507,40 @@ def _boxes_in_image(
     return boxes, usable, cut
 
 
-# Reading and checking a json
+# ---- categories ----------------------------------------------------------------------------------
 
 
-def read_coco(path) -> dict:
-    """The content of a COCO json whose ids are checked: unique, and referring to each other.
-
-    Raises UserError naming the file and its first problem.
-    """
-    document, problems = validate_coco(path, read_coco_json(path), with_files=False)
-    for problem in problems:
-        raise UserError(problem)
-    return document
-
-
-def read_annotations(path, image_dirs: list[Path]) -> Annotations:
-    """A COCO json and where its images may lie; a file that is none has one problem and no rows."""
-    try:
-        document, problems = validate_coco(path, read_coco_json(path))
-    except UserError as problem:
-        document = {"images": [], "annotations": [], "categories": []}
-        problems = [str(problem)]
-    return Annotations(Path(path), document, problems, image_dirs)
-
-
-def read_coco_json(path):
-    """The content of a json without outlines. Raises UserError as `files.read_json` does.
-
-    Outlines, the "segmentation" of an annotation, are cut from the text before it is parsed: they
-    are two thirds of COCO's files, and nothing here uses them.
-    """
-    with json_problems(path), open(path, "rb") as file:
-        return json.loads(b"".join(_without_outlines(file)).decode("utf-8-sig"))
-
-
-OUTLINE = re.compile(rb'"segmentation"\s*:\s*\[[][\d\s.,eE+-]*\]')
-
-
-def _without_outlines(file: BinaryIO) -> Iterator[bytes]:
-    """The bytes of a json in large pieces, each outline replaced by an empty list."""
-    rest = b""
-    while block := file.read(1 << 24):
-        whole, end, rest = (rest + block).rpartition(b"}")  # no outline holds a brace
-        yield OUTLINE.sub(_empty_outline, whole) + end
-    yield rest
-
-
-def _empty_outline(outline: re.Match) -> bytes:
-    newlines = b"\n" * outline[0].count(b"\n")  # so that an error names the right line
-    return b'"segmentation":[' + newlines + b"]"
-
-
-def validate_coco(path, document, with_files: bool = True) -> tuple[dict, list[str]]:
-    """Check every row of a COCO json.
-
-    Args:
-        path: of the json, for messages.
-        document: its content.
-        with_files: whether images need names and sizes, and categories names.
-
-    Returns:
-        The document with the usable rows; one line about each row that is not.
-
-    Raises UserError for content that is not in COCO's format at all.
-    """
-    _check_lists(path, document)
-    problems: list[str] = []
-    valid = dict(document)
-    ids: dict[str, set] = {}  # of all rows, also of those that cannot be used
-    for table, check in (("images", _image_problem), ("categories", _category_problem)):
-        valid[table] = []
-        ids[table] = set()
-        for number, row in enumerate(document[table], 1):
-            problem = _id_problem(table, number, row.get("id"), ids[table])
-            if problem is None and with_files:
-                problem = check(row)
-            if problem is None:
-                valid[table].append(row)
-            else:
-                problems.append(f"{path}: {problem}")
-    valid_images = {row["id"] for row in valid["images"]}
-    valid_categories = {row["id"] for row in valid["categories"]}
-    valid["annotations"] = []
-    for number, row in enumerate(document["annotations"], 1):
-        problem = _annotation_problem(row, ids["images"], ids["categories"])
-        if problem is not None:
-            name = f"annotation {row['id']}" if "id" in row else f"annotation number {number}"
-            problems.append(f"{path}: {name} {problem}")
-        elif row["image_id"] in valid_images and row["category_id"] in valid_categories:
-            valid["annotations"].append(row)
-    return valid, problems
-
-
-def _check_lists(path, document) -> None:
-    """Raise UserError unless the document holds COCO's three lists of objects."""
-    tables = ("images", "annotations", "categories")
-    if not isinstance(document, dict):
-        problem = f"it holds no object with {', '.join(tables)}"
-        raise UserError(f"{path}: not COCO's format: {problem}")
-    for table in tables:
-        rows = document.get(table)
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise UserError(f'{path}: not COCO\'s format: it has no list of objects "{table}"')
-        if not rows and table != "annotations":
-            raise UserError(f'{path}: its list "{table}" is empty')
-
-
-def is_numbers(values, count: int) -> bool:
-    """Whether `values`, read from json, is a list of `count` numbers."""
-    return (
-        isinstance(values, list)
-        and len(values) == count
-        and all(type(value) in (int, float) for value in values)
+def mapped_by_name(train: Annotations, validation: Annotations) -> bool:
+    """Whether every validation class is one of the training classes by its name."""
+    ours, theirs = (
+        [row["name"] for row in annotations.document["categories"]]
+        for annotations in (train, validation)
     )
+    no_name_twice = len(set(ours)) == len(ours) and len(set(theirs)) == len(theirs)
+    return no_name_twice and set(theirs) <= set(ours)
 
 
-def _id_problem(table: str, number: int, row_id, earlier: set) -> str | None:
-    """What is wrong with the id of a row, or None; a good id is added to the `earlier` ones."""
-    if type(row_id) is not int:
-        return f'number {number} of the {table} has no whole number as "id"'
-    if row_id in earlier:
-        return f"two of the {table} have the id {row_id}; ids must be unique"
-    earlier.add(row_id)
-    return None
+def align_categories(train: Annotations, validation: Annotations) -> Annotations:
+    """The validation annotations with the category ids of the training ones, mapped by name.
 
-
-def _image_problem(row: dict) -> str | None:
-    name = row.get("file_name")
-    if not isinstance(name, str) or not name:
-        return f'image {row["id"]} has no "file_name"'
-    top = os.path.normpath(name).split(os.sep)[0]
-    if os.path.isabs(name) or top in (os.pardir, os.curdir):
-        return f"image {row['id']} has the file_name {name!r}, which leaves the folder of images"
-    if not all(type(row.get(side)) is int and row[side] > 0 for side in ("width", "height")):
-        return f'image {row["id"]} needs "width" and "height", whole numbers of pixels over 0'
-    return None
-
-
-def _category_problem(row: dict) -> str | None:
-    return None if isinstance(row.get("name"), str) else f'category {row["id"]} has no "name"'
-
-
-def _annotation_problem(row: dict, image_ids: set, category_ids: set) -> str | None:
-    if not is_numbers(row.get("bbox"), 4):
-        return 'needs a "bbox" of 4 numbers, [x, y, width, height]'
-    for key, ids, table in (
-        ("image_id", image_ids, "images"),
-        ("category_id", category_ids, "categories"),
-    ):
-        if type(row.get(key)) is not int or row[key] not in ids:
-            return f"has the {key} {row.get(key)!r}, which is not among the {table}"
-    marks = row.get("iscrowd", 0) in (0, 1) and row.get("difficult", 0) in (0, 1)
-    if not marks or not is_numbers([row.get("area", 0)], 1):
-        return (
-            'needs a number as "area" and 0 or 1 as "iscrowd" (and as "difficult", if it is there)'
-        )
-    return None
+    Classes that only the training data have are added. Raises UserError for classes that cannot be
+    mapped and do not mean the same.
+    """
+    ours, theirs = train.document["categories"], validation.document["categories"]
+    id_of = {row["name"]: row["id"] for row in ours}
+    if not theirs and not validation.document["annotations"]:
+        return validation._replace(document={**validation.document, "categories": ours})
+    if not mapped_by_name(train, validation):
+        for problem in category_problems(train, validation):
+            raise UserError(problem)
+        return validation
+    new_id = {row["id"]: id_of[row["name"]] for row in theirs}
+    rows = [
+        {**row, "category_id": new_id[row["category_id"]]}
+        for row in validation.document["annotations"]
+    ]
+    document = {**validation.document, "categories": ours, "annotations": rows}
+    return validation._replace(document=document)
 
 
 def category_problems(train: Annotations, validation: Annotations) -> list[str]:
@@ -521,63 +559,90 @@ def category_problems(train: Annotations, validation: Annotations) -> list[str]:
     return problems
 
 
-# Where things lie
+# ---- where things lie ----------------------------------------------------------------------------
 
 
-def _dir_with_images(annotations: Annotations, names: list[str]) -> Path:
-    """The first of the folders that holds the first image that is in any of them.
+def _locate_images(annotations: Annotations) -> tuple[Path, list[str | None]]:
+    """The folder of the images, and for each image its path below it, None for a missing one.
 
-    Raises UserError for none.
+    The folder is the first that holds the first image that is in any of them. An image that is not
+    there is looked for by its name: labelling tools write paths of the machine they ran on.
+
+    Raises UserError where there is no folder, or none of the images.
     """
     source = annotations.source
+    names = [row["file_name"] for row in annotations.document["images"]]
     existing = [folder for folder in annotations.image_dirs if folder.is_dir()]
     if not existing:
         folder = annotations.image_dirs[0] if annotations.image_dirs else source.parent
         raise UserError(f"{folder}: no such folder of images (for {source}); name it with --images")
-    for name in names:
-        for folder in existing:
-            if (folder / name).is_file():
-                return folder
-    tried = " and ".join(str(folder) for folder in existing)
-    problem = f"its image {names[0]} is not in {tried}"
-    raise UserError(f"{source}: {problem}; name the folder with --images")
+    inside = [name if _stays_inside(name) else None for name in names]
+    holding = (
+        folder for name in inside if name for folder in existing if (folder / name).is_file()
+    )
+    image_dir = next(holding, existing[0])
+    listings: dict[str, set[str]] = {}
+    found = [name if name and _is_there(image_dir, name, listings) else None for name in inside]
+    if None in found:
+        by_base = _images_by_base([image_dir] if any(found) else existing)
+        for index, name in enumerate(names):
+            path = _same_ending(name, by_base) if found[index] is None else None
+            if path is not None:
+                found[index] = os.path.relpath(path, image_dir)
+    if not any(found):
+        tried = " and ".join(str(folder) for folder in existing)
+        problem = f"its image {names[0]} is not in {tried}"
+        raise UserError(f"{source}: {problem}; name the folder with --images")
+    return image_dir, found
 
 
-def _find_jsons(data: Path) -> tuple[Path | None, Path | None]:
-    """The training json and, in a folder, the validation json beside it; None for a missing one."""
-    if not data.is_dir():
-        return data, None
-    jsons: list[Path | None] = []
-    for split in ("train", "val"):
-        pattern = f"instances_{split}*.json"
-        matches = sorted([*data.glob(pattern), *data.glob(f"annotations/{pattern}")])
-        if len(matches) > 1:
-            names = ", ".join(str(path.relative_to(data)) for path in matches)
-            advice = "give the path of the one you mean"
-            raise UserError(f"{data}: several {pattern} ({names}); {advice}")
-        jsons.append(matches[0] if matches else None)
-    return jsons[0], jsons[1]
+def _stays_inside(name: str) -> bool:
+    """Whether a file name is one below the folder of images."""
+    top = os.path.normpath(name).split(os.sep)[0]
+    return not os.path.isabs(name) and top not in (os.pardir, os.curdir)
 
 
-def _image_dirs(annotations: Path, images, around: list[Path]) -> list[Path]:
-    """Where the images of a json may lie: in `images` or around these jsons; its name first."""
-    split = annotations.stem.removeprefix("instances_").removeprefix("image_info_")  # train2017
-    bases = [Path(images)] if images else []
-    for json_path in around:
-        folder = json_path.parent
-        bases.append(folder.parent if folder.name == "annotations" else folder)
-    named = [folder for base in bases for folder in (base / split, base / "images" / split)]
-    return named + [folder for base in bases for folder in (base, base / "images")]
+def _is_there(image_dir: Path, name: str, listings: dict[str, set[str]]) -> bool:
+    """Whether an image is a file; each folder is listed once, which is quick for many images."""
+    folder, base = os.path.split(name)
+    if folder not in listings:
+        here = image_dir / folder
+        listings[folder] = set(os.listdir(here)) if here.is_dir() else set()
+    # a disk that ignores case may list another spelling of a file that is there
+    return base in listings[folder] or (image_dir / name).is_file()
 
 
-def _set_aside(whole: CocoDataset) -> tuple[Subset, Subset]:
-    """Hold out a fifth of the images, the same in every run: (train, held out)."""
-    if len(whole) < 2:
-        problem = "one image cannot be trained on and evaluated on"
+def _images_by_base(folders: list[Path]) -> dict[str, list[str]]:
+    """The image files below the folders, by their name without folders."""
+    by_base: dict[str, list[str]] = {}
+    paths = {real: path for folder in folders for real, path in images_below(folder).items()}
+    for path in paths.values():
+        by_base.setdefault(os.path.basename(path), []).append(path)
+    return by_base
+
+
+def _same_ending(name: str, by_base: dict[str, list[str]]) -> str | None:
+    """The one image file whose path ends as `name` does, by the most parts; None for no or two."""
+    parts = [part for part in name.split("/") if part not in ("", ".", "..")]
+    candidates = by_base.get(parts[-1], []) if parts else []
+    for length in range(len(parts), 0, -1):
+        ending = parts[-length:]
+        matching = [path for path in candidates if path.split(os.sep)[-length:] == ending]
+        if matching:
+            return matching[0] if len(matching) == 1 else None
+    return None
+
+
+def _set_aside(whole: CocoDataset, with_labels: list[int]) -> tuple[list[int], Subset]:
+    """Hold out a fifth of the labelled images, the same in every run: (train, held out)."""
+    if len(with_labels) < 2:
+        problem = "one labelled image cannot be trained on and evaluated on"
         raise UserError(f"{whole.source}: {problem}; give a validation json")
-    held_out = labelled_indices(len(whole), percent=20, fold=0)
-    rest = sorted(set(range(len(whole))) - set(held_out))
-    count = f"{len(held_out)} of its {len(whole)} images"
+    held_out = labelled_indices(len(with_labels), percent=20, fold=0)
+    rest = sorted(set(range(len(with_labels))) - set(held_out))
+    count = f"{len(held_out)} of its {len(with_labels)} images"
     message = f"no validation images, so {count} are set aside to evaluate on"
     print(f"{whole.source}: {message}", file=sys.stderr)
-    return Subset(whole, rest), Subset(whole, held_out)
+    return [with_labels[index] for index in rest], Subset(
+        whole, [with_labels[index] for index in held_out]
+    )

@@ -2,10 +2,12 @@
 
 Both readers return (training annotations, validation annotations or None). What is wrong with one
 file becomes a line in `problems`: a training run stops at the first line, the doctor lists all of
-them.
+them. An image without a label file is listed without objects and is not among the `labelled_ids`;
+one whose label file is empty is.
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -27,6 +29,10 @@ class Annotations(NamedTuple):
     problems: list[str]  # one line about each row or file that cannot be used
     image_dirs: list[Path]  # where the images may lie
     upright: bool = False  # whether boxes refer to images turned as their EXIF data ask
+    # ids of the images that somebody labelled, perhaps with no object; None: those with a box
+    labelled_ids: frozenset[int] | None = None
+    left_out: tuple[str, ...] = ()  # one line about each annotation that cannot be used
+    notes: tuple[str, ...] = ()  # what was read another way than it is written
 
 
 class BoxObject(NamedTuple):
@@ -34,9 +40,8 @@ class BoxObject(NamedTuple):
 
     name: str  # of its class
     bbox: list[float]  # [x, y, width, height], pixels
-    difficult: int = (
-        0  # 1 for an object that VOC's evaluation neither counts as found nor as missed
-    )
+    # 1 for an object that VOC's evaluation neither counts as found nor as missed
+    difficult: int = 0
 
 
 class BoxImage(NamedTuple):
@@ -45,7 +50,7 @@ class BoxImage(NamedTuple):
     file_name: str  # below the folder of images
     height: int
     width: int
-    objects: list[BoxObject]
+    objects: list[BoxObject] | None  # None for an image without a label file
 
 
 def coco_rows(
@@ -61,7 +66,7 @@ def coco_rows(
     for image_id, image in zip(image_ids, images, strict=True):
         size = {"width": image.width, "height": image.height}
         rows.append({"id": image_id, "file_name": image.file_name, **size})
-        for name, bbox, difficult in image.objects:
+        for name, bbox, difficult in image.objects or ():
             annotations.append(
                 {
                     "id": len(annotations) + 1,
@@ -76,6 +81,15 @@ def coco_rows(
     return rows, annotations
 
 
+def split_of(file_name: str) -> str | None:
+    """The split that a folder on the way to a file names ("train", "val", "test"), or None."""
+    for name in Path(file_name).parts[:-1]:
+        word = name.lower().rstrip("0123456789")  # train2017
+        if word in SPLIT_NAMES:
+            return SPLIT_NAMES[word]
+    return None
+
+
 def _to_annotations(
     folder: Path,
     images: list[BoxImage],
@@ -83,24 +97,37 @@ def _to_annotations(
     problems: list[str],
     image_dir: Path,
     upright: bool = False,
+    notes: tuple[str, ...] = (),
 ) -> Annotations:
     """Images numbered from 1 as Annotations; an object of an unknown class becomes a problem."""
     category_ids = {row["name"]: row["id"] for row in categories}
     problems = list(problems)
     usable = []
-    for image in images:
-        for name in {entry.name for entry in image.objects} - category_ids.keys():
+    labelled_ids = set()
+    for number, image in enumerate(images, 1):
+        objects = image.objects or []
+        for name in sorted({entry.name for entry in objects} - category_ids.keys()):
             unknown = f"{image.file_name} has a {name!r}, which is not among the known classes"
             problems.append(f"{folder}: {unknown}")
-        known = [entry for entry in image.objects if entry.name in category_ids]
+        known = [entry for entry in objects if entry.name in category_ids]
         usable.append(image._replace(objects=known))
-    if not images:
+        if image.objects is not None:
+            labelled_ids.add(number)
+    if not labelled_ids:
         problems.append(f"{folder}: no image with a label that can be read")
     if not categories:
         problems.append(f"{folder}: no object in any of its labels")
     rows, annotations = coco_rows(usable, list(range(1, len(usable) + 1)), category_ids)
     document = {"images": rows, "annotations": annotations, "categories": categories}
-    return Annotations(folder, document, problems, [image_dir], upright)
+    return Annotations(
+        folder,
+        document,
+        problems,
+        [image_dir],
+        upright,
+        labelled_ids=frozenset(labelled_ids),
+        notes=notes,
+    )
 
 
 # Pascal VOC
@@ -109,36 +136,173 @@ def _to_annotations(
 def read_voc(
     folder: Path, images=None, categories: list[dict] | None = None
 ) -> tuple[Annotations, Annotations | None]:
-    """A VOC folder: Annotations/NAME.xml for JPEGImages/NAME.jpg.
+    """A VOC folder: an XML file for each labelled image, with the name of the image.
+
+    The XML files may lie anywhere below the folder: in Annotations/ as VOC has them, in annots/ or
+    xmls/, beside their images as labelImg writes them, in train/ and valid/ as others do. An image
+    without one is unlabelled.
 
     Of the lists in ImageSets/Main the first pair that is there and annotated is taken: trainval for
     training and test for validation, or train and val. Without a pair, trainval, train or all
-    images are for training.
+    images are for training. Without any list, folders called train, val (valid, validation) and
+    test tell the splits apart; val, or else test, is for validation.
 
     Args:
-        folder: of the XML files; see `read_voc_images`.
-        images: the folder of the images, if it is not JPEGImages.
+        folder: of the XML files.
+        images: the folder of the images, if they lie outside.
         categories: [{"id", "name"}]; if not given, the classes found, numbered from 1 in
             alphabetical order.
+
+    Raises UserError for a folder whose XML files are of another kind.
     """
-    readable, problems = read_voc_images(folder, images=images)
+    image_dir = Path(images) if images else folder
+    readable, problems, swapped = _voc_images(folder, image_dir)
     if categories is None:
-        names = sorted({entry.name for image in readable.values() for entry in image.objects})
-        categories = [{"id": number, "name": name} for number, name in enumerate(names, 1)]
-    image_dir = Path(images) if images else voc_image_dir(folder)
+        names = {entry.name for image in readable.values() for entry in image.objects or ()}
+        categories = [{"id": number, "name": name} for number, name in enumerate(sorted(names), 1)]
+    swaps = f"{folder}: in {swapped} boxes the corners are swapped; they are put right"
+    notes = (swaps,) if swapped else ()
 
-    def annotations(stems: list[str]) -> Annotations:
-        listed = [readable[stem] for stem in stems if stem in readable]
-        missing = {stem: _missing_xml(folder, stem) for stem in stems}
-        of_stems = [(missing | problems)[stem] for stem in stems if stem not in readable]
-        return _to_annotations(folder, listed, categories, of_stems, image_dir)
+    def annotations(keys: list[str], more: list[str]) -> Annotations:
+        listed = [readable[key] for key in keys if key in readable]
+        of_keys = [problems[key] for key in keys if key in problems]
+        return _to_annotations(folder, listed, categories, of_keys + more, image_dir, notes=notes)
 
-    annotated = readable.keys() | problems.keys()
-    lists = _voc_lists(folder, annotated)
+    labelled = [key for key, image in readable.items() if image.objects is not None]
+    lists = _voc_lists(folder, {Path(key).name for key in (*labelled, *problems)})
+    if lists:
+        return _by_lists(folder, lists, [*readable, *problems], annotations)
+    splits: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    for key in sorted(readable.keys() | problems.keys()):
+        splits[split_of(key) or "train"].append(key)
+    if not splits["train"]:
+        return annotations(sorted(readable.keys() | problems.keys()), []), None
+    validation = splits["val"] or splits["test"]
+    return annotations(splits["train"], []), annotations(validation, []) if validation else None
+
+
+def _by_lists(folder: Path, lists: dict[str, list[str]], keys: list[str], annotations) -> tuple:
+    """(train, validation) of the lists in ImageSets/Main; `annotations` builds each."""
+    key_of = {Path(key).name: key for key in keys}
+
+    def of_list(name: str) -> Annotations:
+        missing = [stem for stem in lists[name] if stem not in key_of]
+        problems = [
+            f"{voc_xml_dir(folder)}/{stem}.xml: is missing, and so is its image, though "
+            f"ImageSets/Main/{name}.txt names them"
+            for stem in missing
+        ]
+        return annotations([key_of[stem] for stem in lists[name] if stem in key_of], problems)
+
     for train, validation in (("trainval", "test"), ("train", "val")):
         if train in lists and validation in lists:
-            return annotations(lists[train]), annotations(lists[validation])
-    return annotations(lists.get("trainval") or lists.get("train") or sorted(annotated)), None
+            return of_list(train), of_list(validation)
+    name = next((name for name in ("trainval", "train") if name in lists), None)
+    return of_list(name) if name else annotations(sorted(keys), []), None
+
+
+def _voc_images(folder: Path, image_dir: Path) -> tuple[dict[str, BoxImage], dict[str, str], int]:
+    """Every image with its objects, by its path below `image_dir` without suffix.
+
+    Returns:
+        {key: image}; {key: what is wrong with its files}; the number of boxes whose corners are
+        swapped. The images without an XML file that lie beside labelled ones come last, with None
+        for their objects.
+    """
+    paths = list(images_below(image_dir).values())
+    xml_paths = list(files_below(folder, ".xml"))
+    pairs = _pair_by_name(folder, xml_paths, image_dir, paths)
+    readable: dict[str, BoxImage] = {}
+    problems: dict[str, str] = {}
+    swapped = other_kind = 0
+    for xml_path in xml_paths:
+        path = pairs.get(xml_path)
+        key = _stem_below(path or xml_path, image_dir if path else folder)
+        try:
+            root = ElementTree.parse(xml_path).getroot()
+            if root.tag != "annotation":
+                other_kind += 1
+                continue
+            if path is None:
+                expected = voc_image_dir(folder) / f"{xml_path.stem}.jpg"
+                raise ValueError(f"its image {expected} is missing")
+            (height, width), objects, swaps = _voc_content(root, path)
+        except (ElementTree.ParseError, OSError, ValueError) as problem:
+            problems[key] = f"{xml_path}: cannot be used: {problem}"
+        else:
+            swapped += swaps
+            readable[key] = BoxImage(os.path.relpath(path, image_dir), height, width, objects)
+    if other_kind == len(xml_paths):
+        advice = 'VOC files have the root "annotation"; export as VOC, COCO or YOLO'
+        raise UserError(f"{folder}: its XML files are of another kind ({xml_paths[0]}); {advice}")
+    labelled = set(pairs.values())
+    folders = {os.path.dirname(path) for path in labelled}
+    for path in paths:
+        key = _stem_below(path, image_dir)
+        if path not in labelled and os.path.dirname(path) in folders and key not in readable:
+            image = _without_labels(path, image_dir)
+            readable |= {key: image} if image else {}
+    return readable, problems, swapped
+
+
+def _without_labels(path: str, image_dir: Path) -> BoxImage | None:
+    """An image without a label file; None for one that cannot be read."""
+    try:
+        height, width = header_size(path, upright=True)
+    except UserError:
+        return None
+    return BoxImage(os.path.relpath(path, image_dir), height, width, None)
+
+
+def _stem_below(path, folder: Path) -> str:
+    """The path below a folder, without suffix."""
+    below = Path(os.path.relpath(path, folder))
+    return (below.parent / below.stem).as_posix()
+
+
+def files_below(folder: Path, suffix: str) -> Iterator[Path]:
+    """The files with a suffix in a folder and below it, links followed, no hidden ones."""
+    visited = set()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(here)
+        if real in visited:
+            folders[:] = []
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        for name in sorted(names):
+            if name[0] != "." and name.lower().endswith(suffix):
+                yield Path(here) / name
+
+
+def _pair_by_name(
+    folder: Path, xml_paths: list[Path], image_dir: Path, paths: list[str]
+) -> dict[Path, str]:
+    """The image of each XML file, where there is one.
+
+    An image has the name of its XML file. Of several it is the one beside it, else that of the same
+    split, else the first.
+    """
+    by_name: dict[str, list[str]] = {}
+    for path in paths:
+        name = Path(path)
+        by_name.setdefault(name.stem, []).append(path)
+        by_name.setdefault(name.name, []).append(path)  # for a.jpg.xml
+    pairs = {}
+    for xml_path in xml_paths:
+        candidates = by_name.get(xml_path.stem, [])
+        if len(candidates) > 1:
+            split = split_of(os.path.relpath(xml_path, folder))
+            candidates = sorted(
+                candidates,
+                key=lambda path: (
+                    Path(path).parent != xml_path.parent,
+                    split_of(os.path.relpath(path, image_dir)) != split,
+                ),
+            )
+        if candidates:
+            pairs[xml_path] = candidates[0]
+    return pairs
 
 
 def read_voc_images(
@@ -220,13 +384,23 @@ def voc_annotation(path: Path, image) -> tuple[tuple[int, int], list[BoxObject]]
 
     VOC's corners are pixels counted from 1, and both belong to the box: xmin..xmax covers xmax -
     xmin + 1 columns, so the box is [xmin - 1, ymin - 1, xmax - xmin + 1, ymax - ymin + 1]. Its IoU
-    is that of VOC's own evaluation. Only an object's own box is read, not those of its <part>
-    entries. A size that is missing or 0 is read from the image file. Raises ValueError or
-    ParseError for a file that cannot be used.
+    is that of VOC's own evaluation. Corners that are swapped are put right. Only an object's own
+    box is read, not those of its <part> entries. A size that is missing or 0 is read from the image
+    file. Raises ValueError or ParseError for a file that cannot be used.
     """
-    root = ElementTree.parse(path).getroot()
-    height, width = (int(float(root.findtext(f"size/{side}") or 0)) for side in ("height", "width"))
+    size, objects, _ = _voc_content(ElementTree.parse(path).getroot(), image)
+    return size, objects
+
+
+def _voc_content(root, image) -> tuple[tuple[int, int], list[BoxObject], int]:
+    """Size and objects in the root of a VOC XML file, and the number of swapped boxes."""
+    sides = [root.findtext(f"size/{side}") for side in ("height", "width")]
+    try:
+        height, width = (int(float(side or 0)) for side in sides)
+    except (ValueError, OverflowError):
+        height = width = 0
     objects = []
+    swapped = 0
     for entry in root.findall("object"):
         name = (entry.findtext("name") or "").strip()
         corners = [entry.findtext(f"bndbox/{end}") for end in ("xmin", "ymin", "xmax", "ymax")]
@@ -238,10 +412,12 @@ def voc_annotation(path: Path, image) -> tuple[tuple[int, int], list[BoxObject]]
             numbers = ", ".join(map(str, corners))
             raise ValueError(f'an "object" lacks its "name" or a number of its "bndbox": {numbers}')
         difficult = (entry.findtext("difficult") or "").strip() == "1"
+        swapped += x1 > x2 or y1 > y2
+        (x1, x2), (y1, y2) = sorted((x1, x2)), sorted((y1, y2))
         bbox = [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1]
         objects.append(BoxObject(name, bbox, int(difficult)))
-    size = (height, width) if height > 0 and width > 0 else header_size(image)
-    return size, objects
+    size = (height, width) if height > 0 and width > 0 else header_size(image, upright=True)
+    return size, objects, swapped
 
 
 # YOLO
@@ -250,91 +426,134 @@ def voc_annotation(path: Path, image) -> tuple[tuple[int, int], list[BoxObject]]
 def read_yolo(folder: Path) -> tuple[Annotations, Annotations | None]:
     """A YOLO folder: an image below images/ has its text file at the same path below labels/.
 
-    A line of the file is `class cx cy width height`: the class counted from 0, the box in 0..1 of
-    the image turned upright. An image without a text file has no object. A folder on the way to an
-    image that is called train, val (valid, validation) or test names its split. val, or else test,
-    is for validation, everything else for training. The names of the classes stand in data.yaml (or
-    the only .yaml file of the folder), or one per line in classes.txt. Raises UserError for a
-    folder without them.
+    The text file may also lie beside its image, or in a labels/ beside it. A line of the file is
+    `class cx cy width height`: the class counted from 0, the box in 0..1 of the image turned
+    upright. A sixth number, the score of a prediction, is passed over; a line of an even number of
+    coordinates, six or more, is an outline `class x1 y1 x2 y2 x3 y3 ...`, whose box is taken. An
+    image without a text file is unlabelled, one with an empty text file has no object.
+
+    A folder on the way to an image that is called train, val (valid, validation) or test names its
+    split. val, or else test, is for validation, everything else for training. The names of the
+    classes stand in data.yaml (or the only .yaml file of the folder), or one per line in
+    classes.txt or obj.names. Raises UserError for a folder without them.
     """
     names = _yolo_names(folder)
     images: dict[str, list[BoxImage]] = {"train": [], "val": [], "test": []}
     problems: dict[str, list[str]] = {split: [] for split in images}
-    label_files = {
-        path
-        for path in folder.rglob("*.txt")
-        if "labels" in path.parts[:-1] and path.name != "classes.txt"
-    }
-    for path in images_below(folder).values():
+    paths = images_below(folder).values()
+    label_files = {path: _yolo_label_file(folder, os.path.relpath(path, folder)) for path in paths}
+    folders = {os.path.dirname(path) for path, label_file in label_files.items() if label_file}
+    remarks = {"outlines": 0, "scores": 0}
+    for path, label_file in label_files.items():
         file_name = os.path.relpath(path, folder)
-        label_file = _yolo_label_file(folder, file_name)
+        split = split_of(file_name) or "train"
         if label_file is None:
+            placed = "images" in Path(file_name).parts[:-1] or os.path.dirname(path) in folders
+            image = _without_labels(path, folder) if placed else None
+            images[split] += [image] if image else []
             continue
-        label_files.discard(label_file)
-        split = _yolo_split(file_name)
         try:
             height, width = header_size(path, upright=True)
-            has_objects = label_file.is_file()
-            objects = _yolo_objects(label_file, names, height, width) if has_objects else []
+            objects = _yolo_objects(label_file, names, height, width, remarks)
             images[split].append(BoxImage(file_name, height, width, objects))
         except UserError as problem:
             problems[split].append(str(problem))
+    known = set(label_files.values())
     problems["train"] += [
         f"{path}: its image is missing from the images/ beside labels/"
-        for path in sorted(label_files)
+        for path in files_below(folder, ".txt")
+        if "labels" in path.parts[:-1] and path.name != "classes.txt" and path not in known
     ]
     categories = [{"id": number, "name": name} for number, name in enumerate(names)]
+    words = {
+        "outlines": "lines are outlines; their boxes are taken",
+        "scores": "lines have a sixth number, taken for a score and passed over",
+    }
+    notes = tuple(f"{folder}: {count} {words[name]}" for name, count in remarks.items() if count)
 
-    def annotations(split: str) -> Annotations:
+    def annotations(split: str, notes: tuple[str, ...] = ()) -> Annotations:
         return _to_annotations(
-            folder, images[split], categories, problems[split], image_dir=folder, upright=True
+            folder, images[split], categories, problems[split], folder, upright=True, notes=notes
         )
 
-    validation = next(
-        (split for split in ("val", "test") if images[split] or problems[split]), None
-    )
-    return annotations("train"), annotations(validation) if validation else None
+    with_labels = (name for name in ("val", "test") if _has_labels(images[name]) or problems[name])
+    validation = next(with_labels, None)
+    return annotations("train", notes), annotations(validation) if validation else None
+
+
+def _has_labels(images: list[BoxImage]) -> bool:
+    return any(image.objects is not None for image in images)
 
 
 def _yolo_label_file(folder: Path, file_name: str) -> Path | None:
-    """The text file of an image, below labels/; None for an image that is not below images/."""
-    above = list(Path(file_name).parts[:-1])
-    if "images" not in above:
-        return None
-    above[len(above) - 1 - above[::-1].index("images")] = "labels"
-    return folder.joinpath(*above, Path(file_name).stem + ".txt")
+    """The text file of an image, or None.
+
+    It lies below labels/ where the image lies below images/, beside the image, or in a labels/
+    beside it.
+    """
+    path = Path(file_name)
+    above = list(path.parts[:-1])
+    places = [path.parent, path.parent / "labels"]
+    if "images" in above:
+        above[len(above) - 1 - above[::-1].index("images")] = "labels"
+        places.insert(0, Path(*above))
+    files = [folder / place / f"{path.stem}.txt" for place in places]
+    return next((file for file in files if file.name != "classes.txt" and file.is_file()), None)
 
 
-def _yolo_split(file_name: str) -> str:
-    """The split that a folder on the way to an image names; "train" if none does."""
-    for name in Path(file_name).parts[:-1]:
-        word = name.lower().rstrip("0123456789")  # train2017
-        if word in SPLIT_NAMES:
-            return SPLIT_NAMES[word]
-    return "train"
+def _yolo_objects(
+    path: Path, names: list[str], height: int, width: int, remarks: dict[str, int]
+) -> list[BoxObject]:
+    """The objects in a text file, boxes in pixels; `remarks` counts outlines and scores.
 
-
-def _yolo_objects(path: Path, names: list[str], height: int, width: int) -> list[BoxObject]:
-    """The objects in a text file, boxes in pixels. Raises UserError naming file and line."""
+    Raises UserError naming file and line.
+    """
     objects = []
     lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            label, *box = map(float, line.split())
+            label, *values = map(float, line.split())
         except ValueError:
-            box = []
-        if len(box) != 4 or not all(-0.01 <= value <= 1.01 for value in box):
+            values = []
+        is_outline = len(values) >= 6 and len(values) % 2 == 0
+        if len(values) == 5:
+            values.pop()
+            remarks["scores"] += 1
+        in_range = all(-0.01 <= value <= 1.01 for value in values)
+        if not (is_outline or len(values) == 4) or not in_range:
             problem = f"line {number} is not `class cx cy width height`, the last four in 0..1"
             raise UserError(f"{path}: {problem}")
         if label not in range(len(names)):
             problem = f"line {number} has the class {label:g}"
             raise UserError(f"{path}: {problem}; there are names for 0 to {len(names) - 1}")
-        cx, cy, w, h = box
-        bbox = [(cx - w / 2) * width, (cy - h / 2) * height, w * width, h * height]
+        if is_outline:
+            remarks["outlines"] += 1
+            x1, x2 = min(values[0::2]), max(values[0::2])
+            y1, y2 = min(values[1::2]), max(values[1::2])
+            bbox = [x1 * width, y1 * height, (x2 - x1) * width, (y2 - y1) * height]
+        else:
+            cx, cy, w, h = values
+            bbox = [(cx - w / 2) * width, (cy - h / 2) * height, w * width, h * height]
         objects.append(BoxObject(names[int(label)], bbox))
     return objects
+
+
+CLASS_LISTS = ("classes.txt", "labels/classes.txt", "obj.names", "_darknet.labels")
+
+
+def find_class_names(folder: Path) -> Path | None:
+    """The file that holds the class names of a YOLO folder, or None."""
+    for name in CLASS_LISTS:
+        if (folder / name).is_file():
+            return folder / name
+    for place in ("train", "labels/train", "images", "obj_train_data"):  # as labelImg leaves it
+        if (folder / place / "classes.txt").is_file():
+            return folder / place / "classes.txt"
+    yamls = sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
+    named = [path for path in yamls if path.stem in ("data", "dataset")] or yamls
+    return named[0] if len(named) == 1 else None
 
 
 def _yolo_names(folder: Path) -> list[str]:
@@ -342,16 +561,14 @@ def _yolo_names(folder: Path) -> list[str]:
 
     Raises UserError where they are not found.
     """
-    for path in (folder / "classes.txt", folder / "labels" / "classes.txt"):
-        if path.is_file():
-            lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-            return _different([line.strip() for line in lines if line.strip()], path)
-    yamls = sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
-    yamls = [path for path in yamls if path.stem == "data"] or yamls
-    if len(yamls) != 1:
+    path = find_class_names(folder)
+    if path is None:
         needed = "data.yaml with `names:`, or classes.txt with one name per line"
         raise UserError(f"{folder}: a YOLO folder needs {needed}")
-    return _different(names_in_yaml(yamls[0]), yamls[0])
+    if path.suffix in (".yaml", ".yml"):
+        return _different(names_in_yaml(path), path)
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    return _different([line.strip() for line in lines if line.strip()], path)
 
 
 def _different(names: list[str], path: Path) -> list[str]:

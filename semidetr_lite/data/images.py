@@ -5,6 +5,11 @@ images are converted, transparency is dropped (a pixel keeps the colour stored u
 animation the first frame is taken. Refused with one line that names the file: a truncated file, a
 file that is no image, grey images of 16 bits (their range is unknown), and more pixels than
 Pillow's guard against decompression bombs allows (about 89 million).
+
+A camera stores a turned photograph as its sensor saw it, and notes in the EXIF data how to turn it.
+One convention holds everywhere: an image is seen upright, and the boxes that go with it are in
+pixels of the upright image. Boxes that were drawn on the stored pixels are turned with the image
+(`turn_boxes`); `CocoDataset` says how it tells which ones those are.
 """
 
 import os
@@ -29,6 +34,18 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".ti
 # another program
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM", "JPEG2000")
 ORIENTATION = 0x0112  # of EXIF: 1 is upright, 5 to 8 are turned by a quarter
+QUARTER_TURNS = (5, 6, 7, 8)
+# orientation -> what makes the stored image upright: mirror x, mirror y, then swap x and y
+MIRROR_AND_SWAP = {
+    1: (False, False, False),
+    2: (True, False, False),
+    3: (True, True, False),
+    4: (False, True, False),
+    5: (False, False, True),
+    6: (False, True, True),
+    7: (True, True, True),
+    8: (True, False, True),
+}
 
 
 def read_image(path, upright: bool = False) -> torch.Tensor:
@@ -42,21 +59,50 @@ def read_image(path, upright: bool = False) -> torch.Tensor:
 
     Raises UserError naming the file.
     """
+    return _read_image(path, upright)[0]
+
+
+def read_upright(path) -> tuple[torch.Tensor, int]:
+    """An image file turned upright, as of `read_image`, and its EXIF orientation: 1 for no turn."""
+    return _read_image(path, upright=True)
+
+
+def _read_image(path, upright: bool) -> tuple[torch.Tensor, int]:
     with _opened(path) as file:
         if file.mode.startswith(("I", "F")):
             problem = f"its pixels are of mode {file.mode}"
             raise ValueError(f"{problem}; save it with 8 bits per channel")
-        if upright and file.getexif().get(ORIENTATION, 1) != 1:
+        orientation = file.getexif().get(ORIENTATION, 1) if upright else 1
+        orientation = orientation if orientation in MIRROR_AND_SWAP else 1
+        if orientation != 1:
             file = ImageOps.exif_transpose(file)
         pixels = np.array(file.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+    return torch.from_numpy(pixels).permute(2, 0, 1), orientation  # (H, W, 3) -> (3, H, W)
 
 
 def header_size(path, upright: bool = False) -> tuple[int, int]:
     """(H, W) of an image file, read from its header alone. Raises UserError naming the file."""
     with _opened(path) as file:
-        turned = upright and file.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+        turned = upright and file.getexif().get(ORIENTATION, 1) in QUARTER_TURNS
         return (file.width, file.height) if turned else (file.height, file.width)
+
+
+def turn_boxes(boxes: torch.Tensor, size: tuple[int, int], orientation: int) -> torch.Tensor:
+    """Boxes in stored pixels as boxes in pixels of the upright image.
+
+    Args:
+        boxes: (T, 4) xyxy in pixels of the image as it is stored.
+        size: (H, W) of the image as it is stored.
+        orientation: of the image's EXIF data, 1 to 8.
+    """
+    mirror_x, mirror_y, swap = MIRROR_AND_SWAP[orientation]
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    height, width = size
+    if mirror_x:
+        x1, x2 = width - x2, width - x1
+    if mirror_y:
+        y1, y2 = height - y2, height - y1
+    return torch.stack([y1, x1, y2, x2] if swap else [x1, y1, x2, y2], dim=-1)
 
 
 @contextmanager

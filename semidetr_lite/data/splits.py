@@ -4,6 +4,7 @@ A split is drawn from (percent, fold) alone, so that two processes, two machines
 train on the same images.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -55,6 +56,54 @@ def labelled_indices(count: int, percent: float, fold: int) -> list[int]:
     return sorted(int(index) for index in order[:labelled_count])
 
 
+def stratified_indices(classes: list[set[int]], percent: float, fold: int) -> list[int]:
+    """Sorted indices, as many as `labelled_indices` draws, with its fraction of every class.
+
+    A class that is on n images should be on percent % of n labelled ones, at least on one. Images
+    without any class count as one more class, without that minimum. From the rarest class to the
+    most frequent, images that have it are taken until it has its number: in the fold's random
+    order, but first those that put no other class over its own number. Equally rare classes come in
+    a random order. The last places go to images in the fold's random order.
+
+    Args:
+        classes: the class ids of each image.
+        percent, fold: as of `labelled_indices`.
+    """
+    count = len(labelled_indices(len(classes), percent, fold))
+    rng = np.random.default_rng([fold, SEED])
+    order = rng.permutation(len(classes)).tolist()
+    strata: list[set] = [set(of_image) or {None} for of_image in classes]
+    frequency = Counter(stratum for of_image in strata for stratum in of_image)
+    goal = {
+        stratum: max(stratum is not None, round(images * percent / 100))
+        for stratum, images in frequency.items()
+    }
+    ties: dict[int | None, float] = dict(zip(sorted(set().union(*classes)), rng.random(len(goal))))
+
+    def rarest_first(stratum: int | None) -> tuple:
+        return (
+            stratum is None,
+            frequency[stratum],
+            ties.get(stratum),
+        )
+
+    labelled: set[int] = set()
+    reached: Counter = Counter()
+
+    def overfills(index: int) -> bool:
+        return any(reached[stratum] >= goal[stratum] for stratum in strata[index])
+
+    for stratum in sorted(goal, key=rarest_first):
+        candidates = [i for i in order if stratum in strata[i] and i not in labelled]
+        for index in sorted(candidates, key=overfills):
+            if reached[stratum] >= goal[stratum] or len(labelled) == count:
+                break
+            labelled.add(index)
+            reached.update(strata[index])
+    rest = [index for index in order if index not in labelled]
+    return sorted([*labelled, *rest[: count - len(labelled)]])
+
+
 class Subset:
     """Some images of a dataset, with their labels."""
 
@@ -83,6 +132,14 @@ class WithoutLabels(Subset):
         if "boxes" in target:
             unlabelled["truth"] = target
         return image, unlabelled
+
+
+class NobodyLabelled(Subset):
+    """Images of a labelled dataset that nobody labelled: no boxes, and no truth to measure with."""
+
+    def __getitem__(self, index: int) -> View:
+        image, target = super().__getitem__(index)
+        return image, {"size": target["size"], "image_id": target["image_id"]}
 
 
 class Concat:

@@ -1,11 +1,13 @@
 """Backbones: images (B, 3, H, W) -> feature maps at strides 8, 16 and 32; on request also at 4.
 
 `tiny` is a small residual network for the embedded data, trained from scratch. Any torchvision
-ResNet goes by its name, with frozen BatchNorm as in every DETR. No backbone uses live batch
-statistics: the tiny one has GroupNorm, a ResNet has frozen BatchNorm.
+ResNet goes by its name, with frozen BatchNorm as in every DETR, and so does any model of timm with
+maps at these strides (timm_backbone.py). No backbone uses live batch statistics: the tiny one has
+GroupNorm, the others have frozen BatchNorm.
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,7 +16,10 @@ import torchvision
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from semidetr_lite.detectors.weight_files import is_weights_file, read_tensors
 from semidetr_lite.errors import UserError
+
+TIMM = "timm:"  # before the name of a backbone of timm's
 
 
 class Backbone(nn.Module):
@@ -31,13 +36,15 @@ def make_backbone(
     """A backbone by name ("tiny" or a torchvision ResNet), or the module given.
 
     Args:
-        backbone: "tiny", "resnet18" ... "resnet152", or a module with the attributes of Backbone.
-        weights: name of torchvision weights ("IMAGENET1K_V1"), path of a torchvision state dict,
-            or None for random weights.
+        backbone: "tiny", "resnet18" ... "resnet152", "timm:NAME", or a module with the attributes
+            of Backbone.
+        weights: name of torchvision weights ("IMAGENET1K_V1"), path of a file that holds them
+            (torchvision's, or a published detector's with this backbone), or None for random
+            weights. Of a timm model: a file, or any other word for timm's own weights.
         with_stride_4: whether the map at stride 4 comes out too, of a backbone by name.
 
     Raises:
-        UserError: an unknown name, or weights that cannot be read.
+        UserError: an unknown name, or weights that cannot be read or do not fit.
     """
     if isinstance(backbone, nn.Module):
         return cast(Backbone, backbone)
@@ -45,7 +52,11 @@ def make_backbone(
         return Tiny(with_stride_4=with_stride_4)
     if backbone.startswith("resnet") and hasattr(torchvision.models, backbone):
         return ResNet(backbone, weights, with_stride_4)
-    advice = "give 'tiny' or the name of a torchvision ResNet such as 'resnet50'"
+    if backbone.startswith(TIMM):
+        from semidetr_lite.detectors.timm_backbone import TimmBackbone  # an extra
+
+        return TimmBackbone(backbone.removeprefix(TIMM), weights, with_stride_4)
+    advice = "give 'tiny', a torchvision ResNet such as 'resnet50', or 'timm:' and a name of timm's"
     raise UserError(f"no backbone called {backbone!r}: {advice}")
 
 
@@ -120,8 +131,8 @@ class ResNet(Backbone):
         super().__init__()
         net = getattr(torchvision.models, name)(norm_layer=FrozenBatchNorm2d)
         if weights is not None:
-            # not strict: the frozen norm has no batch counter
-            net.load_state_dict(_resnet_weights(name, weights), strict=False)
+            # not strict: the classifier is not taken
+            net.load_state_dict(_resnet_weights(name, weights, net.state_dict()), strict=False)
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
         stages = (net.layer1, net.layer2, net.layer3, net.layer4)
         self.layers = nn.ModuleList(FusedStage(*stage) for stage in stages)
@@ -210,17 +221,46 @@ def _stage_outputs(stages: Iterable[nn.Module], x: torch.Tensor) -> list[torch.T
     return outputs
 
 
-def _resnet_weights(name: str, weights: str) -> dict:
+def _resnet_weights(name: str, weights: str, expected: dict) -> dict:
     """A torchvision state dict, from a local file or by torchvision's name (downloaded once).
 
+    Args:
+        name: of the ResNet.
+        weights: a file, or torchvision's name of weights. A file may be a whole detector's.
+        expected: the state dict to fill; all its entries but the classifier's must be there.
+
     Raises:
-        UserError: it cannot be read or downloaded.
+        UserError: it cannot be read or downloaded, or it does not fit.
     """
-    try:
-        if weights.endswith((".pth", ".pt")):
-            return torch.load(weights, map_location="cpu", weights_only=True)
-        return torchvision.models.get_model_weights(name)[weights].get_state_dict()
-    except Exception as problem:
-        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-        advice = "give a .pth file of torchvision's, or 'none' for random ones (--backbone-weights)"
-        raise UserError(f"cannot get the {name} weights {weights!r} ({reason}): {advice}") from None
+    if is_weights_file(weights):
+        tensors = _backbone_entries(read_tensors(Path(weights)))
+    else:
+        try:
+            tensors = torchvision.models.get_model_weights(name)[weights].get_state_dict()
+        except Exception as problem:
+            reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+            advice = "give a .pth file of torchvision's, or 'none' for random ones"
+            words = f"cannot get the {name} weights {weights!r} ({reason})"
+            raise UserError(f"{words}: {advice} (--backbone-weights)") from None
+    needed = [key for key in expected if not key.startswith("fc.")]
+    missing = [
+        key for key in needed if key not in tensors or tensors[key].shape != expected[key].shape
+    ]
+    if missing:
+        fits = f"{len(needed) - len(missing)} of the {len(needed)} entries of a {name}"
+        fault = f"holds {fits}, the first that lacks is {missing[0]}"
+        raise UserError(f"{weights}: {fault}; give --backbone-weights a file of that network")
+    return {key: tensors[key] for key in needed}
+
+
+def _backbone_entries(tensors: dict) -> dict:
+    """The entries of the backbone in a file of a whole detector, by torchvision's names."""
+    for key in tensors:
+        prefix, found, _ = key.partition("conv1.weight")
+        if found and "layer" not in prefix:
+            return {
+                name.removeprefix(prefix): value
+                for name, value in tensors.items()
+                if name.startswith(prefix)
+            }
+    return tensors

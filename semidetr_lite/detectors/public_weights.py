@@ -15,8 +15,6 @@ section "shared", then those of the family. Two differences are more than a name
 Published heads that all layers share appear under many names; any one of them is used.
 """
 
-import argparse
-import pickle
 import re
 from collections.abc import Iterable
 from configparser import RawConfigParser
@@ -25,13 +23,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 
 from semidetr_lite.data.coco import COCO_IDS
 from semidetr_lite.detectors.deformable_detr import DeformableDETR
 from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.detectors.detr import DETR
 from semidetr_lite.detectors.dino import DINO
+from semidetr_lite.detectors.weight_files import read_tensors
 from semidetr_lite.errors import UserError, as_user_error
 
 # Published detectors have a class row for each of 0..90; ours for 80 classes those of COCO_IDS.
@@ -205,6 +203,26 @@ def recognise(tensors: dict[str, torch.Tensor], path: str | Path) -> Family:
     )
 
 
+def published_tensors(
+    path: str | Path, detector: Detector, network: str = "teacher"
+) -> tuple[str, dict[str, torch.Tensor]]:
+    """The kind of a published file, and its tensors by the names of a detector's entries.
+
+    The detector may be of another kind, size or number of classes: names that it does not have are
+    left out. Raises UserError as `load_public_weights` does for a file.
+    """
+    tensors, _ = _read_tensors(Path(path), network)
+    family = recognise(tensors, path)
+    current = detector.state_dict()
+    with as_user_error(path, f"entries of {family.title} cannot be read"):
+        _, values = _translate(tensors, family, current)
+    for key in current.keys() - values.keys():
+        first = re.sub(r"^class_heads\.\d+", "class_heads.0", key)
+        if first in values:
+            values[key] = values[first]
+    return family.title, values
+
+
 def describe(path: str | Path, network: str = "teacher") -> list[str]:
     """Lines about a published file: what it is, its sizes, and the detector to build for it.
 
@@ -286,17 +304,7 @@ def _read_tensors(path: Path, network: str) -> tuple[dict[str, torch.Tensor], li
         UserError: the file cannot be read; or it is a whole Semi-DETR file and `network` is neither
             "teacher" nor "student".
     """
-    content = _load_file(path)
-    content = content if isinstance(content, dict) else {}
-    for wrapping in ("model", "state_dict", "ema_model", "inited_model"):
-        if isinstance(content.get(wrapping), dict):
-            content = content[wrapping]
-            break
-    tensors = {
-        key.removeprefix("module."): value
-        for key, value in content.items()
-        if torch.is_tensor(value)
-    }
+    tensors = read_tensors(path)
     if not any(key.startswith("teacher.") for key in tensors):
         return tensors, []
     # Semi-DETR: both networks and the projector
@@ -310,25 +318,6 @@ def _read_tensors(path: Path, network: str) -> tuple[dict[str, torch.Tensor], li
         key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
     }
     return tensors, ignored
-
-
-def _load_file(path: Path):
-    """The content of a file of weights; nothing in it is executed. Raises UserError."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        # some files hold the options of their training
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file of weights") from None
-    except (pickle.UnpicklingError, EOFError):
-        reason = "not a file of tensors alone, as torch.save writes it"
-        raise UserError(f"{path}: cannot be read as weights: {reason}") from None
-    except Exception as problem:  # damaged pickles raise almost anything
-        reason = (str(problem).splitlines() or [type(problem).__name__])[0][:100]
-        advice = "give the published .pth or .safetensors"
-        raise UserError(f"{path}: cannot be read as weights ({reason}); {advice}") from None
 
 
 # ---- names ---------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ A run can be killed at any moment and goes on with --resume to the same end, bit
 """
 
 import dataclasses
+import json
 import math
 import sys
 import time
@@ -27,6 +28,8 @@ from semidetr_lite.contracts import Batch
 from semidetr_lite.data.batches import Batches
 from semidetr_lite.data.mixing import check_blocks
 from semidetr_lite.data.splits import Splits
+from semidetr_lite.detectors.start_weights import reorder_classes, start_from
+from semidetr_lite.detectors.weight_files import is_weights_file
 from semidetr_lite.device import to_host
 from semidetr_lite.errors import Stopped, UserError, as_user_error
 from semidetr_lite.methods.mean_teacher import TeacherStudent
@@ -99,6 +102,8 @@ class Run:
         quiet: no progress bar, no lines.
         runtime: speed and memory options that a resumed run goes on with, whatever it had before;
             its threads do not count.
+        skip_unreadable: whether a resumed run goes on without files that cannot be read, whatever
+            it did before.
 
     Raises UserError for settings that cannot be, and for a folder that does not fit.
     """
@@ -112,6 +117,7 @@ class Run:
         workers: int = 1,
         quiet: bool = False,
         runtime: Runtime | None = None,
+        skip_unreadable: bool | None = None,
     ):
         self.folder, self.workers = RunFolder(out), workers
         self.out = self.folder.path
@@ -126,6 +132,9 @@ class Run:
             self.folder.open_new()
         if config is None:
             raise ValueError("a new run needs a config; only resume=True goes without")
+        if skip_unreadable is not None:
+            data_files = dataclasses.replace(config.data_files, skip_unreadable=skip_unreadable)
+            config = dataclasses.replace(config, data_files=data_files)
         if runtime:
             runtime = dataclasses.replace(runtime, threads=config.runtime.threads)
             config = dataclasses.replace(config, runtime=runtime)
@@ -160,9 +169,14 @@ class Run:
             self.offset = burn_in["offset"] + burn_in["step"]
         torch.manual_seed(config.seed)
         kwargs = config.detector_kwargs
-        if state or burn_in:  # whose weights replace the backbone's
+        own_file = is_weights_file(kwargs.backbone_weights or "")
+        if state or burn_in or config.weights and not own_file:  # weights replace the backbone's
             kwargs = dataclasses.replace(kwargs, backbone_weights=None)
         student = presets.make_detector(config.detector, len(self.splits.categories), kwargs)
+        if config.weights and not state:
+            report = start_from(student, config.weights, self.splits.categories)
+            if distributed.rank() == 0:
+                print("\n".join(report.lines()), file=sys.stderr)
         self.method: TeacherStudent = presets.make_method(
             config.method, student, config, config.steps, self.offset, config.seed
         )
@@ -182,9 +196,20 @@ class Run:
                     for key, value in burn_in["method"].items()
                     if key.startswith(f"{name}.")
                 }
-                load_state_strict(
-                    getattr(self.method, name), tensors, Path(config.burn_in) / "last.pt"
-                )
+                file = Path(config.burn_in) / "last.pt"
+                tensors = self._with_our_classes(tensors, burn_in, file)
+                load_state_strict(getattr(self.method, name), tensors, file)
+
+    def _with_our_classes(self, tensors: dict, burn_in: dict, file: Path) -> dict:
+        """The weights of a burn-in run with the class rows in the order of this run's classes.
+
+        Raises UserError for other classes.
+        """
+        stored = json.loads(burn_in["config"]).get("categories")
+        if not stored:
+            return tensors
+        ours = [str(row["name"]) for row in self.splits.categories]
+        return reorder_classes(tensors, [str(row["name"]) for row in stored], ours, file)
 
     def _load_burn_in(self, folder: str) -> dict:
         """The checkpoint to start from.

@@ -5,16 +5,20 @@ Data, detector, method. The presets are those of settings.py.
 
 import inspect
 import json
+import sys
 from pathlib import Path
 from typing import Any, cast
 
 from semidetr_lite.data import coco, digits
-from semidetr_lite.data.splits import Splits
+from semidetr_lite.data.splits import Splits, Subset
+from semidetr_lite.data.suspicions import more_objects_than, too_few_for_candidates
+from semidetr_lite.detectors.backbone import TIMM
 from semidetr_lite.detectors.deformable_detr import DeformableDETR
 from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.detectors.detr import DETR
 from semidetr_lite.detectors.dino import DINO
 from semidetr_lite.detectors.pyramid import FCOS, FasterRCNN
+from semidetr_lite.detectors.timm_backbone import normalisation
 from semidetr_lite.errors import UserError, as_user_error
 from semidetr_lite.methods.dense_teacher import DenseTeacher
 from semidetr_lite.methods.mean_teacher import MeanTeacher, TeacherStudent
@@ -23,6 +27,7 @@ from semidetr_lite.methods.soft_teacher import SoftTeacher
 from semidetr_lite.methods.supervised import Supervised
 from semidetr_lite.training.settings import (
     PRESETS,
+    WITH_QUERIES,
     Config,
     DetectorKwargs,
     Settings,
@@ -69,7 +74,7 @@ def load_splits(config: Config | dict, file: str | Path = "config.json") -> Spli
     with as_user_error(file, "settings of data that cannot be used"):
         if config.data == "digits":
             return digits.load(config.percent, config.fold, files.extra_unlabelled)
-        return coco.load(
+        splits = coco.load(
             config.data,
             files.images,
             config.unlabelled,
@@ -78,7 +83,26 @@ def load_splits(config: Config | dict, file: str | Path = "config.json") -> Spli
             files.validation,
             files.folds,
             config.views.flip,
+            files.missing_labels,
+            files.stratified,
+            files.skip_unreadable,
         )
+        _warn_about_queries(splits, config)
+        return splits
+
+
+def _warn_about_queries(splits: Splits, config: Settings) -> None:
+    """One line on stderr where labelled images have more objects than the detector has queries."""
+    queries = config.detector_kwargs.num_queries
+    if queries is None or config.detector not in WITH_QUERIES:
+        return
+    labelled = cast(Subset, splits.labelled)
+    counts = cast(coco.CocoDataset, labelled.dataset).counts()[labelled.indices]
+    problem = more_objects_than(counts, queries)
+    if problem is None and config.method == "semi-detr":
+        problem = too_few_for_candidates(counts, queries, config.semi_detr.candidates)
+    if problem:
+        print(f"warning: {config.data}: {problem}", file=sys.stderr)
 
 
 def make_detector(name: str, num_classes: int, kwargs: DetectorKwargs | dict) -> Detector:
@@ -98,6 +122,9 @@ def make_detector(name: str, num_classes: int, kwargs: DetectorKwargs | dict) ->
         if key not in known:
             option = option_name(("detector_kwargs", key))
             raise UserError(f"{name} has no {key}: leave out {option}")
+    if given.get("backbone", "").startswith(TIMM) and not given.keys() & {"mean", "std"}:
+        # what the timm backbone expects
+        given["mean"], given["std"] = normalisation(given["backbone"].removeprefix(TIMM))
     return DETECTORS[name](num_classes=num_classes, **given)
 
 

@@ -89,8 +89,13 @@ class DataFiles:
     # a folder of folds with its manifest (data_scripts/make_splits.py) to read percent and fold
     # from
     folds: str | None = None
-    skip_unreadable: bool = False  # go on when a labelled image cannot be read
+    # go on without images and labels that are missing or cannot be read, in training and validation
+    skip_unreadable: Annotated[bool, Role.RUNTIME] = False
     extra_unlabelled: WholeNumber = 0  # of the digits: unlabelled scenes beyond the 2,000
+    # what a training image without a label file or annotation is; background: it has no object
+    missing_labels: Literal["unlabelled", "background"] = "unlabelled"
+    # whether every class gets its fraction of the labelled images, the rare ones first
+    stratified: bool = True
 
 
 @dataclass(frozen=True)
@@ -211,9 +216,8 @@ class DetectorKwargs:
 
     # objects that can be found in an image, at most
     num_queries: Annotated[Size | None, QUERIES_OPTION] = None
-    backbone: str | None = None  # tiny, resnet18 ... resnet152
-    # of a ResNet: a name or a .pth file of torchvision's, or "none" for random ones;
-    # IMAGENET1K_V1 is downloaded, once (0.1 GB)
+    backbone: str | None = None  # tiny, resnet18 ... resnet152, or timm:NAME (an extra)
+    # a file, or "none" for random ones, or a name (IMAGENET1K_V1; downloaded once, 0.1 GB)
     backbone_weights: str | None = None
     dim: Size | None = None  # channels
     heads: Size | None = None  # of attention
@@ -289,6 +293,8 @@ class Settings:
     steps: Annotated[Count, Role.IDENTITY] = 1000  # optimizer steps
     seed: Annotated[WholeNumber, Role.IDENTITY] = 0  # of weights, views and noise
     burn_in: str | None = None  # the folder of a finished run to start from
+    # a published file, a file or a run of ours, of any classes: what fits of it is taken
+    weights: str | None = None
 
     data_files: DataFiles = field(default_factory=DataFiles)
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -400,6 +406,7 @@ DIGITS = Settings(
 COCO = Settings(
     preset="coco-10pct",
     steps=120_000,
+    data_files=DataFiles(missing_labels="background", stratified=False),
     optimizer=Optimizer(batch_size=8, unlabelled_batch_size=32),
     runtime=Runtime(accumulate=8),
     pseudo_labels=PseudoLabels(max_pseudo_boxes=300),
@@ -574,6 +581,9 @@ def check(settings: SettingsType, origin: str = OPTIONS) -> SettingsType:
         if settings.data == "digits" and files[name]:
             fault = f"--{name} {files[name]} goes with --data"
             raise UserError(f"{fault}; the digits, its default, have their own")
+    if settings.weights and settings.burn_in:
+        fault = f"--weights {settings.weights} and --burn-in {settings.burn_in}"
+        raise UserError(f"{fault}: a run starts from one of them")
     kwargs = settings.detector_kwargs
     if kwargs.backbone_weights == "none":
         settings = change(settings, backbone_weights=None)

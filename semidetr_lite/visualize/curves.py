@@ -360,6 +360,9 @@ def plot_attention_mask(
 # ---- summaries -----------------------------------------------------------------------------------
 
 
+NAMED_CLASSES = 25  # more than these have no room for their names below an axis
+
+
 def show_data_summary(summary: dict[str, dict], title: str | None = None) -> Picture:
     """Histograms of `doctor_data`'s summary: boxes per class, sides of boxes, sides of images.
 
@@ -372,10 +375,14 @@ def show_data_summary(summary: dict[str, dict], title: str | None = None) -> Pic
         histograms = {name: part[key] for name, part in summary.items() if key in part}
         _draw_histograms(ax, histograms, colors)
     labelled = {name: part["classes"] for name, part in summary.items() if "classes" in part}
-    for name, counts in labelled.items():
-        ranked = sorted(counts.values(), reverse=True)
-        ranks = range(1, len(ranked) + 1)
-        classes.plot(ranks, ranked, color=colors[name], marker=".", linewidth=1.2)
+    of_first: dict[str, int] = next(iter(labelled.values()), {})
+    names = sorted(of_first, key=lambda name: -of_first[name])  # one order for all parts
+    for part_name, counts_of_part in labelled.items():
+        values = [counts_of_part.get(name, 0) for name in names]
+        ranks = range(1, len(names) + 1)
+        classes.plot(ranks, values, color=colors[part_name], marker=".", linewidth=1.2)
+    if 0 < len(names) <= NAMED_CLASSES:
+        classes.set_xticks(range(1, len(names) + 1), [name[:12] for name in names], rotation=60)
     boxes.set(xlabel="square root of the area, px", ylabel="boxes")
     images.set(xlabel="longer side, px", ylabel="images")
     classes.set(
@@ -384,7 +391,7 @@ def show_data_summary(summary: dict[str, dict], title: str | None = None) -> Pic
     handles = [Patch(color=color, label=name) for name, color in colors.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     finding = f"{sum(part['images'] for part in summary.values()):,} images"
-    counts = next(iter(labelled.values()), {})
+    counts: dict[str, int] = next(iter(labelled.values()), {})
     if counts:
         rarest = min(counts, key=lambda name: counts[name])
         has = f"has {count_of(counts[rarest], 'box', 'boxes')}"
