@@ -7,7 +7,7 @@ where it is used, so that help and messages about wrong options come at once.
 import dataclasses
 import functools
 import inspect
-import json
+import io
 import re
 import sys
 import time
@@ -36,7 +36,8 @@ from semidetr_lite.training.settings import (
 
 Folder = Annotated[Path, tyro.conf.Positional]
 Folders = Annotated[tuple[Path, ...], tyro.conf.Positional]
-Weights = Literal["student", "teacher"]
+Weights = Literal["best", "student", "teacher"]
+PredictionFormat = Literal["coco", "voc", "yolo", "csv"]
 NoOption = tyro.conf.Suppress[tyro.conf.Fixed[Any]]
 
 RESUME_HINT = "the same command with --resume (demo, ablate: without) goes on"
@@ -225,86 +226,74 @@ def _measure_run(run: Path, weights: Weights, voc: bool) -> dict[str, float]:
 
 
 def predict(
-    run: Folder, images: Folders, out: Path, score: float = 0.3, weights: Weights = "teacher"
+    run: Folder,
+    images: Folders,
+    out: Path,
+    format: PredictionFormat = "coco",
+    score: float | None = None,
+    nms: float | None = None,
+    truth: Path | None = None,
+    pictures: bool = True,
+    weights: Weights = "best",
 ) -> None:
-    """Detect objects in images: a picture of each, and detections.json in COCO's results format.
+    """Detect objects in images: a picture of each, and the boxes in a format for other tools.
 
     Args:
         run: a run folder or a .safetensors file.
         images: image files, or folders of them.
-        out: folder for the pictures and detections.json.
-        score: the least score of a box that is drawn or written.
-        weights: the student's, or its average's (the teacher's).
+        out: folder for what is written.
+        format: coco (annotations.json, and detections.json for `evaluate`), voc (XML files), yolo
+            (text files) or csv (a table).
+        score: the least score of a box that is drawn or written. Without it 0.3, but
+            detections.json holds boxes of every score, since an AP counts them all.
+        nms: IoU over which boxes of one class suppress each other; without it what the weights
+            need.
+        truth: a COCO json, whose ids of images and classes are taken over.
+        pictures: --no-pictures writes the boxes alone.
+        weights: the student's, its average's (the teacher's), or the best by the run's own
+            measurements.
     """
     if not images:
         raise UserError("predict: give images or folders of them")
-    _check_score(score)
+    if score is not None:
+        _check_score(score)
+    if nms is not None and not 0 <= nms <= 1:
+        raise UserError(f"--nms {nms:g}: not in 0..1")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; --out must be a folder")
     _require(run)
 
-    from tqdm import tqdm
-
-    from semidetr_lite.detectors.detector import load_image
-    from semidetr_lite.evaluate import to_coco_json
-    from semidetr_lite.files import write_atomic
+    from semidetr_lite import prediction
     from semidetr_lite.training.checkpoint import load_detector
 
     detector = load_detector(run, weights)
-    files = [file for path in images for file in _image_files(path)]
-    found, unread = {}, []
-    for number, file in enumerate(tqdm(files, desc="predict", disable=len(files) < 20)):
-        try:
-            image = load_image(file)
-        except UserError as problem:
-            unread.append(problem)
-            continue
-        found[number] = detector.detect([image], score)[0]
-        write_atomic(
-            out / f"{number:05d}_{file.stem}.png",
-            _picture(image, found[number], detector, file.name),
-        )
+    files = prediction.find_images(images, out)
+    known = prediction.read_truth(truth, detector.categories) if truth else None
+    shown = prediction.DEFAULT_SCORE if score is None else score
+    predictor = prediction.Predictor(detector, out if pictures else None, shown, nms)
+    found = predictor.predict(files)
+    categories = detector.categories
+    if known is not None:
+        found, unknown, missing = prediction.with_truth(found, known)
+        categories = [{**row, "id": known.category_ids[row["name"]]} for row in categories]
+        if unknown:
+            print(f"{truth}: {unknown} of {len(files)} images are not in it and are left out")
+        if missing:
+            print(f"{truth}: {missing} of its images are not given; evaluate counts them as missed")
     if found:
-        rows = to_coco_json(list(found.values()), list(found), detector.categories)
-        listing = {"images": [{"id": number, "file_name": str(files[number])} for number in found]}
-        write_atomic(out / "detections.json", json.dumps(rows))
-        write_atomic(out / "images.json", json.dumps(listing))
-        what = f"{len(found)} pictures, {len(rows)} detections of at least {score:g}"
-        print(f"{out}: {what} in detections.json (image ids in images.json)")
-    if unread:
-        others = (
-            f"; {len(unread)} of {len(files)} images are left out, the others are done"
-            if len(files) > 1
-            else ""
-        )
-        raise UserError(f"{unread[0]}{others}")
+        written = prediction.write_predictions(found, categories, out, format, shown, score or 0.0)
+        print(f"{out}: {len(found)} images{', each with a picture' * pictures}; {written}")
+    if predictor.far:
+        first = f"{len(predictor.far)} of {len(files)} images (first: {predictor.far[0]})"
+        print(f"note: {first} are far from the size of training; expect less of them")
+    _raise_for_unread(predictor.unread, len(files))
 
 
-def _picture(image, found: dict, detector, name: str) -> bytes:
-    """A PNG of an image with what was found.
-
-    At its own size, but 320 pixels wide at least and 2,000 at most.
-    """
-    from semidetr_lite.visualize import png, show_targets
-
-    width = image.shape[-1]
-    cell = min(max(width / 80, 4.0), 8.8)  # inches
-    figure = show_targets(
-        [image], [found], detector.categories, [name], columns=1, style="prediction", cell=cell
-    )
-    return png(figure, dpi=round(min(max(width, 80 * cell), 2000) / cell))
-
-
-def _image_files(path: Path) -> list[Path]:
-    """The path itself, or the images anywhere below a folder."""
-    from semidetr_lite.data.coco import IMAGE_SUFFIXES
-
-    if not path.exists():
-        raise UserError(f"{path}: no such image or folder")
-    if path.is_file():
-        return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise UserError(f"{path}: no images in this folder ({', '.join(IMAGE_SUFFIXES)})")
-    return files
+def _raise_for_unread(problems: list[UserError], count: int) -> None:
+    """Raises UserError for the first image that could not be read, and says what of the others."""
+    if problems:
+        left_out = f"{len(problems)} of {count} images are left out, the others are done"
+        raise UserError(f"{problems[0]}{f'; {left_out}' if count > 1 else ''}")
 
 
 def doctor(
@@ -472,6 +461,9 @@ def main() -> int:
     0 if it worked, 2 with one line if the user has to do something, 130 or 143 if it was
     stopped.
     """
+    for stream in (sys.stdout, sys.stderr):  # a name that a terminal cannot show is escaped
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         run_command(sys.argv[1:], COMMANDS)
     except (UserError, OSError) as problem:

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torchvision.ops import box_area, box_iou
 
-from semidetr_lite.data.coco import is_numbers, read_coco
-from semidetr_lite.errors import UserError
+from semidetr_lite.data.coco import read_coco
+from semidetr_lite.detection_files import detection_rows
 from semidetr_lite.files import read_json
 
 FIGURES = (
@@ -48,7 +48,7 @@ def evaluate(
     """
     if isinstance(detections, str | os.PathLike) and isinstance(targets, str | os.PathLike):
         truth = read_coco(targets)
-        return _figures(truth, _detections_of_file(detections, truth))
+        return _figures(truth, detection_rows(detections, read_json(detections), truth))
     _check_lengths(detections, targets)
     return _figures(_truth_of_dicts(targets), _detections_of_dicts(detections))
 
@@ -245,30 +245,6 @@ def _detections_of_dicts(detections: list[dict]) -> list[dict]:
         labels = detection["labels"].cpu()[top]
         rows += _rows(image_id, labels, boxes[top], score=scores[top])
     return rows
-
-
-def _detections_of_file(path: str | os.PathLike, truth: dict) -> list[dict]:
-    """The rows of a COCO results file. Rows on images without truth may stay: they are not used.
-
-    Raises UserError for a file that holds no detections, or none on an image of the truth.
-    """
-    rows = read_json(path)
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: not a COCO results file: it holds no list of detections")
-    keys = ("bbox", "image_id", "category_id", "score")
-    category_ids = {category["id"] for category in truth["categories"]}
-    for number, row in enumerate(rows, 1):
-        box, *others = [row.get(key) if isinstance(row, dict) else None for key in keys]
-        here = f"{path}: detection number {number}"
-        if not is_numbers(box, 4) or not is_numbers(others, 3):
-            raise UserError(f'{here} needs a "bbox" of 4 numbers and numbers as {keys[1:]}')
-        if row["category_id"] not in category_ids:
-            raise UserError(f"{here} has a category_id unknown to the truth, {others[1]}")
-    image_ids = {image["id"] for image in truth["images"]}
-    if rows and not any(row["image_id"] in image_ids for row in rows):
-        fault = f"none of its {len(rows):,} detections is on an image of the truth"
-        raise UserError(f"{path}: {fault}; another data set?")
-    return [{key: row[key] for key in keys} for row in rows]
 
 
 def _figures(truth: dict, detections: list[dict]) -> dict[str, float]:

@@ -141,12 +141,10 @@ def test_predict_writes_pictures_and_coco_json(monkeypatch, trained, tmp_path, c
     ]
     assert run(monkeypatch, *words) == 0
     rows = json.loads((tmp_path / "detections.json").read_text())
-    listed = json.loads((tmp_path / "images.json").read_text())["images"]
-    assert (
-        len(listed) == 12
-        and {row["category_id"] for row in rows} <= {3, 7}
-        and len(rows[0]["bbox"]) == 4
-    )
+    document = json.loads((tmp_path / "annotations.json").read_text())
+    assert [row["id"] for row in document["images"]] == list(range(1, 13))
+    assert {row["category_id"] for row in rows} <= {3, 7} and len(rows[0]["bbox"]) == 4
+    assert len(document["annotations"]) == len(rows)
     pictures = list(tmp_path.glob("*.png"))
     assert len(pictures) == 12 and all(Image.open(picture).width >= 320 for picture in pictures)
     (tmp_path / "broken.png").write_bytes(b"no picture")
@@ -172,9 +170,8 @@ def test_predict_writes_pictures_and_coco_json(monkeypatch, trained, tmp_path, c
     assert Image.open(tmp_path / "b/00000_large.png").width == pytest.approx(
         1000, abs=30
     )  # and a border
-    assert [
-        row["id"] for row in json.loads((tmp_path / "b/images.json").read_text())["images"]
-    ] == [0]
+    listed = json.loads((tmp_path / "b/annotations.json").read_text())["images"]
+    assert listed == [{"id": 1, "file_name": "large.png", "width": 1000, "height": 500}]
 
 
 @pytest.mark.parametrize(

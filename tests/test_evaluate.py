@@ -212,7 +212,7 @@ ROW = {"image_id": 10, "category_id": 7, "bbox": [0, 0, 5, 5], "score": 0.5}
 @pytest.mark.parametrize(
     "content, words",
     [
-        ({"annotations": []}, "list of detections"),
+        ({"images": []}, "list of detections"),
         ([ROW, 3], "detection number 2"),
         ([{**ROW, "bbox": [0, 0, 5]}], "bbox"),
         ([{**ROW, "score": None}], "score"),

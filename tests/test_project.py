@@ -32,6 +32,7 @@ ROOMS = [
     "loss_weights",
     "losses",
     "methods",
+    "detection_files",
     "evaluate",
     "visualize",
     "training",
@@ -39,6 +40,7 @@ ROOMS = [
     "report",
     "gallery",
     "teach",
+    "prediction",
     "cli",
     "__main__",
 ]  # a module imports from its own room and from those before it

@@ -48,6 +48,8 @@ class Detector(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.test_size = test_size
+        # longer side of the smallest and the largest image of a training at their own size
+        self.train_sides: tuple[int, int] | None = None
         self.denoising: nn.Module | None = None
         self.nms: float | None = None  # IoU threshold that `detect` needs; its training sets it
 

@@ -29,7 +29,7 @@ def save_weights(
 
     Args:
         path: the file.
-        detector: its weights, `.nms` and `.test_size` are written.
+        detector: its weights, `.nms`, `.test_size` and `.train_sides` are written.
         name: of the detector in the commands, such as "dino".
         arguments: keyword arguments it was built with.
         categories: [{"id", "name"}] in the order of the labels.
@@ -39,6 +39,8 @@ def save_weights(
     """
     header = {"detector": name, "arguments": arguments, "categories": categories}
     header |= {"nms": detector.nms, "test_size": detector.test_size}
+    if detector.train_sides is not None:
+        header["train_sides"] = detector.train_sides
     tensors = {
         key: value.detach().to("cpu", dtype).contiguous()
         for key, value in detector.state_dict().items()
@@ -51,13 +53,17 @@ def load_detector(path, weights: str = "teacher") -> Detector:
 
     Args:
         path: a .safetensors file, or a run folder.
-        weights: "student" or "teacher" (EMA weights); which file of a run folder to read.
+        weights: which file of a run folder to read: "student", "teacher" (EMA weights), or "best"
+            (those with the highest AP on the tune split at any measuring; the teacher's in a folder
+            that has none).
 
     Raises UserError for a file that is missing or does not hold weights of this package.
     """
     path = Path(path)
-    if weights not in ("student", "teacher"):
-        raise UserError(f"weights must be 'student' or 'teacher', got {weights!r}")
+    if weights not in ("best", "student", "teacher"):
+        raise UserError(f"weights must be 'best', 'student' or 'teacher', got {weights!r}")
+    if weights == "best" and not (path / "best.safetensors").is_file():
+        weights = "teacher"
     file = path / f"{weights}.safetensors" if path.is_dir() else path
     if not file.is_file():
         advice = "give a run folder made by `semidetr train` or a .safetensors file"
@@ -79,6 +85,8 @@ def load_detector(path, weights: str = "teacher") -> Detector:
         detector.nms = None if nms is None else float(nms)
         size = header["test_size"]
         detector.test_size = None if size is None else (int(size[0]), int(size[1]))
+        sides = header.get("train_sides")
+        detector.train_sides = None if sides is None else (int(sides[0]), int(sides[1]))
     return detector.eval()
 
 
