@@ -154,14 +154,31 @@ def train(
     splits = run.splits
     counts = f"{len(splits.labelled)} labelled, {len(splits.unlabelled)} unlabelled images"
     print(f"{out}: {counts}, {len(splits.categories)} categories")
-    if run.step >= run.config.steps:
+    if run.finished:
         print(f"{out}: finished already, at step {run.step}")
         return
     last = run.run()
     distributed.stop()
+    print("\n".join(_result_lines(last, run.config.steps)))
+
+
+def _result_lines(last: dict, steps: int) -> list[str]:
+    """What `train` prints at the end, from the last line of the log."""
+    lines = []
     for name, figures in last["test"].items():
         ap, ap50 = 100 * figures["AP"], 100 * figures["AP50"]
-        print(f"{name}: AP {ap:.1f}, AP50 {ap50:.1f} on the test split")
+        known = f"AP {ap:.1f}, AP50 {ap50:.1f} on the test split"
+        lines.append(f"{name}: {known if ap == ap else 'no AP, the test split has no boxes'}")
+    best = last["best"]
+    if last["step"] < steps:
+        lines.append(f"ended early, at step {last['step']} of {steps}: --patience")
+    if best is not None:
+        classes = last["per_class"][best["weights"]]
+        lines += [f"classes, {best['weights']} of the last step:", *_class_lines(classes)]
+        whose = f"the {best['weights']} of step {best['step']}"
+        ap = f"AP {100 * best['AP']:.1f} on the tune split"
+        lines.append(f"best: {whose}, {ap}: best.safetensors, which evaluate and predict use")
+    return lines
 
 
 def _check_resumed(out: Path, given: Settings, stored: Settings) -> None:
@@ -183,46 +200,75 @@ def _require(*paths: Path) -> None:
 
 def evaluate(
     run: Annotated[Path | None, tyro.conf.Positional] = None,
-    weights: Weights = "teacher",
+    weights: Weights = "best",
+    data: str | None = None,
+    images: Path | None = None,
     voc: bool = False,
     truth: Path | None = None,
     detections: Path | None = None,
 ) -> None:
-    """The twelve COCO figures of a run on its test split, or of a json of detections.
+    """The twelve COCO figures of a run on its test split or other data, or of a detections json.
 
     Args:
         run: a run folder.
-        weights: the student's, or its average's (the teacher's).
+        weights: the student's, its average's (the teacher's), or the best by the run's own
+            measurements.
+        data: measure the run on these images instead: a COCO json, or a COCO, VOC or YOLO folder
+            (its validation images, or all of them where it has none).
+        images: the folder of the images of a json in --data.
         voc: also the two APs of Pascal VOC at IoU 0.5, of a run.
         truth: a COCO annotation json.
-        detections: a COCO results json.
+        detections: a COCO results json, such as `predict` writes.
     """
-    if run is not None and (truth or detections) or voc and run is None:
-        choice = "give a run folder (with --voc if you like), or --truth and --detections"
+    if run is not None and (truth or detections) or run is None and (voc or data):
+        choice = "give a run folder (with --voc or --data if you like), or --truth and --detections"
         raise UserError(f"evaluate: {choice}, not both")
     if truth and detections:
         from semidetr_lite.evaluate import evaluate as evaluate_detections
 
         figures = evaluate_detections(str(detections), str(truth))
     elif run is not None:
-        figures = _measure_run(run, weights, voc)
+        figures = _measure_run(run, weights, data, images, voc)
     else:
         raise UserError("evaluate: give a run folder, or --truth and --detections")
     for name, value in figures.items():
         print(f"{name:<10} {value:.10f}" if truth else f"{name:<10} {100 * value:5.1f}")
 
 
-def _measure_run(run: Path, weights: Weights, voc: bool) -> dict[str, float]:
-    """The figures of a run on its test split, in 0..1."""
+def _measure_run(
+    run: Path, weights: Weights, data: str | None, images: Path | None, voc: bool
+) -> dict[str, float]:
+    """The figures of a run on its test split or on other data, in 0..1; prints those of classes."""
     _require(run)
 
+    from semidetr_lite.evaluate import evaluate_classes, evaluate_voc
     from semidetr_lite.training.checkpoint import load_detector, read_config
-    from semidetr_lite.training.measure import measure
+    from semidetr_lite.training.measure import detect_dataset, open_other
     from semidetr_lite.training.presets import load_splits
 
     detector = load_detector(run, weights)
-    splits = load_splits(read_config(run), run / "config.json")
-    return measure(detector, splits.test, voc=voc)
+    if data is None:
+        test = load_splits(read_config(run), run / "config.json").test
+    else:
+        test = open_other(data, images, detector.categories)
+    found, targets = detect_dataset(detector, test)
+    figures, classes = evaluate_classes(found, targets)
+    if voc:
+        pascal = evaluate_voc(found, targets)
+        figures |= {key: value for key, value in pascal.items() if key != "per_class"}
+    named = {detector.categories[label]["name"]: row for label, row in classes.items()}
+    print("\n".join(_class_lines(named)))
+    return figures
+
+
+def _class_lines(classes: dict[str, dict]) -> list[str]:
+    """A table of the AP of each class."""
+    width = max([len(name) for name in classes], default=0)
+    return [
+        f"{name:<{width}}  AP {100 * row['AP']:5.1f}  AP50 {100 * row['AP50']:5.1f}"
+        f"  of {row['boxes']} boxes"
+        for name, row in classes.items()
+    ]
 
 
 def predict(

@@ -247,8 +247,50 @@ def _detections_of_dicts(detections: list[dict]) -> list[dict]:
     return rows
 
 
+def evaluate_classes(detections: list[dict], targets: list[dict]) -> tuple[dict, dict[int, dict]]:
+    """COCO's figures, of all classes together and of each.
+
+    Args:
+        detections, targets: one dict per image in each, as in `evaluate`.
+
+    Returns:
+        The figures of `evaluate`; {label: {"AP", "AP50", "boxes"}} of each class that has boxes in
+        the truth, crowd regions not counted among them.
+
+    Raises ValueError for lists of unequal length.
+    """
+    _check_lengths(detections, targets)
+    truth = _truth_of_dicts(targets)
+    evaluation = _accumulated(truth, _detections_of_dicts(detections))
+    if evaluation is None:
+        return dict.fromkeys(FIGURES, float("nan")), {}
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # (IoU, recall, class)
+    classes = {}
+    for position, label in enumerate(evaluation.params.catIds):
+        rows = [row for row in truth["annotations"] if row["category_id"] == label]
+        boxes = sum(not row["iscrowd"] for row in rows)
+        if boxes:
+            of_class = precision[:, :, position]
+            figures = {"AP": float(of_class.mean()), "AP50": float(of_class[0].mean())}
+            classes[int(label)] = {**figures, "boxes": boxes}
+    return _summary(evaluation), classes
+
+
 def _figures(truth: dict, detections: list[dict]) -> dict[str, float]:
-    """The figures of pycocotools, without what it prints.
+    """The figures of pycocotools, nan where there is no truth."""
+    evaluation = _accumulated(truth, detections)
+    return dict.fromkeys(FIGURES, float("nan")) if evaluation is None else _summary(evaluation)
+
+
+def _summary(evaluation) -> dict[str, float]:
+    with redirect_stdout(io.StringIO()):
+        evaluation.summarize()
+    values = [float(value) if value >= 0 else float("nan") for value in evaluation.stats]
+    return dict(zip(FIGURES, values))
+
+
+def _accumulated(truth: dict, detections: list[dict]):
+    """pycocotools' evaluation without what it prints, None where there is no truth.
 
     It is imported here, so that machines without it can still train and detect.
     """
@@ -257,16 +299,14 @@ def _figures(truth: dict, detections: list[dict]) -> dict[str, float]:
     # A class without truth has no AP and would only cost time.
     category_ids = sorted({row["category_id"] for row in truth["annotations"]})
     if not category_ids:
-        return dict.fromkeys(FIGURES, float("nan"))
+        return None
     with redirect_stdout(io.StringIO()):
         truth_index = _index(truth["images"], category_ids, truth["annotations"])
         detection_index = _index(truth["images"], category_ids, detections)
         evaluation = COCOeval(truth_index, detection_index, iouType="bbox")
         evaluation.evaluate()
         evaluation.accumulate()
-        evaluation.summarize()
-    values = [float(value) if value >= 0 else float("nan") for value in evaluation.stats]
-    return dict(zip(FIGURES, values))
+    return evaluation
 
 
 def _index(images: list[dict], category_ids: list, rows: list[dict]):

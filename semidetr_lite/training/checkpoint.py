@@ -24,6 +24,7 @@ def save_weights(
     arguments: dict,
     categories: list[dict],
     dtype: torch.dtype | None = None,
+    measured: dict | None = None,
 ) -> None:
     """Write a detector as a safetensors file.
 
@@ -34,6 +35,7 @@ def save_weights(
         arguments: keyword arguments it was built with.
         categories: [{"id", "name"}] in the order of the labels.
         dtype: of the numbers in the file; torch.float16 halves its size. They are read as float32.
+        measured: what was measured of them, for the header: {"AP", "weights", "step"}.
 
     Raises UserError where the file cannot be written.
     """
@@ -41,6 +43,8 @@ def save_weights(
     header |= {"nms": detector.nms, "test_size": detector.test_size}
     if detector.train_sides is not None:
         header["train_sides"] = detector.train_sides
+    if measured is not None:
+        header["measured"] = measured
     tensors = {
         key: value.detach().to("cpu", dtype).contiguous()
         for key, value in detector.state_dict().items()

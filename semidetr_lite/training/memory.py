@@ -1,6 +1,7 @@
 """Memory: the largest steps are run once before the first, so that they do not fail hours later."""
 
 import functools
+import sys
 
 import torch
 
@@ -12,7 +13,13 @@ from semidetr_lite.methods.mean_teacher import MeanTeacher, PseudoLabels
 from semidetr_lite.training.engine import Engine
 from semidetr_lite.training.settings import Runtime, Settings
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 MAX_BOXES = 100  # more confident boxes in one image do not happen in practice
+IMAGES_TO_MEASURE = 50  # that measuring runs together, of small ones
 
 
 def largest_size(settings: Settings, splits: Splits, detector: Detector) -> tuple[int, int]:
@@ -34,7 +41,7 @@ def memory_dry_run(
     unlabelled: int,
     max_boxes: int = MAX_BOXES,
 ) -> None:
-    """Run the largest steps there can be, in each stage, and change nothing.
+    """Run the largest steps there can be, in each stage, and measure; change nothing.
 
     Args:
         engine: runs the steps.
@@ -56,6 +63,8 @@ def memory_dry_run(
             for losses, _ in engine.losses(batch, step):
                 sum(losses.values()).backward()
             method.zero_grad(set_to_none=True)
+        images = batch["labelled"][0][:1] * IMAGES_TO_MEASURE
+        method.teacher.detect(images)
     finally:
         method.__dict__.pop("predict_pseudo_labels", None)
         for name, value in buffers.items():
@@ -88,6 +97,19 @@ def _all_confident(predict, micro_batch: dict, keep_teacher: bool) -> PseudoLabe
     weak = labels.weak._replace(scores=torch.ones_like(labels.weak.scores), valid=valid)
     strong = labels.strong._replace(valid=valid)
     return labels._replace(weak=weak, strong=strong, confident=valid, candidates=valid)
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory that this process has used so far, in GB: of the GPU, or else of the machine.
+
+    0 where the system does not say.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if resource is None:
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes or kibibytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def raise_if_out_of_memory(problem: Exception, runtime: Runtime, precision: str) -> None:

@@ -247,6 +247,8 @@ class Measuring:
     watch_every: Count = 2000  # steps between looks at the teacher's boxes on a few fixed images
     evaluate_every: Count = 1000  # steps between measurements of the AP
     evaluate_images: Count = 5000  # of the tune split that the AP is measured on
+    # the run ends after so many measurements in a row without a better AP; 0: never
+    patience: WholeNumber = 0
 
 
 @dataclass(frozen=True)
