@@ -154,6 +154,8 @@ def train(
     splits = run.splits
     counts = f"{len(splits.labelled)} labelled, {len(splits.unlabelled)} unlabelled images"
     print(f"{out}: {counts}, {len(splits.categories)} categories")
+    if distributed.rank() == 0:
+        print("\n".join(run.notes), end="\n" * bool(run.notes), flush=True)
     if run.finished:
         print(f"{out}: finished already, at step {run.step}")
         return
@@ -570,7 +572,8 @@ def _without_options(command: Callable) -> Callable:
 def _starting_settings(words: list[str], kind: type[Settings]) -> Settings:
     """What the options of a command line start from.
 
-    The run in --out with --resume, else the preset.
+    The run in --out with --resume, else the preset; for training on data of one's own that is
+    photos if none is named.
     """
     out = _value_of(words, "--out")
     if "--resume" in words and out:
@@ -579,8 +582,9 @@ def _starting_settings(words: list[str], kind: type[Settings]) -> Settings:
         settings: Settings = RunFolder(out).open_stored()[0]
     else:
         preset, detector = _value_of(words, "--preset"), _value_of(words, "--detector")
+        own_data = kind is Settings and _value_of(words, "--data") not in (None, "digits")
         settings = preset_settings(
-            preset if preset in PRESETS else "digits",
+            preset if preset in PRESETS else "photos" if own_data else "digits",
             detector=detector if detector in get_args(DetectorName) else "dino",
         )
     return kind(

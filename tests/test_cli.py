@@ -81,6 +81,8 @@ def trained(tmp_path_factory):
         data = coco_folder(root / "data")
         coco_folder(root / "more", 4)
         words = [
+            "--preset",
+            "digits",
             "--data",
             data,
             "--unlabelled",
@@ -222,6 +224,8 @@ def test_backbone_weights_are_a_file_or_none():
 def test_a_burn_in_on_other_labels_is_told(monkeypatch, trained, tmp_path, capsys):
     words = [
         "train",
+        "--preset",
+        "digits",
         "--data",
         trained / "data",
         "--burn-in",
@@ -320,7 +324,7 @@ def test_bad_input_gets_one_line_and_status_2(monkeypatch, tmp_path, capsys, kin
         pytest.skip("only reading images happens in a worker")
     words, named = broken(tmp_path, kind)
     words[-1] = workers
-    assert run(monkeypatch, "train", *words) == 2
+    assert run(monkeypatch, "train", "--preset", "digits", *words) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and named in error[0]
 
@@ -391,6 +395,8 @@ def test_folds_from_disk_decide_what_is_labelled(monkeypatch, tmp_path, capsys):
     data = coco_folder(tmp_path / "data")
     words = [
         "train",
+        "--preset",
+        "digits",
         "--data",
         data,
         "--folds",

@@ -54,6 +54,7 @@ TRAINING = [
     "memory",
     "measure",
     "run_folder",
+    "photos",
     "loop",
     "ablate",
     "demo",

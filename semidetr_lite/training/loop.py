@@ -24,10 +24,11 @@ from tqdm import tqdm
 from semidetr_lite import distributed
 from semidetr_lite.data.batches import Batches
 from semidetr_lite.data.splits import Splits
+from semidetr_lite.data.views import resized
 from semidetr_lite.device import to_host
 from semidetr_lite.errors import Stopped, UserError, as_user_error
 from semidetr_lite.methods.mean_teacher import TeacherStudent
-from semidetr_lite.training import presets
+from semidetr_lite.training import photos, presets
 from semidetr_lite.training.checkpoint import load_state, load_state_strict
 from semidetr_lite.training.engine import Engine, check_micro_batches, choose_precision
 from semidetr_lite.training.measure import (
@@ -43,11 +44,13 @@ from semidetr_lite.training.memory import (
     memory_dry_run,
     peak_memory,
     raise_if_out_of_memory,
+    time_of_step,
 )
 from semidetr_lite.training.run_folder import RunFolder, load_burn_in
 from semidetr_lite.training.settings import Config, Runtime, Settings, check, differences
 from semidetr_lite.training.signals import SignalHandler, ignore_signals
 
+LONG_RUN = 24 * 3600  # seconds
 PATIENCE = 3  # steps in a row without a finite loss and gradient after which a run gives up
 
 
@@ -79,7 +82,10 @@ def _as_given(stored: Config, given: Settings) -> Config:
     runtime = dataclasses.replace(
         stored.runtime, threads=given.runtime.threads, precision=given.runtime.precision
     )
-    return dataclasses.replace(stored, runtime=runtime, burn_in=given.burn_in)
+    stored = dataclasses.replace(stored, runtime=runtime, burn_in=given.burn_in)
+    if given.preset == "photos":  # what was left open is chosen in the stored one
+        return photos.reopened(stored, given)
+    return stored
 
 
 class Run:
@@ -125,6 +131,7 @@ class Run:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         config = _resolve_runtime(check(config, origin), self.device)
         self.splits = splits or presets.load_splits(config, origin)
+        config, self.notes = photos.plan(config, self.splits, self.device)
         self.config = dataclasses.replace(config, categories=self.splits.categories)
         optimizer, accumulate = config.optimizer, config.runtime.accumulate
         self.unlabelled = 0  # images of a step
@@ -243,6 +250,8 @@ class Run:
         line: dict = {}
         if self.device.type == "cuda":
             self.memory_dry_run()
+        if self.config.preset == "photos" and self.step == 0 and not self.quiet:
+            tqdm.write(self.cost_of_a_step())
         if self.unmeasured:
             line = self._measure_and_log(self.unmeasured, signals)
         for batch in self._batches() if not self.finished else ():
@@ -336,6 +345,24 @@ class Run:
         max_boxes = min(self.config.pseudo_labels.max_pseudo_boxes, MAX_BOXES)
         batch_size = self.config.optimizer.batch_size
         memory_dry_run(self.engine, size, batch_size, self.unlabelled, max_boxes)
+
+    def cost_of_a_step(self) -> str:
+        """Seconds and memory of a step, measured now, and the length of the run; for people."""
+        config = self.config
+        sizes = sorted(self.splits.labelled.sizes, key=lambda size: size[0] * size[1])
+        size = sizes[len(sizes) // 2]
+        if config.views.short_sides:
+            size = resized(size, max(config.views.short_sides), config.views.long_side)
+        batch_size = config.optimizer.batch_size
+        seconds = time_of_step(self.engine, size, batch_size, self.unlabelled)
+        memory = peak_memory(self.device)
+        cost = f"a step takes {seconds:.1f} s" + (f" and {memory:.1f} GB" if memory else "")
+        length = duration(seconds * config.steps)
+        line = f"{cost}, measured; {config.steps} steps take {length} and the time to measure AP"
+        if seconds * config.steps > LONG_RUN:
+            line += "\nwarning: that is long; lower --image-size"
+            line += f" (now {config.image_size}), --batch-size (now {batch_size}) or --steps"
+        return line
 
     def _loader(self) -> torch.utils.data.DataLoader:
         """The batches of the steps that are left."""
