@@ -166,7 +166,9 @@ def differences(one: Path, other: Path) -> list[str]:
     wrong += [
         f"last.pt: {key}" for key, value in states[0].items() if not same(value, states[1].get(key))
     ]
-    for name in ("student.safetensors", "teacher.safetensors"):
+    for name in ("student.safetensors", "teacher.safetensors", "best.safetensors"):
+        if not (one / name).exists():  # nothing was measured
+            continue
         if (one / name).read_bytes() != (other / name).read_bytes():
             wrong.append(name)
     logs = [name for name in ("log.jsonl", "pseudo_boxes.jsonl") if (one / name).exists()]

@@ -7,12 +7,12 @@ where it is used, so that help and messages about wrong options come at once.
 import dataclasses
 import functools
 import inspect
-import json
+import io
 import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -37,7 +37,8 @@ from semidetr_lite.training.settings import (
 
 Folder = Annotated[Path, tyro.conf.Positional]
 Folders = Annotated[tuple[Path, ...], tyro.conf.Positional]
-Weights = Literal["student", "teacher"]
+Weights = Literal["best", "student", "teacher"]
+PredictionFormat = Literal["coco", "voc", "yolo", "csv"]
 NoOption = tyro.conf.Suppress[tyro.conf.Fixed[Any]]
 
 RESUME_HINT = "the same command with --resume (demo, ablate: without) goes on"
@@ -162,14 +163,33 @@ def train(
     splits = run.splits
     counts = f"{len(splits.labelled)} labelled, {len(splits.unlabelled)} unlabelled images"
     print(f"{out}: {counts}, {len(splits.categories)} categories")
-    if run.step >= run.config.steps:
+    if distributed.rank() == 0:
+        print("\n".join(run.notes), end="\n" * bool(run.notes), flush=True)
+    if run.finished:
         print(f"{out}: finished already, at step {run.step}")
         return
     last = run.run()
     distributed.stop()
+    print("\n".join(_result_lines(last, run.config.steps)))
+
+
+def _result_lines(last: dict, steps: int) -> list[str]:
+    """What `train` prints at the end, from the last line of the log."""
+    lines = []
     for name, figures in last["test"].items():
         ap, ap50 = 100 * figures["AP"], 100 * figures["AP50"]
-        print(f"{name}: AP {ap:.1f}, AP50 {ap50:.1f} on the test split")
+        known = f"AP {ap:.1f}, AP50 {ap50:.1f} on the test split"
+        lines.append(f"{name}: {known if ap == ap else 'no AP, the test split has no boxes'}")
+    best = last["best"]
+    if last["step"] < steps:
+        lines.append(f"ended early, at step {last['step']} of {steps}: --patience")
+    if best is not None:
+        classes = last["per_class"][best["weights"]]
+        lines += [f"classes, {best['weights']} of the last step:", *_class_lines(classes)]
+        whose = f"the {best['weights']} of step {best['step']}"
+        ap = f"AP {100 * best['AP']:.1f} on the tune split"
+        lines.append(f"best: {whose}, {ap}: best.safetensors, which evaluate and predict use")
+    return lines
 
 
 def _check_resumed(out: Path, given: Settings, stored: Settings) -> None:
@@ -191,31 +211,33 @@ def _require(*paths: Path) -> None:
 
 def evaluate(
     run: Annotated[Path | None, tyro.conf.Positional] = None,
-    weights: Weights = "teacher",
-    voc: bool = False,
+    weights: Weights = "best",
     data: str | None = None,
     images: str | None = None,
     validation: str | None = None,
     nms: float | None = None,
+    voc: bool = False,
     truth: Path | None = None,
     detections: Path | None = None,
 ) -> None:
-    """The twelve COCO figures of a run on its test split, of a weights file, or of detections.
+    """The twelve COCO figures of a run, of a weights file, or of detections.
 
     Args:
-        run: a run folder, or with --data a file of weights: ours, or one that others published
-            (DETR, Deformable DETR, DINO, Semi-DETR).
-        weights: the student's, or its average's (the teacher's).
-        voc: also the two APs of Pascal VOC at IoU 0.5, of a run or a file.
-        data: as in `train`, to measure a file of weights on.
-        images: the folder of the json's images.
-        validation: a json or folder to measure on.
+        run: a run folder, measured on its test split; or with --data a file of weights: ours, or
+            one that others published (DETR, Deformable DETR, DINO, Semi-DETR).
+        weights: the student's, its average's (the teacher's), or the best by the run's own
+            measurements.
+        data: measure on these images: a COCO json, or a COCO, VOC or YOLO folder (its validation
+            images, or all of them where it has none).
+        images: the folder of the images of a json in --data.
+        validation: with --data, a json or folder to measure on.
         nms: IoU of non-maximum suppression, which published Semi-DETR weights of stage one need.
+        voc: also the two APs of Pascal VOC at IoU 0.5, of a run or a file.
         truth: a COCO annotation json.
-        detections: a COCO results json.
+        detections: a COCO results json, such as `predict` writes.
     """
-    if run is not None and (truth or detections) or voc and run is None:
-        choice = "give a run folder (with --voc if you like), or --truth and --detections"
+    if run is not None and (truth or detections) or run is None and (voc or data):
+        choice = "give a run folder (with --voc or --data if you like), or --truth and --detections"
         raise UserError(f"evaluate: {choice}, not both")
     if truth and detections:
         from semidetr_lite.evaluate import evaluate as evaluate_detections
@@ -238,28 +260,37 @@ def _measure_run(
     data: tuple[str | None, str | None, str | None],
     nms: float | None,
 ) -> dict[str, float]:
-    """The figures of a run on its test split, or of a weights file on other data, in 0..1.
+    """The figures of a run or a weights file, in 0..1; prints those of classes.
 
-    `data`: a data set, the folder of its images, and what to measure on, of a weights file.
+    `data`: a data set, the folder of its images, and what of it to measure on; all None for the
+    test split of a run.
     """
     _require(run)
-    if run.is_dir() and any(data):
-        raise UserError(f"evaluate: {run} is a run, with data of its own; leave out --data")
-
     import torch
 
+    from semidetr_lite.evaluate import evaluate_classes, evaluate_voc
     from semidetr_lite.training.checkpoint import load_detector, read_config
-    from semidetr_lite.training.measure import measure
+    from semidetr_lite.training.measure import detect_dataset, open_other
     from semidetr_lite.training.presets import load_splits
 
     if run.is_dir():
         detector = load_detector(run, weights)
-        test = load_splits(read_config(run), run / "config.json").test
+        if data[0] is None:
+            test = load_splits(read_config(run), run / "config.json").test
+        else:
+            test = open_other(data[0], data[1], detector.categories, data[2])
     else:
         detector, test = _weights_and_images(run, weights, data)
     detector.nms = detector.nms if nms is None else nms
     detector.to("cuda" if torch.cuda.is_available() else "cpu")
-    return measure(detector, test, voc=voc)
+    detections, targets = detect_dataset(detector, test)
+    figures, classes = evaluate_classes(detections, targets)
+    if voc:
+        pascal = evaluate_voc(detections, targets)
+        figures |= {key: value for key, value in pascal.items() if key != "per_class"}
+    named = {detector.categories[label]["name"]: row for label, row in classes.items()}
+    print("\n".join(_class_lines(named)))
+    return figures
 
 
 def _weights_and_images(file: Path, weights: Weights, data: tuple[str | None, ...]):
@@ -267,95 +298,99 @@ def _weights_and_images(file: Path, weights: Weights, data: tuple[str | None, ..
     from semidetr_lite.data import coco
     from semidetr_lite.detectors.public_weights import build_public_detector
     from semidetr_lite.training.checkpoint import is_own_file, load_detector
+    from semidetr_lite.training.measure import open_other
 
-    annotations, images, validation = data
-    splits = coco.load(annotations, images, percent=100.0, validation=validation)
+    name, images, validation = data
+    assert name is not None  # `evaluate` has asked for it
     if is_own_file(file):
-        return load_detector(file), splits.test
-    return build_public_detector(file, len(splits.categories), weights), splits.test
+        detector = load_detector(file)
+        return detector, open_other(name, images, detector.categories, validation)
+    splits = coco.load(name, images, percent=100.0, validation=validation)
+    network = "student" if weights == "student" else "teacher"
+    detector = build_public_detector(file, len(splits.categories), network)
+    detector.categories = splits.categories
+    return detector, splits.test
+
+
+def _class_lines(classes: dict[str, dict]) -> list[str]:
+    """A table of the AP of each class."""
+    width = max([len(name) for name in classes], default=0)
+    return [
+        f"{name:<{width}}  AP {100 * row['AP']:5.1f}  AP50 {100 * row['AP50']:5.1f}"
+        f"  of {row['boxes']} boxes"
+        for name, row in classes.items()
+    ]
 
 
 def predict(
-    run: Folder, images: Folders, out: Path, score: float = 0.3, weights: Weights = "teacher"
+    run: Folder,
+    images: Folders,
+    out: Path,
+    format: PredictionFormat = "coco",
+    score: float | None = None,
+    nms: float | None = None,
+    truth: Path | None = None,
+    pictures: bool = True,
+    weights: Weights = "best",
 ) -> None:
-    """Detect objects in images: a picture of each, and detections.json in COCO's results format.
+    """Detect objects in images: a picture of each, and the boxes in a format for other tools.
 
     Args:
         run: a run folder or a .safetensors file.
         images: image files, or folders of them.
-        out: folder for the pictures and detections.json.
-        score: the least score of a box that is drawn or written.
-        weights: the student's, or its average's (the teacher's).
+        out: folder for what is written.
+        format: coco (annotations.json, and detections.json for `evaluate`), voc (XML files), yolo
+            (text files) or csv (a table).
+        score: the least score of a box that is drawn or written. Without it 0.3, but
+            detections.json holds boxes of every score, since an AP counts them all.
+        nms: IoU over which boxes of one class suppress each other; without it what the weights
+            need.
+        truth: a COCO json, whose ids of images and classes are taken over.
+        pictures: --no-pictures writes the boxes alone.
+        weights: the student's, its average's (the teacher's), or the best by the run's own
+            measurements.
     """
     if not images:
         raise UserError("predict: give images or folders of them")
-    _check_score(score)
+    if score is not None:
+        _check_score(score)
+    if nms is not None and not 0 <= nms <= 1:
+        raise UserError(f"--nms {nms:g}: not in 0..1")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; --out must be a folder")
     _require(run)
 
-    from tqdm import tqdm
-
-    from semidetr_lite.detectors.detector import load_image
-    from semidetr_lite.evaluate import to_coco_json
-    from semidetr_lite.files import write_atomic
+    from semidetr_lite import prediction
     from semidetr_lite.training.checkpoint import load_detector
 
     detector = load_detector(run, weights)
-    files = [file for path in images for file in _image_files(path)]
-    found, unread = {}, []
-    for number, file in enumerate(tqdm(files, desc="predict", disable=len(files) < 20)):
-        try:
-            image = load_image(file)
-        except UserError as problem:
-            unread.append(problem)
-            continue
-        found[number] = detector.detect([image], score)[0]
-        write_atomic(
-            out / f"{number:05d}_{file.stem}.png",
-            _picture(image, found[number], detector, file.name),
-        )
+    files = prediction.find_images(images, out)
+    known = prediction.read_truth(truth, detector.categories) if truth else None
+    shown = prediction.DEFAULT_SCORE if score is None else score
+    predictor = prediction.Predictor(detector, out if pictures else None, shown, nms)
+    found = predictor.predict(files)
+    categories = detector.categories
+    if known is not None:
+        found, unknown, missing = prediction.with_truth(found, known)
+        categories = [{**row, "id": known.category_ids[row["name"]]} for row in categories]
+        if unknown:
+            print(f"{truth}: {unknown} of {len(files)} images are not in it and are left out")
+        if missing:
+            print(f"{truth}: {missing} of its images are not given; evaluate counts them as missed")
     if found:
-        rows = to_coco_json(list(found.values()), list(found), detector.categories)
-        listing = {"images": [{"id": number, "file_name": str(files[number])} for number in found]}
-        write_atomic(out / "detections.json", json.dumps(rows))
-        write_atomic(out / "images.json", json.dumps(listing))
-        what = f"{len(found)} pictures, {len(rows)} detections of at least {score:g}"
-        print(f"{out}: {what} in detections.json (image ids in images.json)")
-    if unread:
-        others = (
-            f"; {len(unread)} of {len(files)} images are left out, the others are done"
-            if len(files) > 1
-            else ""
-        )
-        raise UserError(f"{unread[0]}{others}")
+        written = prediction.write_predictions(found, categories, out, format, shown, score or 0.0)
+        print(f"{out}: {len(found)} images{', each with a picture' * pictures}; {written}")
+    if predictor.far:
+        first = f"{len(predictor.far)} of {len(files)} images (first: {predictor.far[0]})"
+        print(f"note: {first} are far from the size of training; expect less of them")
+    _raise_for_unread(predictor.unread, len(files))
 
 
-def _picture(image, found: Mapping, detector, name: str) -> bytes:
-    """A PNG of an image with what was found.
-
-    At its own size, but 320 pixels wide at least and 2,000 at most.
-    """
-    from semidetr_lite.visualize import png, show_targets
-
-    width = image.shape[-1]
-    cell = min(max(width / 80, 4.0), 8.8)  # inches
-    figure = show_targets(
-        [image], [found], detector.categories, [name], columns=1, style="prediction", cell=cell
-    )
-    return png(figure, dpi=round(min(max(width, 80 * cell), 2000) / cell))
-
-
-def _image_files(path: Path) -> list[Path]:
-    """The path itself, or the images anywhere below a folder."""
-    from semidetr_lite.data.coco import IMAGE_SUFFIXES
-
-    if not path.exists():
-        raise UserError(f"{path}: no such image or folder")
-    if path.is_file():
-        return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise UserError(f"{path}: no images in this folder ({', '.join(IMAGE_SUFFIXES)})")
-    return files
+def _raise_for_unread(problems: list[UserError], count: int) -> None:
+    """Raises UserError for the first image that could not be read, and says what of the others."""
+    if problems:
+        left_out = f"{len(problems)} of {count} images are left out, the others are done"
+        raise UserError(f"{problems[0]}{f'; {left_out}' if count > 1 else ''}")
 
 
 def doctor(
@@ -565,6 +600,9 @@ def main() -> int:
     0 if it worked, 2 with one line if the user has to do something, 130 or 143 if it was
     stopped.
     """
+    for stream in (sys.stdout, sys.stderr):  # a name that a terminal cannot show is escaped
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         run_command(sys.argv[1:], COMMANDS)
     except (UserError, OSError) as problem:
@@ -625,7 +663,8 @@ def _without_options(command: Callable) -> Callable:
 def _starting_settings(words: list[str], kind: type[Settings]) -> Settings:
     """What the options of a command line start from.
 
-    The run in --out with --resume, else the preset.
+    The run in --out with --resume, else the preset; for training on data of one's own that is
+    photos if none is named.
     """
     out = _value_of(words, "--out")
     if "--resume" in words and out:
@@ -634,8 +673,9 @@ def _starting_settings(words: list[str], kind: type[Settings]) -> Settings:
         settings: Settings = RunFolder(out).open_stored()[0]
     else:
         preset, detector = _value_of(words, "--preset"), _value_of(words, "--detector")
+        own_data = kind is Settings and _value_of(words, "--data") not in (None, "digits")
         settings = preset_settings(
-            preset if preset in PRESETS else "digits",
+            preset if preset in PRESETS else "photos" if own_data else "digits",
             detector=detector if detector and detector in get_args(DetectorName) else "dino",
         )
     return kind(

@@ -22,8 +22,8 @@ import torch
 from torchvision.ops import box_area, box_iou
 
 from semidetr_lite.contracts import Target
-from semidetr_lite.data.coco import is_numbers, read_coco
-from semidetr_lite.errors import UserError
+from semidetr_lite.data.coco import read_coco
+from semidetr_lite.detection_files import detection_rows
 from semidetr_lite.files import read_json
 
 FIGURES = (
@@ -51,7 +51,7 @@ def evaluate(
     """
     if isinstance(detections, str | os.PathLike) and isinstance(targets, str | os.PathLike):
         truth = read_coco(targets)
-        return _figures(truth, _detections_of_file(detections, truth))
+        return _figures(truth, detection_rows(detections, read_json(detections), truth))
     if isinstance(detections, str | os.PathLike) or isinstance(targets, str | os.PathLike):
         raise ValueError("evaluate takes two lists of dicts or two paths, not one of each")
     _check_lengths(detections, targets)
@@ -252,32 +252,52 @@ def _detections_of_dicts(detections: Sequence[Target]) -> list[dict]:
     return rows
 
 
-def _detections_of_file(path: str | os.PathLike, truth: dict) -> list[dict]:
-    """The rows of a COCO results file. Rows on images without truth may stay: they are not used.
+def evaluate_classes(
+    detections: Sequence[Target], targets: Sequence[Target]
+) -> tuple[dict, dict[int, dict]]:
+    """COCO's figures, of all classes together and of each.
 
-    Raises UserError for a file that holds no detections, or none on an image of the truth.
+    Args:
+        detections, targets: one dict per image in each, as in `evaluate`.
+
+    Returns:
+        The figures of `evaluate`; {label: {"AP", "AP50", "boxes"}} of each class that has boxes in
+        the truth, crowd regions not counted among them.
+
+    Raises ValueError for lists of unequal length.
     """
-    rows = read_json(path)
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: not a COCO results file: it holds no list of detections")
-    keys = ("bbox", "image_id", "category_id", "score")
-    category_ids = {category["id"] for category in truth["categories"]}
-    for number, row in enumerate(rows, 1):
-        box, *others = [row.get(key) if isinstance(row, dict) else None for key in keys]
-        here = f"{path}: detection number {number}"
-        if not is_numbers(box, 4) or not is_numbers(others, 3):
-            raise UserError(f'{here} needs a "bbox" of 4 numbers and numbers as {keys[1:]}')
-        if row["category_id"] not in category_ids:
-            raise UserError(f"{here} has a category_id unknown to the truth, {others[1]}")
-    image_ids = {image["id"] for image in truth["images"]}
-    if rows and not any(row["image_id"] in image_ids for row in rows):
-        fault = f"none of its {len(rows):,} detections is on an image of the truth"
-        raise UserError(f"{path}: {fault}; another data set?")
-    return [{key: row[key] for key in keys} for row in rows]
+    _check_lengths(detections, targets)
+    truth = _truth_of_dicts(targets)
+    evaluation = _accumulated(truth, _detections_of_dicts(detections))
+    if evaluation is None:
+        return dict.fromkeys(FIGURES, float("nan")), {}
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # (IoU, recall, class)
+    classes = {}
+    for position, label in enumerate(evaluation.params.catIds):
+        rows = [row for row in truth["annotations"] if row["category_id"] == label]
+        boxes = sum(not row["iscrowd"] for row in rows)
+        if boxes:
+            of_class = precision[:, :, position]
+            figures = {"AP": float(of_class.mean()), "AP50": float(of_class[0].mean())}
+            classes[int(label)] = {**figures, "boxes": boxes}
+    return _summary(evaluation), classes
 
 
 def _figures(truth: dict, detections: list[dict]) -> dict[str, float]:
-    """The figures of pycocotools, without what it prints.
+    """The figures of pycocotools, nan where there is no truth."""
+    evaluation = _accumulated(truth, detections)
+    return dict.fromkeys(FIGURES, float("nan")) if evaluation is None else _summary(evaluation)
+
+
+def _summary(evaluation) -> dict[str, float]:
+    with redirect_stdout(io.StringIO()):
+        evaluation.summarize()
+    values = [float(value) if value >= 0 else float("nan") for value in evaluation.stats]
+    return dict(zip(FIGURES, values))
+
+
+def _accumulated(truth: dict, detections: list[dict]):
+    """pycocotools' evaluation without what it prints, None where there is no truth.
 
     It is imported here, so that machines without it can still train and detect.
     """
@@ -286,16 +306,14 @@ def _figures(truth: dict, detections: list[dict]) -> dict[str, float]:
     # A class without truth has no AP and would only cost time.
     category_ids = sorted({row["category_id"] for row in truth["annotations"]})
     if not category_ids:
-        return dict.fromkeys(FIGURES, float("nan"))
+        return None
     with redirect_stdout(io.StringIO()):
         truth_index = _index(truth["images"], category_ids, truth["annotations"])
         detection_index = _index(truth["images"], category_ids, detections)
         evaluation = COCOeval(truth_index, detection_index, iouType="bbox")
         evaluation.evaluate()
         evaluation.accumulate()
-        evaluation.summarize()
-    values = [float(value) if value >= 0 else float("nan") for value in evaluation.stats]
-    return dict(zip(FIGURES, values))
+    return evaluation
 
 
 def _index(images: list[dict], category_ids: list, rows: list[dict]):

@@ -256,7 +256,7 @@ def sound(small, tmp_path_factory) -> Path:
         "path: .\ntrain: images/train\nnames:\n  0: box\n  1: bar\n"
     )
     words = ["--data", data, "--percent", 50, "--out", root / "run", "--workers", 0]
-    assert call("train", *words)[0] == 0
+    assert call("train", "--preset", "digits", *words)[0] == 0
     return root
 
 
@@ -312,6 +312,8 @@ def test_loading_what_the_doctor_lets_pass(work):
     """Training goes through another door; the first batch is drawn from what came through it."""
     words = [
         "train",
+        "--preset",
+        "digits",
         "--data",
         work / "coco",
         "--percent",

@@ -81,6 +81,8 @@ def trained(tmp_path_factory):
         data = coco_folder(root / "data")
         coco_folder(root / "more", 4)
         words = [
+            "--preset",
+            "digits",
             "--data",
             data,
             "--unlabelled",
@@ -141,12 +143,10 @@ def test_predict_writes_pictures_and_coco_json(monkeypatch, trained, tmp_path, c
     ]
     assert run(monkeypatch, *words) == 0
     rows = json.loads((tmp_path / "detections.json").read_text())
-    listed = json.loads((tmp_path / "images.json").read_text())["images"]
-    assert (
-        len(listed) == 12
-        and {row["category_id"] for row in rows} <= {3, 7}
-        and len(rows[0]["bbox"]) == 4
-    )
+    document = json.loads((tmp_path / "annotations.json").read_text())
+    assert [row["id"] for row in document["images"]] == list(range(1, 13))
+    assert {row["category_id"] for row in rows} <= {3, 7} and len(rows[0]["bbox"]) == 4
+    assert len(document["annotations"]) == len(rows)
     pictures = list(tmp_path.glob("*.png"))
     assert len(pictures) == 12 and all(Image.open(picture).width >= 320 for picture in pictures)
     (tmp_path / "broken.png").write_bytes(b"no picture")
@@ -172,9 +172,8 @@ def test_predict_writes_pictures_and_coco_json(monkeypatch, trained, tmp_path, c
     assert Image.open(tmp_path / "b/00000_large.png").width == pytest.approx(
         1000, abs=30
     )  # and a border
-    assert [
-        row["id"] for row in json.loads((tmp_path / "b/images.json").read_text())["images"]
-    ] == [0]
+    listed = json.loads((tmp_path / "b/annotations.json").read_text())["images"]
+    assert listed == [{"id": 1, "file_name": "large.png", "width": 1000, "height": 500}]
 
 
 @pytest.mark.parametrize(
@@ -225,6 +224,8 @@ def test_backbone_weights_are_a_file_or_none():
 def test_a_burn_in_on_other_labels_is_told(monkeypatch, trained, tmp_path, capsys):
     words = [
         "train",
+        "--preset",
+        "digits",
         "--data",
         trained / "data",
         "--burn-in",
@@ -323,7 +324,7 @@ def test_bad_input_gets_one_line_and_status_2(monkeypatch, tmp_path, capsys, kin
         pytest.skip("only reading images happens in a worker")
     words, named = broken(tmp_path, kind)
     words[-1] = workers
-    assert run(monkeypatch, "train", *words) == 2
+    assert run(monkeypatch, "train", "--preset", "digits", *words) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and named in error[0]
 
@@ -394,6 +395,8 @@ def test_folds_from_disk_decide_what_is_labelled(monkeypatch, tmp_path, capsys):
     data = coco_folder(tmp_path / "data")
     words = [
         "train",
+        "--preset",
+        "digits",
         "--data",
         data,
         "--folds",

@@ -6,11 +6,12 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from semidetr_lite.errors import UserError
-from semidetr_lite.evaluate import FIGURES, box_errors, evaluate, to_coco_json
+from semidetr_lite.evaluate import FIGURES, box_errors, evaluate, evaluate_classes, to_coco_json
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "data" / "coco-eval-ref"
 
@@ -212,7 +213,7 @@ ROW = {"image_id": 10, "category_id": 7, "bbox": [0, 0, 5, 5], "score": 0.5}
 @pytest.mark.parametrize(
     "content, words",
     [
-        ({"annotations": []}, "list of detections"),
+        ({"images": []}, "list of detections"),
         ([ROW, 3], "detection number 2"),
         ([{**ROW, "bbox": [0, 0, 5]}], "bbox"),
         ([{**ROW, "score": None}], "score"),
@@ -373,3 +374,31 @@ class TestReference:
         figures = evaluate(detections, targets)
         for value, published in zip(figures.values(), expected["expected_bbox"].values()):
             assert value == pytest.approx(published, abs=1e-3)
+
+
+def test_the_ap_of_each_class_is_that_of_its_boxes_alone():
+    detections, targets = random_scenes()
+    figures, classes = evaluate_classes(detections, targets)
+    same(figures, evaluate(detections, targets))
+    assert figures["AP"] == pytest.approx(np.mean([row["AP"] for row in classes.values()]))
+    for label in (0, 1):
+        parts = []
+        for every in (detections, targets):
+            keep = [one["labels"] == label for one in every]
+            fields = ("boxes", "labels", "scores")
+            parts.append(
+                [
+                    {key: one[key][mask] for key in fields if key in one}
+                    for one, mask in zip(every, keep)
+                ]
+            )
+        alone = evaluate(*parts)
+        assert classes[label]["AP"] == pytest.approx(alone["AP"])
+        assert classes[label]["AP50"] == pytest.approx(alone["AP50"])
+        assert classes[label]["boxes"] == sum(len(one["boxes"]) for one in parts[1])
+
+
+def test_a_class_of_crowd_regions_alone_has_no_ap():
+    crowd = truth(BOX, crowd=torch.tensor([True]))
+    assert evaluate_classes([found(BOX, scores=[0.5])], [crowd])[1] == {}
+    assert evaluate_classes([found()], [truth()])[1] == {}

@@ -35,6 +35,7 @@ ROOMS = [
     "normalizers",
     "losses",
     "methods",
+    "detection_files",
     "evaluate",
     "visualize",
     "training",
@@ -42,6 +43,7 @@ ROOMS = [
     "report",
     "gallery",
     "teach",
+    "prediction",
     "cli",
     "__main__",
 ]  # a module imports from its own room and from those before it
@@ -55,6 +57,7 @@ TRAINING = [
     "memory",
     "measure",
     "run_folder",
+    "photos",
     "loop",
     "ablate",
     "demo",

@@ -169,7 +169,7 @@ def test_pictures_are_written_beside_links_not_through_them(work, tmp_path):
     out, outside = tmp_path / "out", tmp_path / "outside.txt"
     out.mkdir()
     outside.write_text("mine")
-    for name in ("00000_0.png", "detections.json", "images.json", "report.html"):
+    for name in ("00000_0.png", "detections.json", "annotations.json", "report.html"):
         (out / name).symlink_to(outside)
     assert call("predict", work / "run", work / "voc/JPEGImages/0.jpg", "--out", out)[0] == 0
     assert call("compare", work / "run", "--out", out, "--images", 1)[0] == 0

@@ -93,7 +93,7 @@ PLACES = {
     "between optimizer and average": (TeacherStudent, "after_step", 4, False),
     "before a log line": (run_folder, "append_jsonl", 2, False),
     "between the two logs": (run_folder, "append_jsonl", 3, False),
-    "between log and checkpoint": (Run, "save", 1, False),
+    "between log and checkpoint": (Run, "save", 2, False),
     "between the weights of two parts": (run_folder, "save_weights", 3, False),
     "before the checkpoint is in its place": (
         os,
@@ -101,7 +101,13 @@ PLACES = {
         6,
         False,
     ),  # one of config.json, three a save
-    "after the last checkpoint": (Run, "save", 2, True),
+    "before it is measured": (Run, "save", 1, True),
+    "while it is measured": (loop, "pseudo_quality", 0, False),
+    "before the best weights are kept": (run_folder.RunFolder, "save_best", 0, False),
+    "after the best weights are kept": (run_folder.RunFolder, "save_best", 0, True),
+    "before the last step is measured": (Run, "save", 3, True),
+    "between log and the last checkpoint": (Run, "save", 4, False),
+    "after the last checkpoint": (Run, "save", 4, True),
 }
 
 
@@ -114,7 +120,7 @@ def test_killed_and_resumed_ends_in_the_same_bits(place, whole, splits, tmp_path
         go(settings(), folder, splits)
     (folder / ".last.pt.77.77.part").write_text("half a checkpoint of a process that was killed")
     run = Run(None, folder, resume=True, splits=splits, quiet=True, workers=0)
-    assert run.step < STEPS or place == "after the last checkpoint"
+    assert run.finished == (place == "after the last checkpoint")
     run.run()
     assert_same_run(whole / "semi-detr", folder)
 
@@ -165,7 +171,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
 
 
 def test_measuring_is_broken_off_at_once(whole, splits, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(Stopped, match=r"last\.pt \(step 2\)"):
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match=r"last\.pt \(step 4\)"):
         interrupt(patch, loop, "measure", 1, act=lambda: os.kill(os.getpid(), signal.SIGTERM))
         go(settings(), tmp_path / "run", splits)
     go(None, tmp_path / "run", splits, resume=True)

@@ -7,21 +7,18 @@ Shapes: B images, Q queries, D channels, L levels, C classes.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 from torchvision.ops import nms as non_maximum_suppression
 
 from semidetr_lite.boxes import height_and_width, to_pixels
 from semidetr_lite.contracts import Outputs, Target
-from semidetr_lite.data.images import read_image
 from semidetr_lite.data.views import resized
 from semidetr_lite.detectors.backbone import Backbone
 from semidetr_lite.detectors.denoising import Denoising
+from semidetr_lite.detectors.inputs import is_single_image, load_image
 from semidetr_lite.detectors.transformer import Memory
 from semidetr_lite.device import to_device
 from semidetr_lite.errors import UserError
@@ -30,6 +27,8 @@ from semidetr_lite.errors import UserError
 PerImage = torch.Tensor | list[torch.Tensor]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# that `detect` runs together: a ResNet-50 at 800 x 1067 takes half a gigabyte per image
+PIXELS_AT_ONCE = 4_000_000
 
 
 class Detector(nn.Module):
@@ -63,6 +62,8 @@ class Detector(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.test_size = test_size
+        # longer side of the smallest and the largest image of a training at their own size
+        self.train_sides: tuple[int, int] | None = None
         self.denoising: Denoising | None = None
         self.nms: float | None = None  # IoU threshold that `detect` needs; its training sets it
 
@@ -207,28 +208,30 @@ class Detector(nn.Module):
         """Detect objects in images.
 
         Args:
-            images: one image or a list of them; each a tensor (3, H, W), a PIL image or a path.
+            images: one image or a list of them; each a path, PIL image, numpy array (H, W, 3),
+                tensor (3, H, W), the bytes of an image file or an open one (see inputs.py).
+                Photographs are turned upright as their EXIF data ask.
             score: detections of at least this score are returned.
             top: at most so many detections per image.
             nms: IoU threshold of non-maximum suppression per class; None: what the training stage
                 of the weights needs.
-            batch_size: images that are run together at most.
+            batch_size: images that are run together at most; fewer of large ones, see
+                PIXELS_AT_ONCE.
 
         Returns:
-            One target dict per image: "boxes" (T, 4) xyxy in pixels of the image given, "labels"
+            One target dict per image: "boxes" (T, 4) xyxy in pixels of the upright image, "labels"
             (T,), "scores" (T,) in falling order, "size" (H, W).
 
         Raises:
-            UserError: a path that is not a readable image.
+            UserError: what is not a readable image, and floats beyond 0..1.
         """
-        is_tensor = isinstance(images, torch.Tensor) and images.dim() == 3
-        if is_tensor or isinstance(images, (str, Path, Image.Image)):
+        if is_single_image(images):
             images = [images]
         originals = [load_image(image) for image in images]
-        inputs = [self._resize(image) for image in originals]
+        inputs = [self.at_test_size(image) for image in originals]
         nms = self.nms if nms is None else nms
         detections: list[Target] = [{}] * len(inputs)
-        for chunk in same_size_chunks(inputs, batch_size):
+        for chunk in same_size_chunks(inputs, batch_size, PIXELS_AT_ONCE):
             sizes = torch.tensor([originals[index].shape[-2:] for index in chunk])
             chunk_images = [inputs[index] for index in chunk]
             boxes, scores, labels, valid = self.detect_batch(chunk_images, sizes, top, score, nms)
@@ -258,7 +261,7 @@ class Detector(nn.Module):
         """
         return postprocess(self(images), sizes, top, score, nms)
 
-    def _resize(self, image: torch.Tensor) -> torch.Tensor:
+    def at_test_size(self, image: torch.Tensor) -> torch.Tensor:
         """The image at the detector's test size."""
         if self.test_size is None:
             return image
@@ -267,31 +270,21 @@ class Detector(nn.Module):
         return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
 
 
-def load_image(image) -> torch.Tensor:
-    """A tensor, PIL image or path as a tensor (3, H, W).
+def same_size_chunks(
+    images: Sequence[torch.Tensor], max_images: int, max_pixels: float = float("inf")
+) -> list[list[int]]:
+    """The indices of the images, in chunks of one size.
 
-    Tensors come out as they are, PIL images and paths as uint8 RGB; files are turned upright.
-
-    Raises:
-        UserError: a path that is not a readable image.
+    A chunk has at most `max_images`, and together `max_pixels` unless it is a single image.
     """
-    if isinstance(image, torch.Tensor):
-        return image
-    if not isinstance(image, Image.Image):
-        return read_image(image, upright=True)
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-
-
-def same_size_chunks(images: Sequence[torch.Tensor], max_images: int) -> list[list[int]]:
-    """The indices of the images, in chunks of one size and of at most `max_images`."""
     by_size: dict[tuple, list[int]] = {}
     for index, image in enumerate(images):
         by_size.setdefault(tuple(image.shape[-2:]), []).append(index)
-    return [
-        indices[start : start + max_images]
-        for indices in by_size.values()
-        for start in range(0, len(indices), max_images)
-    ]
+    chunks = []
+    for (height, width), indices in by_size.items():
+        count = int(max(1, min(max_images, max_pixels // max(height * width, 1))))
+        chunks += [indices[start : start + count] for start in range(0, len(indices), count)]
+    return chunks
 
 
 # ---- padding -------------------------------------------------------------------------------------

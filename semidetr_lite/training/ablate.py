@@ -135,6 +135,8 @@ class Ablation:
     ):
         self.out, self.record, self.quiet = Path(out), Path(record), quiet
         self.settings = check(settings or PRESETS["digits"])
+        if self.settings.steps == 0:
+            raise UserError("ablate: the preset photos leaves the steps open; give --steps")
 
     def run(
         self,

@@ -6,6 +6,7 @@ holds everything a resume needs. Nothing in either is executed when it is read.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -24,26 +25,32 @@ def save_weights(
     arguments: dict,
     categories: list[dict],
     dtype: torch.dtype | None = None,
+    measured: dict | None = None,
 ) -> None:
     """Write a detector as a safetensors file.
 
     Args:
         path: the file.
-        detector: its weights, `.nms` and `.test_size` are written.
+        detector: its weights, `.nms`, `.test_size` and `.train_sides` are written.
         name: of the detector in the commands, such as "dino".
         arguments: keyword arguments it was built with.
         categories: [{"id", "name"}] in the order of the labels.
         dtype: of the numbers in the file; torch.float16 halves its size. They are read as float32.
+        measured: what was measured of them, for the header: {"AP", "weights", "step"}.
 
     Raises UserError where the file cannot be written.
     """
-    header = {
+    header: dict[str, Any] = {
         "detector": name,
         "arguments": arguments,
         "categories": categories,
         "nms": detector.nms,
         "test_size": detector.test_size,
     }
+    if detector.train_sides is not None:
+        header["train_sides"] = detector.train_sides
+    if measured is not None:
+        header["measured"] = measured
     tensors = {
         key: value.detach().to("cpu", dtype).contiguous()
         for key, value in detector.state_dict().items()
@@ -64,13 +71,17 @@ def load_detector(path, weights: str = "teacher") -> Detector:
 
     Args:
         path: a .safetensors file, or a run folder.
-        weights: "student" or "teacher" (EMA weights); which file of a run folder to read.
+        weights: which file of a run folder to read: "student", "teacher" (EMA weights), or "best"
+            (those with the highest AP on the tune split at any measuring; the teacher's in a folder
+            that has none).
 
     Raises UserError for a file that is missing or does not hold weights of this package.
     """
     path = Path(path)
-    if weights not in ("student", "teacher"):
-        raise UserError(f"weights must be 'student' or 'teacher', got {weights!r}")
+    if weights not in ("best", "student", "teacher"):
+        raise UserError(f"weights must be 'best', 'student' or 'teacher', got {weights!r}")
+    if weights == "best" and not (path / "best.safetensors").is_file():
+        weights = "teacher"
     file = path / f"{weights}.safetensors" if path.is_dir() else path
     if not file.is_file():
         advice = "give a run folder made by `semidetr train` or a .safetensors file"
@@ -92,6 +103,8 @@ def load_detector(path, weights: str = "teacher") -> Detector:
         detector.nms = None if nms is None else float(nms)
         size = header["test_size"]
         detector.test_size = None if size is None else (int(size[0]), int(size[1]))
+        sides = header.get("train_sides")
+        detector.train_sides = None if sides is None else (int(sides[0]), int(sides[1]))
     return detector.eval()
 
 

@@ -7,7 +7,8 @@ A method is `losses = method(batch, step)` and `method.after_step(step)`.
 A run may start from another one (`burn_in`): it takes over the weights of student and teacher, and
 its step count goes on; the optimizer starts anew.
 
-A run can be killed at any moment and goes on with --resume to the same end, bit for bit.
+A run can be killed at any moment and goes on with --resume to the same end, bit for bit. It
+is saved before it is measured, and one that is killed while it measures does so again.
 """
 
 import dataclasses
@@ -28,25 +29,35 @@ from semidetr_lite.contracts import Batch
 from semidetr_lite.data.batches import Batches
 from semidetr_lite.data.mixing import check_blocks
 from semidetr_lite.data.splits import Splits
+from semidetr_lite.data.views import resized
 from semidetr_lite.detectors.start_weights import reorder_classes, start_from
 from semidetr_lite.detectors.weight_files import is_weights_file
 from semidetr_lite.device import to_host
 from semidetr_lite.errors import Stopped, UserError, as_user_error
 from semidetr_lite.methods.mean_teacher import TeacherStudent
-from semidetr_lite.training import presets
+from semidetr_lite.training import photos, presets
 from semidetr_lite.training.checkpoint import load_state, load_state_strict
 from semidetr_lite.training.engine import Engine, check_micro_batches, choose_precision
-from semidetr_lite.training.measure import duplicates, measure, pseudo_box_log, pseudo_quality
+from semidetr_lite.training.measure import (
+    duplicates,
+    measure,
+    measure_classes,
+    pseudo_box_log,
+    pseudo_quality,
+)
 from semidetr_lite.training.memory import (
     MAX_BOXES,
     largest_size,
     memory_dry_run,
+    peak_memory,
     raise_if_out_of_memory,
+    time_of_step,
 )
 from semidetr_lite.training.run_folder import RunFolder, load_burn_in
 from semidetr_lite.training.settings import Config, Runtime, Settings, check, differences
 from semidetr_lite.training.signals import SignalHandler, ignore_signals
 
+LONG_RUN = 24 * 3600  # seconds
 PATIENCE = 3  # steps in a row without a finite loss and gradient after which a run gives up
 
 
@@ -64,7 +75,7 @@ def train_or_resume(config: Config, folder: Path, workers: int = 1, quiet: bool 
             raise UserError(f"{fault}; choose another --out")
     resume = run_folder.last.exists()
     run = Run(config, folder, resume=resume, workers=workers, quiet=quiet)
-    if run.step < config.steps:
+    if not run.finished:
         if not quiet:
             labelled = len(run.splits.labelled)
             steps = f"{config.method}, {config.steps} steps"
@@ -85,9 +96,12 @@ def _as_given(stored: Config, given: Settings) -> Config:
     kwargs = stored.detector_kwargs
     if kwargs.query_init is None:  # of a run that began before there was a choice
         kwargs = dataclasses.replace(kwargs, query_init=given.detector_kwargs.query_init)
-    return dataclasses.replace(
+    stored = dataclasses.replace(
         stored, runtime=runtime, burn_in=given.burn_in, detector_kwargs=kwargs
     )
+    if given.preset == "photos":  # what was left open is chosen in the stored one
+        return photos.reopened(stored, given)
+    return stored
 
 
 class Run:
@@ -141,6 +155,7 @@ class Run:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         config = _resolve_runtime(check(config, origin), self.device)
         self.splits = splits or presets.load_splits(config, origin)
+        config, self.notes = photos.plan(config, self.splits, self.device)
         self.config = dataclasses.replace(config, categories=self.splits.categories)
         optimizer, accumulate = config.optimizer, config.runtime.accumulate
         self.unlabelled = 0  # images of a step
@@ -149,6 +164,12 @@ class Run:
             self.unlabelled = optimizer.unlabelled_batch_size
             check_micro_batches("unlabelled", self.unlabelled, accumulate)
         self.step, self.seconds, self.offset, self.skipped = 0, 0.0, 0, 0
+        # the best AP so far {"AP", "weights", "step"}, and the measurements since then
+        self.best: dict | None = None
+        self.measured_since_best = 0
+        self.stopped_early = False
+        # the log line of a step that is saved and not measured yet, and the method's figures then
+        self.unmeasured: dict | None = None
         self.logged_step, self.clock = 0, time.perf_counter()
         settings = dataclasses.replace(self.config, commit=None, machine=None, command=None)
         given = (state and state["step"], settings, fingerprint(self.splits))
@@ -164,6 +185,9 @@ class Run:
         if state:
             self.step, self.seconds = state["step"], state["seconds"]
             self.offset, self.skipped = state["offset"], state.get("skipped", 0)
+            self.best, self.unmeasured = state.get("best"), state.get("unmeasured")
+            self.measured_since_best = state.get("measured_since_best", 0)
+            self.stopped_early = state.get("stopped_early", False)
         elif config.burn_in:
             burn_in = self._load_burn_in(config.burn_in)
             self.offset = burn_in["offset"] + burn_in["step"]
@@ -177,6 +201,7 @@ class Run:
             report = start_from(student, config.weights, self.splits.categories)
             if distributed.rank() == 0:
                 print("\n".join(report.lines()), file=sys.stderr)
+        student.train_sides = _longer_sides(self.splits) if student.test_size is None else None
         self.method: TeacherStudent = presets.make_method(
             config.method, student, config, config.steps, self.offset, config.seed
         )
@@ -234,8 +259,8 @@ class Run:
 
         Raises Stopped after Ctrl-C or SIGTERM, UserError where it cannot go on.
         """
-        if distributed.rank() == 0:
-            self.folder.begin(self.config, self.step)
+        if distributed.rank() == 0:  # a step that is still to be measured has no lines yet
+            self.folder.begin(self.config, self.step - bool(self.unmeasured))
         self.logged_step, self.clock = self.step, time.perf_counter()
         bar = tqdm(
             total=self.config.steps,
@@ -267,21 +292,31 @@ class Run:
         line: dict = {}
         if self.device.type == "cuda":
             self.memory_dry_run()
-        for batch in self._batches():
+        if self.config.preset == "photos" and self.step == 0 and not self.quiet:
+            tqdm.write(self.cost_of_a_step())
+        if self.unmeasured:
+            line = self._measure_and_log(self.unmeasured, signals)
+        for batch in self._batches() if not self.finished else ():
             losses = self.train_step(batch)
             self.step += 1
             bar.update()
             if self._due(self.config.measuring.log_every):
-                # Measuring may take minutes; what is not saved by then is a few steps.
-                with signals.interruptible():
-                    line = self._measured_line(losses)
-                self._log(line)
+                unmeasured = {"line": self._line(losses), "stats": dict(self.method.stats)}
+                line = self._measure_and_log(unmeasured, signals)
             requested = any(distributed.all_gather(signals.requested))
-            if requested and self.step < self.config.steps:
+            if requested and not self.finished:
                 self.save()
                 distributed.all_gather("saved")  # the first that ends takes the others with it
                 signals.interrupt()
+            if self.finished:
+                break
         return line
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to train or to measure."""
+        at_the_end = self.step >= self.config.steps or self.stopped_early
+        return at_the_end and self.unmeasured is None
 
     def train_step(self, batch: Batch) -> dict[str, float]:
         """One optimizer step.
@@ -354,6 +389,24 @@ class Run:
         batch_size = self.config.optimizer.batch_size
         memory_dry_run(self.engine, size, batch_size, self.unlabelled, max_boxes)
 
+    def cost_of_a_step(self) -> str:
+        """Seconds and memory of a step, measured now, and the length of the run; for people."""
+        config = self.config
+        sizes = sorted(self.splits.labelled.sizes, key=lambda size: size[0] * size[1])
+        size = sizes[len(sizes) // 2]
+        if config.views.short_sides:
+            size = resized(size, max(config.views.short_sides), config.views.long_side)
+        batch_size = config.optimizer.batch_size
+        seconds = time_of_step(self.engine, size, batch_size, self.unlabelled)
+        memory = peak_memory(self.device)
+        cost = f"a step takes {seconds:.1f} s" + (f" and {memory:.1f} GB" if memory else "")
+        length = duration(seconds * config.steps)
+        line = f"{cost}, measured; {config.steps} steps take {length} and the time to measure AP"
+        if seconds * config.steps > LONG_RUN:
+            line += "\nwarning: that is long; lower --image-size"
+            line += f" (now {config.image_size}), --batch-size (now {batch_size}) or --steps"
+        return line
+
     def _loader(self) -> torch.utils.data.DataLoader:
         """The batches of the steps that are left."""
         config = self.config
@@ -396,8 +449,8 @@ class Run:
         self.seconds += spent
         return spent
 
-    def _measured_line(self, losses: dict[str, float]) -> dict:
-        """A line for the log, measured where that is due."""
+    def _line(self, losses: dict[str, float]) -> dict:
+        """A line for the log, before anything is measured."""
         per_step = self.config.optimizer.batch_size + self.unlabelled
         images = (self.step - self.logged_step) * per_step
         line = {
@@ -412,25 +465,57 @@ class Run:
         warning = self.method.collapse_warning() if self.unlabelled else None
         if warning:
             line["alarm"] = warning
+        return line
+
+    def _measure_and_log(self, unmeasured: dict, signals: SignalHandler) -> dict:
+        """Measure the run where that is due, after it is saved; log and save; returns the line."""
+        line, self.method.stats = dict(unmeasured["line"]), unmeasured["stats"]
         if self._due(self.config.measuring.evaluate_every):
-            line |= self._measure()
+            self.unmeasured = unmeasured
+            self.save()
+            with signals.interruptible():  # it may take minutes
+                line |= self._measure()
+            self.unmeasured = None
+        self._log(line)
         return line
 
     def _measure(self) -> dict:
         """AP on the tune split, quality of pseudo-boxes, and at the end AP on the test split."""
         line, images = {}, self.config.measuring.evaluate_images
         student, teacher = self.method.student, self.method.teacher
+        aps = {}
         for name, detector in (("student", student), ("teacher", teacher)):
             figures = measure(detector, self.splits.tune, images)
+            aps[name] = figures["AP"]
             line[f"AP_{name}"] = round(figures["AP"], 4)
             line[f"AP50_{name}"] = round(figures["AP50"], 4)
+        self._keep_best(aps)
         if self.unlabelled:
             line |= pseudo_quality(self.method, self.splits.unlabelled)
             line |= duplicates(teacher, self.splits.tune, images)
-        if self.step == self.config.steps:
-            test = self.splits.test
-            line["test"] = {"student": measure(student, test), "teacher": measure(teacher, test)}
+        if self.step == self.config.steps or self.stopped_early:
+            line |= {"test": {}, "per_class": {}, "best": self.best}
+            for name, detector in (("student", student), ("teacher", teacher)):
+                found = measure_classes(detector, self.splits.test, self.splits.categories)
+                line["test"][name], line["per_class"][name] = found
         return line
+
+    def _keep_best(self, aps: dict[str, float]) -> None:
+        """Keep the weights if they are the best so far; decide whether the run ends early.
+
+        Args:
+            aps: AP on the tune split of "student" and "teacher"; nan where there is no truth.
+        """
+        self.measured_since_best += 1
+        for name in ("teacher", "student"):  # of equal ones the teacher
+            if aps[name] > (self.best["AP"] if self.best else -1):
+                self.best = {"AP": round(aps[name], 6), "weights": name, "step": self.step}
+                self.measured_since_best = 0
+        if self.best and self.measured_since_best == 0 and distributed.rank() == 0:
+            detector = getattr(self.method, self.best["weights"])
+            self.folder.save_best(self.config, detector, self.best)
+        patience = self.config.measuring.patience
+        self.stopped_early = bool(patience and self.measured_since_best >= patience)
 
     def _log(self, line: dict) -> None:
         """Write a line to the log, save."""
@@ -441,9 +526,18 @@ class Run:
                 self.folder.append_watched(watched)
             self.folder.append_log(line)
             if not self.quiet:
-                tqdm.write(summary(self.config.method, line))
+                tqdm.write(f"{summary(self.config.method, line)} | {self._progress()}")
         self.save()
         self.clock = time.perf_counter()
+
+    def _progress(self) -> str:
+        """Epoch, the time left and the peak of memory, for people."""
+        images = self.step * self.config.optimizer.batch_size
+        epoch = images / max(len(self.splits.labelled), 1)
+        left = (self.config.steps - self.step) * self.seconds / max(self.step, 1)
+        parts = [f"epoch {epoch:.1f}", f"{duration(left)} left"]
+        memory = peak_memory(self.device)
+        return ", ".join(parts + ([f"{memory:.1f} GB at most"] if memory else []))
 
     def save(self) -> None:
         """Write weights and everything a resume needs; the first process writes."""
@@ -457,8 +551,19 @@ class Run:
             "offset": self.offset,
             "seconds": self.seconds,
             "skipped": self.skipped,
+            "best": self.best,
+            "measured_since_best": self.measured_since_best,
+            "stopped_early": self.stopped_early,
+            "unmeasured": self.unmeasured,
         }
         self.folder.save(self.config, self.method, state)
+
+
+def _longer_sides(splits: Splits) -> tuple[int, int]:
+    """The longer sides of the smallest and the largest image that is trained on, in pixels."""
+    sizes = [*splits.labelled.sizes, *splits.unlabelled.sizes]
+    sides = [max(size) for size in sizes if max(size) > 0]  # 0 is of one that cannot be read
+    return min(sides, default=0), max(sides, default=0)
 
 
 def _resolve_runtime(config: Config, device: torch.device) -> Config:
@@ -558,6 +663,13 @@ def learning_rate_factor(step: int, steps: int, recipe: Settings) -> float:
     if schedule.lr_decay_fraction:
         factor *= min(1.0, (steps - step) / (schedule.lr_decay_fraction * steps))
     return factor
+
+
+def duration(seconds: float) -> str:
+    """A time for people: "40 s", "12 min" or "3.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def summary(method: str, line: dict) -> str:

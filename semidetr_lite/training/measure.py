@@ -3,7 +3,9 @@
 AP, and the teacher's pseudo-boxes against the truth that training never sees.
 """
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
+from typing import cast
 
 import numpy as np
 import torch
@@ -13,11 +15,13 @@ from torchvision.ops import box_iou
 from semidetr_lite import distributed
 from semidetr_lite.boxes import to_model
 from semidetr_lite.contracts import Target, View
+from semidetr_lite.data import digits
+from semidetr_lite.data.coco import CocoDataset, find_annotations
 from semidetr_lite.data.splits import Dataset
 from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.detectors.transformer import stack_layers
 from semidetr_lite.errors import UserError
-from semidetr_lite.evaluate import box_errors, evaluate, evaluate_voc
+from semidetr_lite.evaluate import box_errors, evaluate, evaluate_classes, evaluate_voc
 from semidetr_lite.matching import PaddedTargets, layer_costs, matched_costs
 from semidetr_lite.methods.cost_mining import select_mined
 from semidetr_lite.methods.mean_teacher import (
@@ -27,6 +31,10 @@ from semidetr_lite.methods.mean_teacher import (
     select_pseudo_boxes,
 )
 
+# that are read before they are detected in
+IMAGES_AT_ONCE = 200
+PIXELS_READ_AT_ONCE = 50_000_000
+
 
 def measure(
     detector: Detector, dataset: Dataset, images: int | None = None, voc: bool = False
@@ -35,26 +43,128 @@ def measure(
 
     With `voc` also VOC's two. Each process takes its shard of the images; the figures are of all.
     """
-    indices = distributed.shard(min(len(dataset), images or len(dataset)))
-    detected = []  # of this process: (detection, target) of each image
-    for start in range(0, len(indices), 200):
-        scenes = [dataset[index] for index in indices[start : start + 200]]
-        detections = detector.detect([image for image, _ in scenes])
-        targets = [target for _, target in scenes]
-        detected += list(zip(detections, targets, strict=True))
-    of_all = [pair for shard in distributed.all_gather(detected) for pair in shard]
-    detections = [detection for detection, _ in of_all]
-    targets = [target for _, target in of_all]
-    figures = evaluate(detections, targets)
-    if voc:
-        voc_figures = evaluate_voc(detections, targets)
-        figures |= {key: value for key, value in voc_figures.items() if key != "per_class"}
-    return figures
+    detections, targets = detect_dataset(detector, dataset, images)
+    further = evaluate_voc(detections, targets) if voc else {}
+    return evaluate(detections, targets) | {
+        key: value for key, value in further.items() if key != "per_class"
+    }
+
+
+def measure_classes(
+    detector: Detector, dataset: Dataset, categories: list[dict]
+) -> tuple[dict, dict[str, dict]]:
+    """The twelve COCO figures, and {class name: {"AP", "AP50", "boxes"}}, on all images.
+
+    Args:
+        categories: [{"name"}] in the order of the labels.
+    """
+    figures, classes = evaluate_classes(*detect_dataset(detector, dataset))
+    return figures, {str(categories[label]["name"]): found for label, found in classes.items()}
+
+
+def detect_dataset(
+    detector: Detector, dataset: Dataset, images: int | None = None
+) -> tuple[list[Target], list[Target]]:
+    """What a detector finds in the first `images` images of a dataset, and their targets.
+
+    Each process takes its shard of the images; what it returns is of all.
+    """
+    own = []
+    for pairs in chunks_of(dataset, distributed.shard(min(len(dataset), images or len(dataset)))):
+        found = detector.detect([image for image, _ in pairs])
+        own += [(detection, target) for detection, (_, target) in zip(found, pairs, strict=True)]
+    every = [pair for part in distributed.all_gather(own) for pair in part]
+    return [detection for detection, _ in every], [target for _, target in every]
+
+
+def chunks_of(dataset: Dataset, indices: Iterable[int]) -> Iterator[list[View]]:
+    """The images of a dataset and their targets, in lists that fit into memory."""
+    pairs, pixels = [], 0
+    for index in indices:
+        image, target = dataset[index]
+        pairs.append((image, target))
+        pixels += image.shape[-1] * image.shape[-2]
+        if len(pairs) == IMAGES_AT_ONCE or pixels > PIXELS_READ_AT_ONCE:
+            yield pairs
+            pairs, pixels = [], 0
+    if pairs:
+        yield pairs
+
+
+class Renamed:
+    """A dataset whose labels are those of a detector, by the names of the classes.
+
+    Objects of classes that the detector does not know are left out.
+
+    Args:
+        dataset: the images.
+        names: of its classes, in the order of its labels.
+        categories: [{"name"}] of the detector, in the order of its labels.
+
+    Attributes:
+        unknown: names of classes that the detector does not know.
+
+    Raises UserError where it knows none of them.
+    """
+
+    def __init__(self, dataset: Dataset, names: list[str], categories: list[dict]):
+        self.dataset, self.sizes = dataset, dataset.sizes
+        labels = {row["name"]: label for label, row in enumerate(categories)}
+        self.unknown = [name for name in names if name not in labels]
+        self.labels = torch.tensor([labels.get(name, -1) for name in names], dtype=torch.int64)
+        if len(self.unknown) == len(names):
+            ours, theirs = (", ".join(map(repr, [*each][:3])) for each in (labels, names))
+            raise UserError(f"the detector knows {ours}, but the data have {theirs}")
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> View:
+        image, target = self.dataset[index]
+        labels = self.labels[target["labels"]]
+        known = labels >= 0
+        per_box = {
+            key: cast(dict, target)[key][known]
+            for key in ("boxes", "crowd", "difficult", "area")
+            if key in target
+        }
+        return image, cast(Target, {**target, **per_box, "labels": labels[known]})
+
+
+def open_other(
+    data: str, images: str | None, categories: list[dict], validation: str | None = None
+) -> Dataset:
+    """Data to measure a detector on that it was not trained on, with its labels.
+
+    Args:
+        data, images: as `find_annotations` takes them; validation images count, or all images
+            where there are none. Or "digits", whose test split it is.
+        categories: [{"name"}] of the detector, in the order of its labels.
+        validation: what of the data to measure on, a json or a folder.
+
+    Raises UserError for data that cannot be used, and for other classes than the detector's.
+    """
+    if data == "digits":
+        splits = digits.load()
+        renamed = Renamed(splits.test, _names(splits.categories), categories)
+    else:
+        train, held_out = find_annotations(data, images, validation)
+        dataset = CocoDataset(held_out or train)
+        renamed = Renamed(dataset, _names(dataset.categories), categories)
+    if renamed.unknown:
+        names = ", ".join(map(repr, renamed.unknown[:3]))
+        message = f"{len(renamed.unknown)} classes that the detector does not know are left out"
+        print(f"{data}: {message}: {names}", file=sys.stderr)
+    return renamed
+
+
+def _names(categories: list[dict]) -> list[str]:
+    return [row["name"] for row in categories]
 
 
 @torch.no_grad()
 def plain_pseudo_boxes(method: TeacherStudent, images: list) -> PseudoBoxes:
-    """The teacher's boxes on images as they are, all of one size."""
+    """The teacher's boxes in images of one size, which it sees at the size of training."""
     if not isinstance(method, MeanTeacher):  # Soft Teacher and Dense Teacher
         detections = method.teacher.detect(images, top=method.max_pseudo_boxes)
         boxes, scores, labels = (
@@ -63,7 +173,8 @@ def plain_pseudo_boxes(method: TeacherStudent, images: list) -> PseudoBoxes:
         )
         return PseudoBoxes(boxes, scores, labels, scores > 0)
     sizes = torch.tensor([image.shape[-2:] for image in images])
-    return select_pseudo_boxes(method.teacher(images), sizes, method.max_pseudo_boxes, method.nms)
+    outputs = method.teacher([method.teacher.at_test_size(image) for image in images])
+    return select_pseudo_boxes(outputs, sizes, method.max_pseudo_boxes, method.nms)
 
 
 def iter_readable(dataset: Dataset, images: int) -> Iterator[View]:
@@ -180,7 +291,8 @@ def matched_costs_of_image(
     boxes = to_model(pseudo.boxes, image.shape[-2:])
     valid = pseudo.above(method.score_threshold) | candidates
     targets = PaddedTargets(boxes, pseudo.labels, valid)
-    last_layer = stack_layers(method.student([image])).last_of_decoder()
+    outputs = method.student([method.student.at_test_size(image)])
+    last_layer = stack_layers(outputs).last_of_decoder()
     costs = layer_costs(last_layer, targets)[0].cpu().numpy()
     matched = matched_costs(costs, valid.cpu().numpy())
     # nothing is mined before the first step
@@ -196,15 +308,16 @@ def duplicates(
     A box is on an object at IoU 0.5. "duplicates" counts all boxes that score at least `score`,
     "duplicates_nms" those that NMS at `nms` leaves.
     """
-    pairs = [dataset[index] for index in range(min(len(dataset), images))]
-    thresholds = {"duplicates": 1.0, "duplicates_nms": nms}  # no two boxes overlap by more than 1
-    extra_per_object = {}
-    for name, overlap in thresholds.items():
-        boxes = objects = 0
-        detections = detector.detect([image for image, _ in pairs], score, nms=overlap)
-        for detection, (_, target) in zip(detections, pairs, strict=True):
-            same = detection["labels"][:, None] == target["labels"]
-            hit = same & (box_iou(detection["boxes"], target["boxes"]) >= 0.5)
-            boxes, objects = boxes + int(hit.any(1).sum()), objects + int(hit.any(0).sum())
-        extra_per_object[name] = round((boxes - objects) / max(objects, 1), 4)
-    return extra_per_object
+    overlaps = {"duplicates": 1.0, "duplicates_nms": nms}  # no two overlap by more than 1
+    boxes, objects = dict.fromkeys(overlaps, 0), dict.fromkeys(overlaps, 0)
+    for pairs in chunks_of(dataset, range(min(len(dataset), images))):
+        for name, overlap in overlaps.items():
+            detections = detector.detect([image for image, _ in pairs], score, nms=overlap)
+            for detection, (_, target) in zip(detections, pairs, strict=True):
+                same = detection["labels"][:, None] == target["labels"]
+                hit = same & (box_iou(detection["boxes"], target["boxes"]) >= 0.5)
+                boxes[name] += int(hit.any(1).sum())
+                objects[name] += int(hit.any(0).sum())
+    return {
+        name: round((boxes[name] - objects[name]) / max(objects[name], 1), 4) for name in overlaps
+    }

@@ -1,6 +1,10 @@
 """Memory: the largest steps are run once before the first, so that they do not fail hours later."""
 
 import functools
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -10,11 +14,17 @@ from semidetr_lite.data.splits import Splits
 from semidetr_lite.detectors.detector import Detector, padded_side
 from semidetr_lite.distributed import shard
 from semidetr_lite.errors import UserError
-from semidetr_lite.methods.mean_teacher import MeanTeacher, PseudoLabels
+from semidetr_lite.methods.mean_teacher import MeanTeacher, PseudoLabels, TeacherStudent
 from semidetr_lite.training.engine import Engine
 from semidetr_lite.training.settings import Runtime, Settings
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 MAX_BOXES = 100  # more confident boxes in one image do not happen in practice
+IMAGES_TO_MEASURE = 50  # that measuring runs together, of small ones
 
 
 def largest_size(settings: Settings, splits: Splits, detector: Detector) -> tuple[int, int]:
@@ -36,7 +46,7 @@ def memory_dry_run(
     unlabelled: int,
     max_boxes: int = MAX_BOXES,
 ) -> None:
-    """Run the largest steps there can be, in each stage, and change nothing.
+    """Run the largest steps there can be, in each stage, and measure; change nothing.
 
     Args:
         engine: runs the steps.
@@ -45,7 +55,6 @@ def memory_dry_run(
         max_boxes: objects in each image, labelled or not.
     """
     method = engine.method
-    buffers = {name: value.clone() for name, value in method.named_buffers(recurse=False)}
     batch = _largest_batch(size, labelled, unlabelled, max_boxes, method.student.num_classes)
     trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
     # as large as the state that the optimizer will have
@@ -54,17 +63,58 @@ def memory_dry_run(
         predict = method.predict_pseudo_labels
         confident = functools.partial(_all_confident, predict)
         method.predict_pseudo_labels = confident  # type: ignore[method-assign]
-    try:
-        for step in (0, 2**31):  # the first stage, and the last
-            for losses, _ in engine.losses(batch, step):
-                cast(torch.Tensor, sum(losses.values())).backward()
-            method.zero_grad(set_to_none=True)
-    finally:
-        method.__dict__.pop("predict_pseudo_labels", None)
-        for name, value in buffers.items():
-            setattr(method, name, value)
-        method.stats = {}
-        del state
+    with nothing_changed(method):
+        try:
+            for step in (0, 2**31):  # the first stage, and the last
+                _run_step(engine, batch, step)
+            images = batch["labelled"][0][:1] * IMAGES_TO_MEASURE
+            method.teacher.detect(images)
+        finally:
+            method.__dict__.pop("predict_pseudo_labels", None)
+            del state
+
+
+def time_of_step(
+    engine: Engine, size: tuple[int, int], labelled: int, unlabelled: int, boxes: int = 10
+) -> float:
+    """Seconds of a step, of the second of two that are run here; changes nothing.
+
+    Args:
+        engine, size, labelled, unlabelled: see `memory_dry_run`.
+        boxes: objects in each labelled image.
+    """
+    num_classes = engine.method.student.num_classes
+    batch = _largest_batch(size, labelled, unlabelled, boxes, num_classes)
+    seconds = 0.0
+    with nothing_changed(engine.method):
+        for step in (0, 1):
+            start = time.perf_counter()
+            _run_step(engine, batch, step)
+            if engine.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - start
+    return seconds
+
+
+def _run_step(engine: Engine, batch: Batch, step: int) -> None:
+    """Forward and backward pass of a step, without the optimizer's."""
+    for losses, _ in engine.losses(batch, step):
+        cast(torch.Tensor, sum(losses.values())).backward()
+    engine.method.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def nothing_changed(method: TeacherStudent) -> Iterator[None]:
+    """What is run inside leaves no trace: buffers, figures and random numbers are as before."""
+    buffers = {name: value.clone() for name, value in method.named_buffers()}
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            for name, value in buffers.items():
+                owner, _, own_name = name.rpartition(".")
+                setattr(method.get_submodule(owner), own_name, value)
+            method.stats = {}
 
 
 def _largest_batch(
@@ -91,6 +141,19 @@ def _all_confident(predict, micro_batch: Batch, keep_teacher: bool) -> PseudoLab
     weak = labels.weak._replace(scores=torch.ones_like(labels.weak.scores), valid=valid)
     strong = labels.strong._replace(valid=valid)
     return labels._replace(weak=weak, strong=strong, confident=valid, candidates=valid)
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory that this process has used so far, in GB: of the GPU, or else of the machine.
+
+    0 where the system does not say.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if resource is None:
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes or kibibytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def raise_if_out_of_memory(problem: Exception, runtime: Runtime, precision: str) -> None:

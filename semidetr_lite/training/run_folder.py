@@ -1,6 +1,13 @@
 """The folder of a run: settings, logs and checkpoints, and what becomes of them after a kill.
 
-    config.json  log.jsonl  pseudo_boxes.jsonl  last.pt  student.safetensors  teacher.safetensors
+    config.json  log.jsonl  pseudo_boxes.jsonl
+    last.pt  student.safetensors  teacher.safetensors    of the last step
+    best.safetensors                                     of the best measurement
+
+best.safetensors holds the weights of student or teacher, whichever had the highest AP on the tune
+split at any measuring; its header says which, and of which step. `evaluate` and `predict` use it.
+Where the tune split is also the test split, as with one's own validation images, an AP on it
+flatters the best a little.
 
 What a step does follows from its number and from `last.pt`. Lines that were logged after `last.pt`
 are dropped and logged again.
@@ -14,6 +21,7 @@ from pathlib import Path
 import torch
 
 from semidetr_lite.contracts import Batch
+from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.errors import UserError, as_user_error
 from semidetr_lite.files import append_jsonl, read_jsonl, write_atomic
 from semidetr_lite.methods.mean_teacher import TeacherStudent
@@ -108,6 +116,17 @@ class RunFolder:
         }
         write_atomic(self.last, lambda path: torch.save(state, path))
         self.note_saved(state["step"])
+
+    def save_best(self, config: Config, detector: Detector, measured: dict) -> None:
+        """Write best.safetensors; `measured` {"AP", "weights", "step"} goes to its header."""
+        save_weights(
+            self.path / "best.safetensors",
+            detector,
+            config.detector,
+            config.detector_kwargs.given(),
+            config.categories or [],
+            measured=measured,
+        )
 
     def note_saved(self, step: int) -> None:
         """Remember that the checkpoint of a step is there."""

@@ -41,6 +41,7 @@ PresetName = Literal[
     "coco-10pct-short",
     "coco-full",
     "voc",
+    "photos",
 ]
 Precision = Literal["auto", "float32", "tf32", "bfloat16"]
 
@@ -103,8 +104,10 @@ class DataFiles:
 class Optimizer:
     """Images of a step, and AdamW."""
 
-    batch_size: Count = 16  # labelled images of a step, of all processes together
-    unlabelled_batch_size: Count = 16  # unlabelled images of a step, of all processes together
+    # labelled images of a step, of all processes together; preset photos: 0 is chosen
+    batch_size: WholeNumber = 16
+    # unlabelled images of a step, of all processes together; preset photos: 0 is chosen
+    unlabelled_batch_size: WholeNumber = 16
     learning_rate: Weight = 1e-4  # of the detector but for its backbone
     backbone_lr_factor: Weight = 0.1  # the backbone's learning rate as a fraction of it
     weight_decay: Weight = 1e-4  # of AdamW
@@ -271,6 +274,8 @@ class Measuring:
     watch_every: Count = 2000  # steps between looks at the teacher's boxes on a few fixed images
     evaluate_every: Count = 1000  # steps between measurements of the AP
     evaluate_images: Count = 5000  # of the tune split that the AP is measured on
+    # the run ends after so many measurements in a row without a better AP; 0: never
+    patience: WholeNumber = 0
 
 
 @dataclass(frozen=True)
@@ -288,9 +293,10 @@ class Settings:
     # of the training images whose labels are used
     percent: Annotated[float, Field(gt=0, le=100), Role.IDENTITY] = 10.0
     fold: Annotated[WholeNumber, Role.IDENTITY] = 1  # which draw of them
-    # short side in pixels that images are resized to, in training and detection
+    # short side in pixels that images are resized to, in training and detection; photos: None is
+    # chosen
     image_size: Count | None = None
-    steps: Annotated[Count, Role.IDENTITY] = 1000  # optimizer steps
+    steps: Annotated[WholeNumber, Role.IDENTITY] = 1000  # of the optimizer; photos: 0 is chosen
     seed: Annotated[WholeNumber, Role.IDENTITY] = 0  # of weights, views and noise
     burn_in: str | None = None  # the folder of a finished run to start from
     # a published file, a file or a run of ours, of any classes: what fits of it is taken
@@ -400,6 +406,53 @@ DIGITS = Settings(
     measuring=Measuring(log_every=25, watch_every=100, evaluate_every=250, evaluate_images=150),
 )
 
+# One's own photographs, from a few labels in minutes to hours: see photos.py for what is left open.
+# Stage one of Semi-DETR lasts to the end. In short runs one-to-many matching is what gains, and the
+# switch costs: the teacher's EMA needs about as long to forget the first stage as the run has left.
+# NMS at detection, which such weights need, costs nothing worth mentioning.
+PHOTO = DetectorKwargs(
+    dim=128,
+    heads=8,
+    dim_feedforward=512,
+    encoder_layers=2,
+    decoder_layers=3,
+    backbone_weights="IMAGENET1K_V1",
+)
+PHOTO_DEFORMABLE = dataclasses.replace(PHOTO, levels=3, points=4, anchor_size=0.1)
+PHOTO_PYRAMID = DetectorKwargs(backbone_weights="IMAGENET1K_V1")
+PHOTO_DETECTORS = {
+    "dino": dataclasses.replace(PHOTO_DEFORMABLE, denoising_queries=50, query_temperature=20.0),
+    "deformable-detr": dataclasses.replace(PHOTO_DEFORMABLE, with_box_refine=True, two_stage=True),
+    "detr": PHOTO,
+    "faster-rcnn": PHOTO_PYRAMID,
+    "fcos": PHOTO_PYRAMID,
+}
+PHOTOS = Settings(
+    preset="photos",
+    steps=0,
+    percent=100.0,
+    optimizer=Optimizer(
+        batch_size=0,
+        unlabelled_batch_size=0,
+        learning_rate=4e-4,
+        backbone_lr_factor=0.25,
+        ema_decay=0.99,
+    ),
+    schedule=Schedule(warmup_steps=50, lr_decay_fraction=0.25, burn_in_steps=600),
+    pseudo_labels=PseudoLabels(unlabelled_weight=2.0, unlabelled_box_weight=0.25),
+    semi_detr=SemiDetr(one_to_many_share=1.0, candidates=4, mining_top_k=4, cost_queue_size=500),
+    views=ViewSettings(
+        zoom=(0.8, 1.25),
+        shift=0.06,
+        weak_zoom=(0.95, 1.0),
+        strong_zoom=(0.65, 1.5),
+        strong_rotation=15.0,
+        strong_shear=15.0,
+    ),
+    detector_kwargs=PHOTO_DETECTORS["dino"],
+    measuring=Measuring(log_every=20, watch_every=200, evaluate_every=200, evaluate_images=200),
+)
+
 # The released code's effective values: 43.5 AP at 10 % was obtained with L1 counted twice,
 # consistency in stage one alone, a constant rate, and 5 images on each of 8 GPUs; here they are 8
 # normalizer groups, and 8 micro-batches, of one step. What still differs: docs/paper_vs_code.md.
@@ -472,7 +525,13 @@ PRESETS: dict[str, Settings] = {
     ),
     # VOC07 trainval with all labels and VOC12 trainval without
     "voc": dataclasses.replace(COCO, preset="voc", percent=100.0, steps=80_000),
+    "photos": PHOTOS,
 }
+DETECTORS_OF_PRESET = {
+    "digits": TINY_DETECTORS,
+    "digits-full": TINY_DETECTORS,
+    "photos": PHOTO_DETECTORS,
+}  # the others: RESNET_DETECTORS
 
 
 def preset_settings(
@@ -489,7 +548,7 @@ def preset_settings(
     _check_choice("detector", detector, get_args(DetectorName))
     kwargs = settings.detector_kwargs
     if detector != settings.detector:
-        family = TINY_DETECTORS if kwargs.backbone == "tiny" else RESNET_DETECTORS
+        family = DETECTORS_OF_PRESET.get(preset, RESNET_DETECTORS)
         kwargs = family[detector]
         if detector == "deformable-detr" and family is RESNET_DETECTORS:
             settings = change(settings, **COCO_DEFORMABLE)
@@ -567,6 +626,7 @@ def check(settings: SettingsType, origin: str = OPTIONS) -> SettingsType:
     Raises UserError, which names `origin` (a file, or "the options") and the field.
     """
     settings = checked_json(type(settings), json.dumps(dataclasses.asdict(settings)), origin)
+    _check_nothing_open(settings, origin)
     fitting = COMPATIBLE_DETECTORS.get(settings.method, get_args(DetectorName))
     if settings.detector not in fitting:
         choice = " or ".join(fitting)
@@ -585,7 +645,9 @@ def check(settings: SettingsType, origin: str = OPTIONS) -> SettingsType:
         fault = f"--weights {settings.weights} and --burn-in {settings.burn_in}"
         raise UserError(f"{fault}: a run starts from one of them")
     kwargs = settings.detector_kwargs
-    if kwargs.backbone_weights == "none":
+    # the weights of preset photos are meant for the ResNet that it chooses
+    is_left_over = kwargs.backbone == "tiny" and kwargs.backbone_weights == PHOTO.backbone_weights
+    if kwargs.backbone_weights == "none" or (settings.preset == "photos" and is_left_over):
         settings = change(settings, backbone_weights=None)
     elif kwargs.backbone_weights and kwargs.backbone == "tiny":
         fault = f"--backbone-weights {kwargs.backbone_weights}"
@@ -599,6 +661,19 @@ def check(settings: SettingsType, origin: str = OPTIONS) -> SettingsType:
             test_size=(settings.image_size, long_side),
         )
     return settings
+
+
+def _check_nothing_open(settings: Settings, origin: str) -> None:
+    """Raises UserError for a count of 0 that only the preset photos leaves to be chosen."""
+    counts = {
+        ("steps",): settings.steps,
+        ("optimizer", "batch_size"): settings.optimizer.batch_size,
+        ("optimizer", "unlabelled_batch_size"): settings.optimizer.unlabelled_batch_size,
+    }
+    for path, count in counts.items():
+        if count == 0 and settings.preset != "photos":
+            name = option_name(path) if origin == OPTIONS else f"{origin}: {'.'.join(path)}"
+            raise UserError(f"{name}: input should be greater than or equal to 1, got 0")
 
 
 @cache
