@@ -1,7 +1,8 @@
 """Every picture of the kit: pure functions that take dicts and tensors and return a figure.
 
 style.py has the colours and the styles of boxes, boxes.py draws boxes on images, curves.py draws
-curves, tables and diagrams, and svg.py draws boxes on images for a page.
+curves, tables and diagrams, schematics.py draws what explains and shows no data, and svg.py draws
+boxes on images for a page.
 """
 
 from semidetr_lite.visualize.boxes import (
@@ -33,6 +34,7 @@ from semidetr_lite.visualize.curves import (
     plot_pseudo_quality,
     show_data_summary,
 )
+from semidetr_lite.visualize.schematics import STAGES, show_overlaps, show_stages
 from semidetr_lite.visualize.style import (
     BLUE,
     BURN_IN_COLOR,
@@ -47,12 +49,15 @@ from semidetr_lite.visualize.style import (
     RED,
     STYLE_NAMES,
     STYLES,
+    WIDTH,
     Picture,
     class_color,
+    describe,
     image_tag,
     method_color,
     new_plot,
     png,
+    png_bundle,
     set_title,
 )
 
@@ -71,10 +76,13 @@ __all__ = [
     "ORANGE",
     "Picture",
     "RED",
+    "STAGES",
     "STYLES",
     "STYLE_NAMES",
+    "WIDTH",
     "class_color",
     "count_hits",
+    "describe",
     "draw_boxes",
     "free_place",
     "hidden_dropped",
@@ -93,13 +101,16 @@ __all__ = [
     "plot_matching",
     "plot_pseudo_quality",
     "png",
+    "png_bundle",
     "pseudo_sentence",
     "pseudo_styles",
     "set_title",
     "show_comparison",
     "show_data_summary",
     "show_hits",
+    "show_overlaps",
     "show_pseudo_boxes",
+    "show_stages",
     "show_targets",
     "show_views",
 ]
