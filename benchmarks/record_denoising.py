@@ -1,0 +1,109 @@
+"""Record what denoising does to a training from scratch, as notebook 06 draws it.
+
+    python benchmarks/record_denoising.py --seeds 0 1 2 [--steps 500]
+
+For each seed two DINO detectors begin with the same weights and see the same labelled images, one
+with and one without denoising queries. On the way two things are measured on scenes of the tune
+split: AP, and for how many objects the matched query comes from another encoder token than 50 steps
+before. One line per run goes to notebooks/recorded/denoising.jsonl; runs that are there are not
+repeated.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from semidetr_lite.data.batches import Batches
+from semidetr_lite.detectors.dino import DINO
+from semidetr_lite.files import append_jsonl, read_jsonl
+from semidetr_lite.matching import one_to_one
+from semidetr_lite.training.loop import Run
+from semidetr_lite.training.measure import measure
+from semidetr_lite.training.settings import new_config
+
+RECORDED = Path(__file__).parents[1] / "notebooks" / "recorded" / "denoising.jsonl"
+MATCHING_EVERY, AP_EVERY = 50, 100  # steps
+SCENES = 100  # of the tune split
+
+
+def train(arm: str, seed: int, steps: int, folder: str) -> dict:
+    """One line of the file: the run's settings and what was measured on the way."""
+    config = new_config("digits", "supervised", "dino", percent=10, seed=seed, steps=steps)
+    run = Run(config, folder, workers=0, quiet=True)
+    student = run.method.student
+    if arm == "without denoising":
+        student.denoising = run.method.teacher.denoising = None
+    scenes = [run.splits.tune[index] for index in range(SCENES)]
+    batches = Batches(run.splits, config.optimizer.batch_size, 0, config.views, seed)
+    before = matched_tokens(student, scenes)
+    ap, changed, matching_losses, seconds = [], [], [], 0.0
+    for step in range(steps):
+        batch = batches[step]
+        began = time.process_time()
+        losses = run.train_step(batch)
+        seconds += time.process_time() - began
+        run.step += 1
+        matching_losses.append(
+            sum(value for name, value in losses.items() if "denoising" not in name)
+        )
+        if run.step % MATCHING_EVERY == 0:
+            now = matched_tokens(student, scenes)
+            changed.append([run.step, round(float((now != before).float().mean()), 4)])
+            before = now
+        if run.step % AP_EVERY == 0:
+            ap.append([run.step, round(measure(student, run.splits.tune, SCENES)["AP"], 4)])
+            print(f"{arm}, seed {seed}, step {run.step}: AP {100 * ap[-1][1]:.1f}", flush=True)
+    return {
+        "arm": arm,
+        "seed": seed,
+        "steps": steps,
+        "batch_size": config.optimizer.batch_size,
+        "percent": config.percent,
+        "AP": ap,
+        "changed": changed,
+        "matching_loss": [round(value, 3) for value in matching_losses],
+        "cpu_seconds_per_step": round(seconds / steps, 3),
+        "commit": config.commit,
+        "machine": config.machine,
+        "command": config.command,
+    }
+
+
+@torch.no_grad()
+def matched_tokens(detector: DINO, scenes: list[tuple]) -> torch.Tensor:
+    """For every object the encoder token whose query is matched to it: (objects,) int64."""
+    all_tokens, chosen = [], []
+    hook = detector.proposal.register_forward_hook(
+        lambda module, inputs, output: all_tokens.append(output[0])
+    )
+    for image, truth in scenes:
+        outputs = detector([image])
+        match = one_to_one(outputs["pred_logits"][0], outputs["pred_boxes"][0], truth)
+        token_of_query = torch.cdist(outputs["encoder"]["queries"][0], all_tokens.pop()).argmin(1)
+        chosen.append(token_of_query[match.queries[match.targets.argsort()]])
+    hook.remove()
+    return torch.cat(chosen)
+
+
+def main() -> None:
+    """Train what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--out", type=Path, default=RECORDED)
+    options = parser.parse_args()
+    lines = read_jsonl(options.out) if options.out.exists() else []
+    done = {(line["arm"], line["seed"], line["steps"]) for line in lines}
+    for seed in options.seeds:
+        for arm in ("with denoising", "without denoising"):
+            if (arm, seed, options.steps) not in done:
+                with tempfile.TemporaryDirectory() as folder:
+                    line = train(arm, seed, options.steps, folder)
+                append_jsonl(options.out, [line])
+
+
+if __name__ == "__main__":
+    main()
