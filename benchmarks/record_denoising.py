@@ -95,8 +95,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--out", type=Path, default=RECORDED)
     options = parser.parse_args()
-    lines = read_jsonl(options.out) if options.out.exists() else []
-    done = {(line["arm"], line["seed"], line["steps"]) for line in lines}
+    done = {(line["arm"], line["seed"], line["steps"]) for line in read_jsonl(options.out)}
     for seed in options.seeds:
         for arm in ("with denoising", "without denoising"):
             if (arm, seed, options.steps) not in done:
