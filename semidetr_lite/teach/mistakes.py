@@ -420,8 +420,8 @@ ONE_TO_MANY = {
 def _losses(
     logits, pred_boxes, target, queries, targets, quality,
     everybody=True, all_classes=True, hard=False, factor="distance", gamma=2, alpha=False,
-    class_mean=False, pixels=False, corners=False, overlap=1, one_minus=True, l1_mean=False, weighted=True,
-    over="quality", least=1.0, weights=(2, 5, 2),
+    class_mean=False, pixels=False, corners=False, overlap=1, one_minus=True, l1_mean=False,
+    weighted=True, over="quality", least=1.0, weights=(2, 5, 2),
 ):  # fmt: skip
     wanted = torch.zeros_like(logits)
     wanted[queries, target["labels"][targets]] = torch.ones_like(quality) if hard else quality
