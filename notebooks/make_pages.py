@@ -28,8 +28,26 @@ MATHS = re.compile(
     r"(?P<code>(`+).*?\2)|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+?)\$", re.DOTALL
 )
 LINES = 28  # that fit on a slide
+SLIDE_IMAGE = (1180, 600)  # CSS pixels, the largest width and height of a picture on a slide
+HIDDEN = "hide-input"  # the tag of cells whose code is folded on the site and left out on slides
+IGNORE = re.compile(r"^# NBVAL_IGNORE_OUTPUT\n", re.MULTILINE)
+# nbconvert's own block has no alt text
+PICTURE = """
+{%- block data_png scoped -%}
+{%- set about = output.metadata.get('image/png', {}) -%}
+<div class="jp-RenderedImage jp-OutputArea-output">
+<img src="data:image/png;base64,{{ output.data['image/png'] | replace('\n', '') }}"
+{%- if about.width %} width="{{ about.width }}"{% endif %} alt="{{ about.alt | default('') | e }}">
+</div>
+{%- endblock data_png -%}
+"""
 SITE = """
 {%- extends 'lab/index.html.j2' -%}
+{%- block input -%}
+{%- if 'hide-input' in cell.metadata.get('tags', []) -%}
+<details class="code"><summary>Code of this cell</summary>{{ super() }}</details>
+{%- else -%}{{ super() }}{%- endif -%}
+{%- endblock input -%}
 {%- block html_head_js -%}{%- endblock -%}
 {%- block html_head_js_mathjax -%}{%- endblock -%}
 {%- block html_head_js_mermaidjs -%}{%- endblock -%}
@@ -41,7 +59,8 @@ main, nav { font-family: var(--jp-content-font-family); }
 nav a { color: var(--jp-content-link-color); text-decoration: none; }
 details { margin-bottom: 1em; }
 .jp-RenderedHTMLCommon table { margin-left: 0; }
-.jp-RenderedHTMLCommon img { max-width: 100%; }
+.jp-RenderedHTMLCommon img, .jp-RenderedImage img { max-width: 100%; height: auto; }
+details.code > summary { color: var(--jp-content-link-color); cursor: pointer; }
 .jp-RenderedHTMLCommon .highlight { margin: 1em 0; }
 .jp-InputArea-editor { overflow-x: auto; }
 math { font-size: 1.1em; }
@@ -58,7 +77,7 @@ SLIDES = """
 {%- block html_head_css -%}
 <style>
 .reveal .slides section section { max-height: 100%; overflow-y: auto; padding: 0 24px; }
-.reveal .jp-OutputArea img { zoom: 1.5; margin: 8px 0; }
+.reveal .jp-OutputArea img { width: auto; margin: 8px 0; max-width: WIDTHpx; max-height: HEIGHTpx; }
 </style>
 {%- endblock -%}
 {%- block footer_js -%}
@@ -70,6 +89,8 @@ Reveal.initialize({width: 1280, height: 760, margin: 0.02, center: false, hash: 
 </script>
 {%- endblock -%}
 """
+for name, pixels in zip(("WIDTH", "HEIGHT"), SLIDE_IMAGE, strict=True):
+    SLIDES = SLIDES.replace(f"{name}px", f"{pixels}px")
 
 
 def read(path: Path) -> nbformat.NotebookNode:
@@ -82,6 +103,8 @@ def read(path: Path) -> nbformat.NotebookNode:
     else:
         notebook = nbformat.read(path, as_version=4)
     notebook.cells = [cell for cell in notebook.cells if not colab.is_first_cell(cell.source)]
+    for cell in notebook.cells:
+        cell.source = IGNORE.sub("", cell.source)
     texts = [cell for cell in notebook.cells if cell.cell_type == "markdown"]
     headings = re.findall(r"^# (.+)$", "\n".join(cell.source for cell in texts), re.MULTILINE)
     notebook.metadata.title = headings[0] if headings else path.stem
@@ -111,7 +134,7 @@ def make_site(folder: Path, out: Path, repository: str | None = None) -> None:
     """A page for each notebook, and index.html from README.md; with links to Colab where the
     repository is known.
     """
-    exporter = HTMLExporter(config=SAVED, raw_template=SITE)
+    exporter = HTMLExporter(config=SAVED, raw_template=SITE + PICTURE)
     index, pages = (
         read(folder / "README.md"),
         {path.stem: read(path) for path in sorted(folder.glob("*.ipynb"))},
@@ -140,17 +163,27 @@ def make_slides(folder: Path, out: Path, reveal: str = REVEAL) -> None:
         for part in ("dist", "plugin"):
             shutil.copytree(Path(reveal, part), out / "reveal.js" / part, dirs_exist_ok=True)
         reveal = "reveal.js"
-    exporter = SlidesExporter(config=SAVED, raw_template=SLIDES, reveal_url_prefix=reveal)
+    exporter = SlidesExporter(config=SAVED, raw_template=SLIDES + PICTURE, reveal_url_prefix=reveal)
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     rows = ["# Slides", ""]
     for path in sorted(folder.glob("*.ipynb")):
         notebook = read(path)
+        leave_out_hidden_code(notebook)
         add_slide_types(notebook)
         write(exporter, notebook, out / f"{path.stem}.html")
         rows.append(f"* {path.stem[:2]} [{notebook.metadata.title}]({path.stem}.html)")
     index = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("\n".join(rows))])
     index.metadata.update(title="Slides", links=[])
-    write(HTMLExporter(raw_template=SITE), index, out / "index.html")
+    write(HTMLExporter(raw_template=SITE + PICTURE), index, out / "index.html")
+
+
+def leave_out_hidden_code(notebook: nbformat.NotebookNode) -> None:
+    """Leave the code of cells with the tag HIDDEN out, and cells of which nothing is left."""
+    for cell in notebook.cells:
+        if HIDDEN in cell.metadata.get("tags", []):
+            cell.source = ""
+            cell.metadata.transient = {"remove_source": True}
+    notebook.cells = [cell for cell in notebook.cells if cell.source or cell.get("outputs")]
 
 
 def add_slide_types(notebook: nbformat.NotebookNode) -> None:
@@ -188,16 +221,13 @@ def _lines(cell) -> float:
     """About how many lines a cell takes on a slide."""
     lines = 1 + _wrapped(cell.source)
     for output in cell.get("outputs", []):
-        html = output.get("data", {}).get("text/html", "")
-        for code in re.findall(r"data:image/png;base64,([\w+/]{32})", html):
-            lines += (
-                int.from_bytes(base64.b64decode(code)[20:24], "big") / 17
-            )  # its height in pixels
-        lines += (
-            0
-            if html
-            else _wrapped(output.get("text") or output.get("data", {}).get("text/plain", ""))
-        )
+        data = output.get("data", {})
+        if "image/png" in data:
+            header = base64.b64decode(data["image/png"][:64])
+            width, height = (int.from_bytes(header[start : start + 4], "big") for start in (16, 20))
+            lines += min(SLIDE_IMAGE[1], SLIDE_IMAGE[0] * height / width) / 21
+        else:
+            lines += _wrapped(output.get("text") or data.get("text/plain", ""))
     return lines
 
 

@@ -20,16 +20,19 @@ spec.loader.exec_module(make_pages)
 colab = make_pages.colab
 
 PNG = base64.b64encode(
-    b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (400).to_bytes(4, "big") + (340).to_bytes(4, "big")
+    b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (1800).to_bytes(4, "big") + (600).to_bytes(4, "big")
 ).decode()
 WIDGET = {
-    "text/html": f'<img src="data:image/png;base64,{PNG}{"A" * 12}" alt="the saved picture">',
+    "image/png": PNG + "A" * 40,
+    "text/plain": "explore()",
     "application/vnd.jupyter.widget-view+json": {
         "model_id": "gone",
         "version_major": 2,
         "version_minor": 0,
     },
 }
+ABOUT = {"image/png": {"alt": "the 'saved' picture", "width": 900}}
+ALT = "alt=\"the 'saved' picture\""
 
 
 def tiny() -> nbformat.NotebookNode:
@@ -43,8 +46,12 @@ def tiny() -> nbformat.NotebookNode:
             new_code_cell("print(1)", outputs=[new_output("stream", text="unrepeatable 17\n")]),
             new_markdown_cell("Done.\n\n## Play\n\n$$\\tfrac12$$"),
             new_code_cell(
-                "explore()", outputs=[new_output("execute_result", data=WIDGET, execution_count=2)]
+                "# NBVAL_IGNORE_OUTPUT\nexplore()",
+                outputs=[
+                    new_output("execute_result", data=WIDGET, metadata=ABOUT, execution_count=2)
+                ],
             ),
+            new_code_cell("def plot(): ...", metadata={"tags": ["hide-input"]}),
             new_code_cell("\n".join("x = 1" for _ in range(20))),
         ]
     )
@@ -62,7 +69,9 @@ def folder(tmp_path):
 def test_the_site_shows_what_was_saved_and_loads_nothing(folder):
     make_pages.make_site(folder, folder / "out")
     page = (folder / "out" / "02_two.html").read_text(encoding="utf-8")
-    assert "unrepeatable 17" in page and 'alt="the saved picture"' in page
+    assert "unrepeatable 17" in page and ALT in page and 'width="900"' in page
+    assert '<details class="code"><summary>Code of this cell</summary>' in page
+    assert page.count("<details") == 1 and "NBVAL" not in page
     assert "find_spec" not in page and "widget-view" not in page
     assert (
         page.count("<math") == 2
@@ -109,6 +118,7 @@ def test_slides_begin_at_headings_and_after_guesses(folder):
         ("Done.", "-"),
         ("## Play", "slide"),
         ("explore()", "-"),  # a picture of 20 lines fits
+        ("def plot(", "-"),
         ("x = 1", "fragment"),  # a tag stays
     ]
     del notebook.cells[-1].metadata["slideshow"]
@@ -121,8 +131,9 @@ def test_slides_load_reveal_from_an_address_or_from_a_copy(folder):
     page = (folder / "out" / "02_two.html").read_text(encoding="utf-8")
     assert (
         f'<script src="{make_pages.REVEAL}/dist/reveal.js">' in page
-        and 'alt="the saved picture"' in page
+        and ALT in page
     )
+    assert "def plot" not in page and "NBVAL" not in page
     assert (
         page.count("<section") == page.count("</section") == 6
     )  # two slides, and the parts stacked in them

@@ -2,6 +2,7 @@
 true.
 """
 
+import base64
 import re
 import struct
 
@@ -158,7 +159,7 @@ def test_images_share_one_scale_and_the_page_its_width():
         [HIGH, WIDE, HIGH, WIDE, HIGH], [TRUTH, target(), TRUTH, {}, TRUTH], CATEGORIES
     )
     width, height = size(png(figure))
-    assert width <= 720
+    assert width <= 900
     scales = {round(ax.get_position().width * width / ax.get_xlim()[1], 2) for ax in figure.axes}
     assert len(scales) == 1
     assert figure.texts[0].get_text() == "9 objects on 5 images"
@@ -487,8 +488,33 @@ def test_a_figure_shows_itself_and_leaks_nothing():
 
     before = plt.get_fignums()
     figure = visualize.plot_losses(log(0.3))
-    shown = figure._repr_html_()
+    data, metadata = figure._repr_mimebundle_()
+    assert data["text/plain"] == repr(figure) == "<Picture>"
     alt = "The total goes from 0.02 to 0.01; weighted loss over step"
-    assert re.fullmatch(rf'<img src="data:image/png;base64,[^"]+" alt="{alt}">', shown)
-    assert size(png(figure))[0] == 600 and size(png(figure, dpi=160))[0] == 1200
+    assert metadata["image/png"] == {"alt": alt, "width": 900}
+    assert size(base64.b64decode(data["image/png"]))[0] == 1800
+    assert size(png(figure))[0] == 900 and size(png(figure, dpi=160))[0] == 1440
     assert plt.get_fignums() == before
+
+
+def test_a_scene_is_enlarged_four_times_in_the_file_and_its_pixels_stay_squares():
+    images = [torch.randint(0, 256, (3, 96, 128), dtype=torch.uint8)] * 4
+    figure = visualize.show_targets(images, [target()] * 4, CATEGORIES)
+    drawn = [ax.get_window_extent().width * visualize.style.SHARPNESS for ax in figure.axes]
+    assert min(drawn) >= 4 * 128
+    assert {ax.images[0].get_interpolation() for ax in figure.axes} == {"nearest"}
+
+
+def test_four_images_are_two_rows_of_two():
+    figure, axes = visualize.image_grid([HIGH] * 4, columns=3)
+    assert len({ax.get_position().x0 for ax in axes}) == 2
+    assert figure.get_figwidth() == visualize.WIDTH
+
+
+def test_several_figures_become_one_described_picture():
+    figures = [visualize.plot_losses(log(0.3)), visualize.plot_costs(torch.eye(3), title="costs")]
+    data, metadata = visualize.png_bundle(figures)
+    heights = [size(png(figure, dpi=200))[1] for figure in figures]
+    assert size(base64.b64decode(data["image/png"])) == (1800, sum(heights))
+    assert "The total goes" in metadata["image/png"]["alt"]
+    assert "costs" in metadata["image/png"]["alt"]

@@ -40,15 +40,16 @@ from semidetr_lite.visualize import (
     GREY,
     LEGEND_OUTSIDE,
     LINE_COLORS,
+    WIDTH,
     Picture,
     draw_boxes,
     image_grid,
-    image_tag,
     new_plot,
     plot_attention_mask,
     plot_cost_mixture,
     plot_costs,
     plot_matching,
+    png_bundle,
     set_title,
     show_hits,
     show_pseudo_boxes,
@@ -86,10 +87,10 @@ class Explorer(ipywidgets.VBox):
         """Draw at the controls' values, without the slow packing of saved pictures."""
         self.picture.value = "<br>".join(map(_quick_tag, self.figures()))
 
-    def _repr_mimebundle_(self, **kwargs) -> dict:
-        """The widget, and for where there can be none the picture, packed."""
-        pictures = "<br>".join(map(image_tag, self.figures()))
-        return super()._repr_mimebundle_(**kwargs) | {"text/html": pictures}
+    def _repr_mimebundle_(self, **kwargs) -> tuple[dict, dict]:
+        """The widget, and for where there can be none its first picture as a PNG file."""
+        picture, metadata = png_bundle(self.figures())
+        return picture | super()._repr_mimebundle_(**kwargs), metadata
 
     def __repr__(self) -> str:
         return f"explore({', '.join(self.controls)})"
@@ -138,7 +139,7 @@ def make_control(name: str, spec, default=inspect.Parameter.empty) -> ipywidgets
 
 
 def _quick_tag(figure: Picture) -> str:
-    """`image_tag` in a fifth of its time and four times its size, for a kernel nearby."""
+    """A figure as an image tag in a fifth of the time of `png`, for a kernel nearby."""
     canvas, packed = FigureCanvasAgg(figure), io.BytesIO()
     canvas.draw()
     Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).save(packed, "PNG", compress_level=1)
@@ -249,7 +250,7 @@ def explore_threshold(detector, scenes: Sequence[tuple], categories, nms: float 
 
 def plot_lines(lines: dict[str, tuple], x: str, y: str, title: str = "") -> Picture:
     """Curves {name: (places, values)}, each with its own colour and dashes."""
-    figure, ax = new_plot(6.5, 2.7)
+    figure, ax = new_plot(WIDTH, 3.5)
     for (name, (places, values)), color, dashes in zip(
         lines.items(), LINE_COLORS * 4, ("-", "--", "-.", ":") * 7
     ):
@@ -281,7 +282,7 @@ def explore_momentum(steps: int = 120) -> Explorer:
             parts = keep[step] * parts
             parts[step] += 1 - keep[step]
             teacher.append(parts @ student)
-        figure, (left, right) = new_plot(8.5, 2.6, 2)
+        figure, (left, right) = new_plot(WIDTH, 2.9, 2)
         left.bar(steps - time, parts, width=1.0, color=LINE_COLORS[0])
         left.set(xlabel="age of the student, steps", ylabel="its weight in the teacher")
         right.plot(time, student, ".", color=LINE_COLORS[1], markersize=4, label="student")
@@ -311,7 +312,7 @@ def show_dense(images, detector, truths=None, title="") -> Picture:
 
     A cell predicts for the point `index * stride`, as in torchvision, not for the middle of a tile.
     """
-    figure, axes = image_grid(images, 4, title=title)
+    figure, axes = image_grid(images, 3, title=title)
     fine = detector.strides[0]
     for ax, image, truth in zip(axes, images, truths or [None] * len(images)):
         cells = detector.head_outputs(detector.extract([image]))
@@ -355,7 +356,7 @@ def cross_attention(detector, image) -> tuple[torch.Tensor, dict]:
     return torch.stack(maps).unflatten(-1, memory.shapes[0]), detector.decode(memory)
 
 
-def show_heat(images, maps, targets=None, titles=None, title="", columns=4) -> Picture:
+def show_heat(images, maps, targets=None, titles=None, title="", columns=3) -> Picture:
     """Maps (H, W) over images, each with its own scale, brighter is higher; and boxes over them."""
     figure, axes = image_grid(images, columns, titles, title)
     for ax, image, values, target in zip(axes, images, maps, targets or [None] * len(images)):
@@ -397,7 +398,7 @@ def plot_places(boxes: torch.Tensor, title: str = "") -> Picture:
     `boxes` are (N images, Q, 4) cxcywh in [0, 1].
     """
     names = [f"query {query}" for query in range(boxes.shape[1])]
-    figure, axes = image_grid([torch.ones(3, 100, 100)] * len(names), 6, names, title, cell=1.4)
+    figure, axes = image_grid([torch.ones(3, 100, 100)] * len(names), 4, names, title)
     for query, ax in enumerate(axes):
         draw_boxes(ax, torch.full((3, 100, 100), 0.93))
         ax.plot(*100 * boxes[:, query, :2].T, ".", color=LINE_COLORS[0], markersize=3, alpha=0.5)
@@ -408,7 +409,7 @@ def plot_histograms(
     values: dict[str, torch.Tensor], x: str, y: str, title: str = "", bins: int = 25
 ) -> Picture:
     """Histograms {name: (N,)} in one plot, each with its own colour, hatch and mean (a line)."""
-    figure, ax = new_plot(7.5, 2.8)
+    figure, ax = new_plot(WIDTH, 3.3)
     together = torch.cat([numbers.flatten() for numbers in values.values()])
     edges = np.linspace(float(together.min()), float(together.max()), bins + 1)
     hatches = ("", "///", "...", "xxx")
@@ -460,7 +461,7 @@ def explore_consistency(answers: Sequence[dict]) -> Explorer:
             targets.append((target, styles))
         title = f"Who is most like object {index} at layer {layer}?"
         images = [weak, *[strong] * len(targets)]
-        figure, axes = image_grid(images, 3, captions, title, cell=2.9)
+        figure, axes = image_grid(images, 3, captions, title)
         weak_target = {"boxes": boxes[[index]], "labels": labels[[index]]}
         draw_boxes(axes[0], weak, weak_target, style="kept")
         for ax, (target, styles) in zip(axes[1:], targets):
@@ -493,7 +494,7 @@ def show_points(image, target, places, shares, title="") -> Picture:
 
     A location is the larger, the higher its share (L, P) is.
     """
-    figure, (ax,) = image_grid([image], 1, ["levels"], title, cell=3.4)
+    figure, (ax,) = image_grid([image], 1, ["levels"], title)
     draw_boxes(ax, image, target, categories=[{"name": ""}] * 99)
     height, width = image.shape[-2:]
     for level, (xy, share) in enumerate(zip(places, shares)):
@@ -556,7 +557,7 @@ def explore_denoising(scenes: Sequence[tuple]) -> Explorer:
         labels = padded.labels[0].repeat(2)
         noised = {"boxes": to_pixels(boxes[0, : 2 * count], target["size"]), "labels": labels}
         title = f"{count} positives, {count} negatives"
-        figure, (ax,) = image_grid([image], 1, title=title, cell=3.4)
+        figure, (ax,) = image_grid([image], 1, title=title)
         styles = ["prediction"] * count + ["dropped"] * count
         draw_boxes(ax, image, noised, target, [{"name": ""}] * 99, styles)
         return figure, plot_attention_mask(group_mask([2 * count] * copies, 8), 8)

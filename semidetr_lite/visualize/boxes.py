@@ -4,6 +4,7 @@ Boxes are xyxy pixels of the image they are drawn on. The title of a figure is i
 function writes its own unless a title is given, and `title=""` leaves it out.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,7 +36,8 @@ from semidetr_lite.visualize.style import (
 )
 
 MARGIN = 0.1  # inches around images
-LABEL_POINTS = 7
+MAX_CELL = 4.35  # inches: no image is wider unless asked for, and two of them fill the page
+LABEL_POINTS, CAPTION_POINTS = 8, 9
 BEST_DROPPED = 5  # of the boxes that a teacher drops, those with the highest scores are drawn
 SMALL = 256  # pixels of the longer side up to which pixels are drawn as squares
 
@@ -250,10 +252,10 @@ def show_targets(
     targets: Sequence[dict],
     categories: list[dict] | None,
     titles: Sequence[str] | None = None,
-    columns: int = 4,
+    columns: int = 3,
     style: str = "truth",
     title: str | None = None,
-    cell: float = 2.2,
+    cell: float = MAX_CELL,
 ) -> Picture:
     """Images side by side with their targets, as truth or in another style ("prediction").
 
@@ -265,7 +267,7 @@ def show_targets(
         columns: images in a row, at most.
         style: a key of STYLES.
         title: of the figure; None: the number of objects.
-        cell: width of a column in inches.
+        cell: width of a column in inches, at most.
     """
     objects = sum(len(_box_tuples(target)) for target in targets)
     finding = f"{count_of(objects, 'object')} on {count_of(len(images), 'image')}"
@@ -300,7 +302,7 @@ def show_views(
     of_all = f"{int(keep.sum())} of {count_of(len(weak), 'box', 'boxes')}"
     title = f"{of_all} in view after the strong augmentation" if title is None else title
     images = [weak_image, strong_image]
-    figure, axes = image_grid(images, 2, ["weak view", "strong view"], title, cell=3.2, gap=0.35)
+    figure, axes = image_grid(images, 2, ["weak view", "strong view"], title, gap=0.35)
     numbers = [{"name": str(number + 1)} for number in range(len(weak))]
     labels = torch.arange(len(weak))
     styles = ["prediction" if kept else "dropped" for kept in keep.tolist()]
@@ -331,40 +333,42 @@ def image_grid(
     titles: Sequence[str] | None = None,
     title: str = "",
     legend: Sequence[str] = (),
-    cell: float = 2.2,
+    cell: float = MAX_CELL,
     gap: float = MARGIN,
 ) -> tuple[Picture, list[Axes]]:
     """A figure with one empty axes per image, all images at one scale.
 
-    The figure leaves room for exactly the text there is. A single image without words fills it.
+    The images are as large as the page and `cell` allow. The figure leaves room for exactly the
+    text there is. A single image without words fills it.
 
     Args:
         images: tensors (3, H, W), of which only the sizes are used.
-        columns: images in a row, at most.
+        columns: images in a row, at most; 4 images in at most 3 columns become two rows of two.
         titles: a caption for each image.
         title: of the figure.
         legend: keys of STYLES.
-        cell: width of a column in inches, if the columns fit into the figure.
+        cell: width of a column in inches, at most.
         gap: inches between two columns.
     """
-    columns = max(1, min(columns, len(images)))
+    rows = max(1, math.ceil(len(images) / columns))
+    columns = max(1, math.ceil(len(images) / rows))
     has_words = bool(title or legend or any(titles or ()))
     margin = MARGIN if len(images) > 1 or has_words else 0.0
     width = min(WIDTH, 2 * margin + columns * cell + (columns - 1) * gap)
     column = (width - 2 * margin - (columns - 1) * gap) / columns
     sizes = np.array([image.shape[-2:] for image in images]).reshape(-1, 2)
     sizes = sizes * column / sizes[:, 1].max(initial=1)  # (H, W) in inches
-    captions = [wrap(text, column, 8) for text in titles or [""] * len(images)]
+    captions = [wrap(text, column, CAPTION_POINTS) for text in titles or [""] * len(images)]
 
-    rows = [slice(start, start + columns) for start in range(0, len(images), columns)]
-    lines = [max(caption.count("\n") + bool(caption) for caption in captions[row]) for row in rows]
-    caption_heights = [0.14 * count for count in lines]
-    row_heights = [high + sizes[row, 0].max() for row, high in zip(rows, caption_heights)]
-    header = wrap(title, width, 10)
+    slices = [slice(start, start + columns) for start in range(0, len(images), columns)]
+    lines = [max(text.count("\n") + bool(text) for text in captions[row]) for row in slices]
+    caption_heights = [0.16 * count for count in lines]
+    row_heights = [high + sizes[row, 0].max() for row, high in zip(slices, caption_heights)]
+    header = wrap(title, width, 11)
     legend_wraps = len(legend) * 1.1 > width
-    top = margin + (0.17 * (header.count("\n") + 1) + 0.04 if header else 0)
+    top = margin + (0.19 * (header.count("\n") + 1) + 0.04 if header else 0)
     bottom = margin + (0.2 * (1 + legend_wraps) if legend else 0)
-    height = top + sum(row_heights) + margin * (len(rows) - 1) + bottom
+    height = top + sum(row_heights) + margin * (len(slices) - 1) + bottom
 
     figure = Picture(figsize=(width, height), dpi=DPI, facecolor="white")
     set_title(figure, header, x=margin / width, y=1 - margin / height)
@@ -382,7 +386,7 @@ def image_grid(
 
 def _write_caption(ax: Axes, caption: str) -> None:
     ax.set_title(
-        caption, loc="left", fontsize=8, pad=2, color=INK, linespacing=1.1, parse_math=False
+        caption, loc="left", fontsize=CAPTION_POINTS, pad=2, color=INK, linespacing=1.1, parse_math=False
     )
 
 
@@ -413,7 +417,7 @@ def show_hits(
     truths: Sequence[dict],
     categories: list[dict] | None,
     score: float = 0.3,
-    columns: int = 4,
+    columns: int = 3,
     title: str | None = None,
 ) -> Picture:
     """Detections against the truth: hits, false alarms and misses at IoU 0.5.
@@ -446,7 +450,7 @@ def show_comparison(
     categories: list[dict] | None,
     score: float = 0.3,
     title: str | None = None,
-    cell: float = 2.4,
+    cell: float = MAX_CELL,
 ) -> Picture:
     """One image per row, one detector per column, the truth last; hits and errors at IoU 0.5.
 
@@ -457,7 +461,7 @@ def show_comparison(
         categories: [{"name"}] in the order of the labels, or None.
         score: the lowest score of a box that is drawn and counted.
         title: of the figure; None: the counts of each detector; "": none.
-        cell: width of a column in inches.
+        cell: width of a column in inches, at most.
     """
     errors = {
         name: [count_hits(*pair, score) for pair in zip(targets, truths)]
@@ -647,10 +651,10 @@ def plot_matching(
     height, width = image.shape[-2:]
     objects = _box_tuples(truth)
 
-    image_inches = 3.4 * min(1.5, max(0.6, height / width))
-    figure = Picture(figsize=(7.0, image_inches + 0.4), dpi=DPI, facecolor="white")
+    image_inches = MAX_CELL * min(1.5, max(0.6, height / width))
+    figure = Picture(figsize=(WIDTH, image_inches + 0.4), dpi=DPI, facecolor="white")
     top = image_inches / (image_inches + 0.4)
-    left = figure.add_axes((0.01, 0.01, 3.4 / 7, top - 0.02))
+    left = figure.add_axes((0.01, 0.01, MAX_CELL / WIDTH, top - 0.02))
     right = figure.add_axes((0.52, 0.01, 0.47, top - 0.02))
     unmatched = [box for query, box in enumerate(boxes) if query not in set(queries)]
     unmatched_target = {"boxes": unmatched, "labels": [0] * len(unmatched)}
@@ -678,7 +682,7 @@ def _draw_pairs(
     heights = (np.arange(len(names)) + 0.5) / max(len(names), 1)
     text = {"va": "center", "parse_math": False, "color": INK}
     for target, (name, y) in enumerate(zip(names, heights)):
-        ax.text(0.24, y, name, ha="right", fontsize=8, **text)
+        ax.text(0.24, y, name, ha="right", fontsize=9, **text)
         color = class_color(target)
         ax.plot(0.28, y, "o", color=color, markersize=9, markeredgecolor=INK, clip_on=False)
     for index, (target, query, value) in enumerate(pairs):
@@ -692,4 +696,4 @@ def _draw_pairs(
         )
         if len(pairs) <= 40:
             words = label_text(f"query {query}", None, value if value < 1 else None)
-            ax.text(0.72, query_height, words, fontsize=8 if len(pairs) <= 22 else 6, **text)
+            ax.text(0.72, query_height, words, fontsize=9 if len(pairs) <= 22 else 7, **text)

@@ -54,7 +54,7 @@ def plot_curves(
         burn_ins: {name of a run: (what to call it, log)} of the run it continued. That one is a
             grey curve, drawn once, and the run's own curve begins at its end.
     """
-    figure, ax = new_plot(6.4, 3.6)
+    figure, ax = new_plot(WIDTH, 4.2)
     burn_ins = burn_ins or {}
     burn_in_handles = _draw_burn_ins(ax, logs, burn_ins, x)
     ends: list[tuple[float, str, Line2D]] = []
@@ -146,7 +146,7 @@ def plot_losses(log: list[dict], title: str | None = None) -> Picture:
 
     Zeros are left out. `title` None: how the total changes.
     """
-    figure, ax = new_plot(7.5, 3.4)
+    figure, ax = new_plot(WIDTH, 3.8)
     log = [line for line in log if line.get("losses")]
     names = {name for line in log for name in line["losses"]}
     names = sorted(sorted(names), key=lambda name: -log[-1]["losses"].get(name, 0))
@@ -189,7 +189,7 @@ def plot_pseudo_quality(log: list[dict], title: str | None = None) -> Picture:
         panel: [label for label in keys if series[label][0]] for panel, keys in panels.items()
     }
     filled = {panel: labels for panel, labels in filled.items() if labels}
-    figure, axes = new_plot(WIDTH, 2.7, max(1, len(filled)))
+    figure, axes = new_plot(WIDTH, 2.9, max(1, len(filled)))
     for ax, (panel, labels) in zip(np.atleast_1d(axes), filled.items()):
         colors = dict(zip(panels[panel], LINE_COLORS))
         for label in labels:
@@ -244,7 +244,7 @@ def plot_cost_mixture(
     arrays = (costs, mixture_means, mixture_vars, mixture_weights)
     costs, *mixture = (np.asarray(values, dtype=float).reshape(-1) for values in arrays)
     correct, threshold = np.asarray(correct, dtype=bool), float(threshold)
-    figure, ax = new_plot(7.5, 3.2)
+    figure, ax = new_plot(WIDTH, 3.6)
     edges = np.histogram_bin_edges(costs, bins=max(10, min(40, len(costs) // 4)))
     _, _, outlines = ax.hist(
         [costs[correct], costs[~correct]],
@@ -290,7 +290,7 @@ def plot_costs(
     table = torch.as_tensor(costs).detach().cpu().numpy().T  # (T, Q)
     table_inches = 0.28 * max(1, len(table))
     inches = table_inches + 0.75
-    figure = Picture(figsize=(7.0, inches), dpi=DPI, facecolor="white")
+    figure = Picture(figsize=(WIDTH, inches), dpi=DPI, facecolor="white")
     ax = figure.add_axes((0.1, 0.45 / inches, 0.89, table_inches / inches))
     ax.imshow(table, cmap="cividis", aspect="auto")
     middle = (table.min(initial=np.inf) + table.max(initial=-np.inf)) / 2
@@ -334,7 +334,7 @@ def plot_attention_mask(
     if names is None:
         names = [f"group {number}" for number in range(1, len(centers))] + ["matching"]
     sees, blocked = BLUE, "#EDEDED"
-    figure, ax = new_plot(5.4, 4.4)
+    figure, ax = new_plot(WIDTH, 5.0)
     colormap = ListedColormap([sees, blocked])
     ax.imshow(mask.numpy(), cmap=colormap, vmin=0, vmax=1, interpolation="nearest")
     inner = np.array(edges[1:-1]) - 0.5
@@ -414,7 +414,7 @@ def plot_ablation(rows: Sequence, title: str | None = None) -> Picture:
     for row in rows:
         panels.setdefault((row.table, row.preset, row.detector, row.percent), []).append(row)
     heights = [len(members) + 1.5 for members in panels.values()]
-    figure, axes = new_plot(7.5, 0.26 * sum(heights) + 0.3, 1, height_ratios=heights)
+    figure, axes = new_plot(WIDTH, 0.28 * sum(heights) + 0.3, 1, height_ratios=heights)
     values = [value for row in rows for value in row.values]
     values += [row.mean + sign * row.error for row in rows for sign in (-1, 1)]
     limits = (np.nanmin(values) - 2, np.nanmax(values) + 2)

@@ -2,14 +2,16 @@
 
 One visual language, so that a reader learns it once: the table STYLES. Colours are Okabe and Ito's,
 extended to any number of classes; orange and red stay reserved for errors, and no meaning hangs on
-colour alone. Figures are at most 9 inches wide at 80 dpi, and pyplot does not know them: nothing
-needs to be closed.
+colour alone. Figures are at most 9 inches wide; an inch is 100 CSS pixels, so that the widest fill
+the column of a notebook. Notebooks keep them as PNG files of twice that resolution. Pyplot does not
+know the figures: nothing needs to be closed.
 """
 
 import base64
 import io
 import re
 import textwrap
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -60,11 +62,12 @@ STYLE_NAMES = {  # in a legend, where they differ from the keys
     "mined_wrong": "mined only, wrong",
 }
 MAX_LABELS = 12  # labels in one image
-WIDTH, DPI = 9.0, 80  # inches, pixels per inch
+WIDTH, DPI = 9.0, 100  # inches, CSS pixels per inch
+SHARPNESS = 2  # pixels of a saved picture per CSS pixel
 LEGEND_OUTSIDE: dict[str, Any] = {  # arguments of a legend to the right of a plot
     "loc": "upper left",
     "bbox_to_anchor": (1.01, 1.02),
-    "fontsize": 8,
+    "fontsize": 9,
     "frameon": False,
 }
 
@@ -72,8 +75,32 @@ LEGEND_OUTSIDE: dict[str, Any] = {  # arguments of a legend to the right of a pl
 class Picture(Figure):
     """A Matplotlib figure that a notebook shows when it is the last line of a cell."""
 
-    def _repr_html_(self) -> str:
-        return image_tag(self)
+    def _repr_mimebundle_(self, **kwargs) -> tuple[dict, dict]:
+        return png_bundle([self])
+
+    def __repr__(self) -> str:
+        """The same on every machine: tests of notebooks compare it."""
+        return "<Picture>"
+
+    __str__ = __repr__
+
+
+def png_bundle(figures: Sequence[Figure]) -> tuple[dict, dict]:
+    """Figures, one below the other, as a notebook keeps them: data and metadata by type.
+
+    A PNG file with alt text, which GitHub, nbviewer and nbconvert show at its size in CSS pixels.
+    """
+    images = [_render(figure, SHARPNESS * figure.dpi) for figure in figures]
+    width = max(image.width for image in images)
+    together = Image.new("RGB", (width, sum(image.height for image in images)), "white")
+    top = 0
+    for image in images:
+        together.paste(image, (0, top))
+        top += image.height
+    code = base64.b64encode(_pack(together)).decode("ascii")
+    alt = "; ".join(map(describe, figures))
+    metadata = {"alt": alt, "width": width // SHARPNESS}
+    return {"image/png": code, "text/plain": "<Picture>"}, {"image/png": metadata}
 
 
 def new_plot(
@@ -91,9 +118,9 @@ def new_plot(
         ax.spines[["left", "bottom"]].set_color("#888888")
         ax.grid(color="#E8E8E8", linewidth=0.7)
         ax.set_axisbelow(True)
-        ax.tick_params(labelsize=8, colors="#555555", length=2)
+        ax.tick_params(labelsize=9, colors="#555555", length=2)
         for axis in (ax.xaxis, ax.yaxis):
-            axis.label.set(fontsize=8, color="#555555")
+            axis.label.set(fontsize=9, color="#555555")
     return figure, axes
 
 
@@ -101,7 +128,7 @@ def set_title(
     figure: Picture, title: str | None, finding: str = "", x: float = 0.01, y: float | None = None
 ) -> Picture:
     """Write `title` over a figure, or `finding` where the title is None. Returns the figure."""
-    text = wrap(finding if title is None else title, figure.get_figwidth(), 10)
+    text = wrap(finding if title is None else title, figure.get_figwidth(), 11)
     if text:
         figure.suptitle(
             text,
@@ -109,7 +136,7 @@ def set_title(
             y=y,
             ha="left",
             va="top",
-            fontsize=10,
+            fontsize=11,
             weight="bold",
             color=INK,
             parse_math=False,
@@ -135,10 +162,10 @@ def count_of(count: int, word: str, plural: str = "") -> str:
 def image_tag(figure: Figure, text: str = "", dpi: int | None = None) -> str:
     """A figure as an HTML image tag, described by `text`, else by the words in the figure."""
     code = base64.b64encode(png(figure, dpi)).decode("ascii")
-    return f'<img src="data:image/png;base64,{code}" alt="{escape(text or _words_of(figure))}">'
+    return f'<img src="data:image/png;base64,{code}" alt="{escape(text or describe(figure))}">'
 
 
-def _words_of(figure: Figure) -> str:
+def describe(figure: Figure) -> str:
     """The title of a figure, then the title, the axes and the labels of each plot or image."""
     words = [text.get_text() for text in figure.texts]
     for ax in figure.axes:
@@ -154,12 +181,22 @@ def png(figure: Figure, dpi: int | None = None) -> bytes:
     The file has 128 colours, chosen so that the rare ones (of boxes) stay true. This makes it a
     quarter of the size.
     """
-    full, packed = io.BytesIO(), io.BytesIO()
-    figure.savefig(full, format="png", dpi=dpi or figure.dpi)
-    image = Image.open(full).convert("RGB")
+    return _pack(_render(figure, dpi or figure.dpi))
+
+
+def _render(figure: Figure, dpi: float) -> Image.Image:
+    """A figure as an image of three channels."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=dpi)
+    return Image.open(file).convert("RGB")
+
+
+def _pack(image: Image.Image) -> bytes:
+    """An image as a PNG file of 128 colours."""
+    file = io.BytesIO()
     palette = image.quantize(128, method=Image.Quantize.MAXCOVERAGE, kmeans=1)
-    palette.save(packed, "PNG", optimize=True)
-    return packed.getvalue()
+    palette.save(file, "PNG", optimize=True)
+    return file.getvalue()
 
 
 def class_color(label: int) -> str | tuple[float, float, float]:
