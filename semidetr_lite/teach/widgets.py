@@ -495,6 +495,39 @@ def show_points(image, target, places, shares, title="") -> Picture:
     A location is the larger, the higher its share (L, P) is.
     """
     figure, (ax,) = image_grid([image], 1, ["levels"], title)
+    _draw_points(ax, image, target, places, shares)
+    return figure
+
+
+def show_layers(detector, scene: tuple, query: int, layers: Sequence[int]) -> Picture:
+    """The points that one query reads on a scene in some decoder layers, which count from 1."""
+    image, target = scene
+    seen = sampling_points(detector, image)
+    titles = [f"layer {layer}; levels" for layer in layers]
+    title = f"What query {query} reads, and the box around which it reads"
+    figure, axes = image_grid([image] * len(layers), len(layers), titles, title)
+    for ax, layer in zip(axes, layers):
+        _draw_points(ax, image, *_reads(seen, target["size"], query, layer), indent=0.28)
+    return figure
+
+
+def _reads(seen: tuple, size, query: int, layer: int, head: int | str = "all") -> tuple:
+    """Of a query in a layer: its box as a target, the places (L, P, 2) and the shares (L, P).
+
+    `seen` is what `sampling_points` returns; the points of all heads are joined.
+    """
+    layers, outputs = seen
+    boxes = [*outputs["aux_outputs"], outputs][layer - 1]["pred_boxes"][0, query]
+    box = {"boxes": to_pixels(boxes, size)[None], "labels": torch.tensor([0])}
+    heads = list(range(layers[0][0].shape[1])) if head == "all" else [head]
+    places, shares = (
+        part[query, heads].transpose(0, 1).flatten(1, 2) for part in layers[layer - 1]
+    )
+    return box, places, shares
+
+
+def _draw_points(ax, image, target, places, shares, indent: float = 0.12) -> None:
+    """`show_points` on one axes; its legend begins at `indent` of its width."""
     draw_boxes(ax, image, target, categories=[{"name": ""}] * 99)
     height, width = image.shape[-2:]
     for level, (xy, share) in enumerate(zip(places, shares)):
@@ -510,11 +543,10 @@ def show_points(image, target, places, shares, title="") -> Picture:
         handletextpad=0.1,
         columnspacing=1.0,
         loc="lower left",
-        bbox_to_anchor=(0.12, 1.005),
+        bbox_to_anchor=(indent, 1.005),
         borderpad=0.0,
         borderaxespad=0.0,
     )
-    return figure
 
 
 def explore_points(detector, scenes: Sequence[tuple]) -> Explorer:
@@ -523,13 +555,8 @@ def explore_points(detector, scenes: Sequence[tuple]) -> Explorer:
     heads = seen[0][0][0][0].shape[1]
 
     def draw(scene, query, layer, head="all"):
-        (image, target), (layers, outputs) = scenes[scene], seen[scene]
-        boxes = [*outputs["aux_outputs"], outputs][layer - 1]["pred_boxes"][0, query]
-        box = {"boxes": to_pixels(boxes, target["size"])[None], "labels": torch.tensor([0])}
-        chosen = list(range(heads)) if head == "all" else [head]
-        places, shares = (
-            part[query, chosen].transpose(0, 1).flatten(1, 2) for part in layers[layer - 1]
-        )
+        image, target = scenes[scene]
+        box, places, shares = _reads(seen[scene], target["size"], query, layer, head)
         title = f"Query {query}, layer {layer}: {places.shape[0] * places.shape[1]} points read"
         return show_points(image, box, places, shares, title)
 

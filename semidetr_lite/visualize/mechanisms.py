@@ -136,7 +136,9 @@ def draw_bilinear(values: torch.Tensor, x: float, y: float, title: str | None = 
             face = "#CFE8F7" if (r, c) in neighbours else PALE
             whole.add_patch(Rectangle((c, r), 1, 1, facecolor=face, edgecolor="white", linewidth=3))
             whole.plot(c + 0.5, r + 0.5, "o", color=FAINT, markersize=4)
-            _say(whole, c + 0.2, r + 0.2, f"{float(values[r, c]):g}", size=11)
+            away = 0.28 * np.sign([c + 0.5 - px, r + 0.5 - py])  # from the lines to the point
+            label = np.array([c + 0.5, r + 0.5]) + away
+            _say(whole, *label, f"{float(values[r, c]):g}", size=11)
     for r, c in neighbours:
         whole.plot([c + 0.5, px], [r + 0.5, py], color=DARK_BLUE, linewidth=1.2, zorder=2)
     for ax in (whole, near):
