@@ -129,10 +129,7 @@ def test_slides_begin_at_headings_and_after_guesses(folder):
 def test_slides_load_reveal_from_an_address_or_from_a_copy(folder):
     make_pages.make_slides(folder, folder / "out")
     page = (folder / "out" / "02_two.html").read_text(encoding="utf-8")
-    assert (
-        f'<script src="{make_pages.REVEAL}/dist/reveal.js">' in page
-        and ALT in page
-    )
+    assert f'<script src="{make_pages.REVEAL}/dist/reveal.js">' in page and ALT in page
     assert "def plot" not in page and "NBVAL" not in page
     assert (
         page.count("<section") == page.count("</section") == 6

@@ -3,7 +3,6 @@ true.
 """
 
 import base64
-import re
 import struct
 
 import numpy as np

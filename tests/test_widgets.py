@@ -318,10 +318,9 @@ def test_a_dense_map_lies_over_each_image(scenes):
 
 def test_curves_are_told_apart_without_colour():
     figure = plot_lines({"one": ([0, 1], [1, 2]), "two": ([0, 1], [2, 1])}, "x", "y", "found")
-    assert (
-        len({line.get_linestyle() for line in figure.axes[0].lines}) == 2
-        and "found" in describe(figure)
-    )
+    assert len(
+        {line.get_linestyle() for line in figure.axes[0].lines}
+    ) == 2 and "found" in describe(figure)
 
 
 def test_the_most_similar_query_is_judged_by_its_place(explorers):

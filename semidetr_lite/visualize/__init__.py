@@ -1,7 +1,8 @@
 """Every picture of the kit: pure functions that take dicts and tensors and return a figure.
 
 style.py has the colours and the styles of boxes, boxes.py draws boxes on images, curves.py draws
-curves, tables and diagrams, and svg.py draws boxes on images for a page.
+curves, tables and diagrams, schematics.py draws what explains and shows no data, and svg.py draws
+boxes on images for a page.
 """
 
 from semidetr_lite.visualize.boxes import (
@@ -33,6 +34,7 @@ from semidetr_lite.visualize.curves import (
     plot_pseudo_quality,
     show_data_summary,
 )
+from semidetr_lite.visualize.schematics import STAGES, show_overlaps, show_stages
 from semidetr_lite.visualize.style import (
     BLUE,
     BURN_IN_COLOR,
@@ -74,6 +76,7 @@ __all__ = [
     "ORANGE",
     "Picture",
     "RED",
+    "STAGES",
     "STYLES",
     "STYLE_NAMES",
     "WIDTH",
@@ -105,7 +108,9 @@ __all__ = [
     "show_comparison",
     "show_data_summary",
     "show_hits",
+    "show_overlaps",
     "show_pseudo_boxes",
+    "show_stages",
     "show_targets",
     "show_views",
 ]

@@ -354,11 +354,17 @@ def image_grid(
     columns = max(1, math.ceil(len(images) / rows))
     has_words = bool(title or legend or any(titles or ()))
     margin = MARGIN if len(images) > 1 or has_words else 0.0
-    width = min(WIDTH, 2 * margin + columns * cell + (columns - 1) * gap)
-    column = (width - 2 * margin - (columns - 1) * gap) / columns
-    sizes = np.array([image.shape[-2:] for image in images]).reshape(-1, 2)
-    sizes = sizes * column / sizes[:, 1].max(initial=1)  # (H, W) in inches
-    captions = [wrap(text, column, CAPTION_POINTS) for text in titles or [""] * len(images)]
+    sizes = np.array([image.shape[-2:] for image in images], dtype=float).reshape(-1, 2)
+    widest = [sizes[column::columns, 1].max(initial=1) for column in range(columns)]
+    room = WIDTH - 2 * margin - (columns - 1) * gap
+    scale = min(room / sum(widest), cell / max(widest))  # inches per pixel
+    sizes = sizes * scale
+    column_widths = scale * np.array(widest)
+    width = 2 * margin + column_widths.sum() + (columns - 1) * gap
+    captions = [
+        wrap(text, column_widths[index % columns], CAPTION_POINTS)
+        for index, text in enumerate(titles or [""] * len(images))
+    ]
 
     slices = [slice(start, start + columns) for start in range(0, len(images), columns)]
     lines = [max(text.count("\n") + bool(text) for text in captions[row]) for row in slices]
@@ -374,7 +380,8 @@ def image_grid(
     set_title(figure, header, x=margin / width, y=1 - margin / height)
     axes = []
     for index, (image_height, image_width) in enumerate(sizes):
-        row, left = index // columns, margin + (index % columns) * (column + gap)
+        row, column = divmod(index, columns)
+        left = margin + column_widths[:column].sum() + column * gap
         above = top + sum(row_heights[:row]) + margin * row + caption_heights[row]
         bounds = (left, height - above - image_height, image_width, image_height)
         axes.append(figure.add_axes(np.divide(bounds, (width, height, width, height))))
@@ -386,7 +393,13 @@ def image_grid(
 
 def _write_caption(ax: Axes, caption: str) -> None:
     ax.set_title(
-        caption, loc="left", fontsize=CAPTION_POINTS, pad=2, color=INK, linespacing=1.1, parse_math=False
+        caption,
+        loc="left",
+        fontsize=CAPTION_POINTS,
+        pad=2,
+        color=INK,
+        linespacing=1.1,
+        parse_math=False,
     )
 
 
@@ -401,7 +414,7 @@ def _add_legend(figure: Picture, styles: Sequence[str], columns: int) -> None:
         handles=handles,
         loc="lower left",
         ncols=columns,
-        fontsize=8,
+        fontsize=9,
         frameon=False,
         handlelength=1.8,
         borderaxespad=0.3,

@@ -73,7 +73,12 @@ LEGEND_OUTSIDE: dict[str, Any] = {  # arguments of a legend to the right of a pl
 
 
 class Picture(Figure):
-    """A Matplotlib figure that a notebook shows when it is the last line of a cell."""
+    """A Matplotlib figure that a notebook shows when it is the last line of a cell.
+
+    `alt` describes it to those who do not see it; without one the words in the figure do.
+    """
+
+    alt = ""
 
     def _repr_mimebundle_(self, **kwargs) -> tuple[dict, dict]:
         return png_bundle([self])
@@ -166,7 +171,9 @@ def image_tag(figure: Figure, text: str = "", dpi: int | None = None) -> str:
 
 
 def describe(figure: Figure) -> str:
-    """The title of a figure, then the title, the axes and the labels of each plot or image."""
+    """Its alt text; without one its title, then title, axes and labels of each plot or image."""
+    if getattr(figure, "alt", ""):
+        return figure.alt
     words = [text.get_text() for text in figure.texts]
     for ax in figure.axes:
         words.append(ax.get_title(loc="left"))
