@@ -3,8 +3,8 @@
     python benchmarks/record_checkpoints.py --out runs/checkpoints [--only detr fcos]
 
 trains what has no finished run yet (seed 0; about an hour and three quarters on 2 CPU cores) and
-writes the averaged weights to notebooks/checkpoints/NAME.safetensors and the AP of each on the first 100 tune
-scenes to recorded.json.
+writes the averaged weights to notebooks/checkpoints/NAME.safetensors and the AP of each on the
+first 100 tune scenes to recorded.json.
 """
 
 import argparse

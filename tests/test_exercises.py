@@ -215,6 +215,37 @@ def one_to_many_by_loops(
     return *pairs, torch.tensor(quality).float()
 
 
+def losses_by_loops(
+    logits, pred_boxes, target, queries, targets, quality, absent=0.0, share=None, over="quality",
+    overlap=1, start=1.0, power=2, scale=None, weights=(2, 5, 2), hard=False,
+):  # fmt: skip
+    """One number after the other; `absent` None leaves out the queries without an object."""
+    pair_of = {int(q): number for number, q in enumerate(queries)}
+    boxes = model_boxes(target["boxes"], target["size"])
+    class_sum = l1_sum = giou_sum = 0.0
+    for q, row in enumerate(logits.tolist()):
+        pair = pair_of.get(q)
+        for c, logit in enumerate(row):
+            if pair is None and absent is None:
+                continue
+            is_label = pair is not None and c == int(target["labels"][targets[pair]])
+            y = (1.0 if hard else float(quality[pair])) if is_label else 0.0
+            p = 1 / (1 + math.exp(-logit))
+            entropy = -y * math.log(p) - (1 - y) * math.log(1 - p)
+            class_sum += abs(y - p) ** power * entropy
+        if pair is not None:
+            t = int(targets[pair])
+            weight = float(quality[pair]) if share is None else share
+            scaled = torch.ones(4) if scale is None else torch.tensor(target["size"][::-1] * 2)
+            l1_sum += weight * float(((pred_boxes[q] - boxes[t]) * scaled).abs().sum())
+            mine = pixel_boxes(pred_boxes[q : q + 1], target["size"])
+            values = pairwise_overlaps(mine, target["boxes"][t : t + 1])
+            giou_sum += weight * (start - float(values[overlap]))
+    count = {"quality": float(quality.sum()), "pairs": len(queries)}[over]
+    sums = zip(("class", "l1", "giou"), weights, (class_sum, l1_sum, giou_sum))
+    return {name: torch.tensor(weight * value / max(count, 1)) for name, weight, value in sums}
+
+
 def greedy(logits, pred_boxes, target):
     """One query may answer for several objects."""
     cost = matching.matching_cost(logits, pred_boxes, target)
@@ -445,6 +476,7 @@ SOLUTIONS = {
     "cost_mining.em_steps": em_steps_by_hand,
     "cost_mining.mine": mined_by_loops,
     "matching.one_to_many": one_to_many_by_loops,
+    "losses.one_to_many": losses_by_loops,
     "semi_detr.stage": stage_by_hand,
     "ablate.gap_closed": gap_by_hand,
     "train.resumed": go_on,
@@ -521,6 +553,18 @@ WRONG = {
         "alpha is the exponent": lambda logits, boxes, target, alpha, beta, candidates: (
             one_to_many_by_loops(logits, boxes, target, beta, alpha, candidates)
         ),
+    },
+    "losses.one_to_many": {
+        "have the target 0": with_flag(losses_by_loops, absent=None),
+        "not 1": with_flag(losses_by_loops, hard=True),
+        "factor, |y - p| squared": with_flag(losses_by_loops, power=0),
+        "|y - p| is squared": with_flag(losses_by_loops, power=1),
+        "not in pixels": with_flag(losses_by_loops, scale="pixels"),
+        "not IoU": with_flag(losses_by_loops, overlap=0),
+        "1 - GIoU": with_flag(losses_by_loops, start=0.0),
+        "weighted by its quality": with_flag(losses_by_loops, share=1.0),
+        "number of pairs": with_flag(losses_by_loops, over="pairs"),
+        "2, 5 and 2": with_flag(losses_by_loops, weights=(1, 1, 1)),
     },
     "detr.sine_positions": {
         "not by pi": with_flag(sines_by_loops, turn=math.pi),

@@ -215,6 +215,30 @@ def one_to_many(rng: np.random.Generator) -> Cases:
     return cases
 
 
+def one_to_many_losses(rng: np.random.Generator) -> Cases:
+    truth = torch.tensor([[20.0, 20, 50, 60], [70.0, 10, 110, 30]])
+    near = [[22.0, 20, 52, 64], [24.0, 26, 48, 56], [66.0, 10, 110, 32], [60.0, 70, 90, 90]]
+    logits = [[1.0, -1, -2], [0.5, -2, 0], [-1.5, 2, -1], [-2.0, -1, 1]]
+    matched = torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1]), torch.tensor([0.7, 0.4, 0.8])
+    inputs = torch.tensor(logits), to_model(torch.tensor(near), WIDE)
+    few = torch.tensor([1]), torch.tensor([0]), torch.tensor([0.3])
+    none = torch.zeros(0).long(), torch.zeros(0).long(), torch.zeros(0)
+    apart = [[4.0, 100, 24, 140], [30.0, 20, 45, 40]]
+    far = [[8.0, 20, 20, 60], [28.0, 120, 46, 170], [5.0, 96, 25, 140]]
+    each = torch.tensor([0, 1, 2]), torch.tensor([0, 1, 0]), torch.tensor([0.9, 0.6, 0.5])
+    return {
+        "three pairs of four queries": (*inputs, _target(truth), *matched),
+        "qualities that sum to less than 1": (*inputs, _target(truth), *few),
+        "no object": (*inputs, _target(truth[:0]), *none),
+        "boxes apart, in a tall image": (
+            _normal(rng, 3, 4),
+            to_model(torch.tensor(far), TALL),
+            _target(torch.tensor(apart), TALL),
+            *each,
+        ),
+    }
+
+
 # ---- 05 and 06: Deformable DETR and DINO ---------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from semidetr_lite import matching
+from semidetr_lite import losses, matching
 from semidetr_lite.boxes import inverse_sigmoid, pairwise_overlaps, to_model, to_pixels
 from semidetr_lite.contracts import Target
 from semidetr_lite.data import splits, views
@@ -77,6 +77,32 @@ def average_precision(hits: torch.Tensor, objects: int) -> float:
     true_boxes = torch.cat([detection["boxes"][hits], boxes[len(hits) :]])[:objects]
     target: Target = {"boxes": true_boxes, "labels": torch.zeros(objects).long()}
     return evaluate([detection], [target])["AP50"]
+
+
+def one_to_many_losses(
+    logits: torch.Tensor,
+    pred_boxes: torch.Tensor,
+    target: Target,
+    queries: torch.Tensor,
+    targets: torch.Tensor,
+    quality: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """{"class", "l1", "giou"}, weighted, of the pairs of one-to-many matching in one image.
+
+    Args:
+        logits, pred_boxes: (Q, C) and (Q, 4) cxcywh in [0, 1].
+        target: "boxes" (T, 4) xyxy pixels, "labels" (T,), "size" (H, W).
+        queries, targets, quality: (N,) each, a Match.
+    """
+    assigned = torch.full((1, len(logits)), -1).index_put((torch.tensor(0), queries), targets)
+    soft = torch.zeros(1, len(logits)).index_put((torch.tensor(0), queries), quality)
+    return losses.loss_from_assignment(
+        logits[None],
+        pred_boxes[None],
+        matching.pad_targets([target]),
+        matching.Assignment(assigned, soft),
+        "one_to_many",
+    )
 
 
 def attention(
@@ -256,6 +282,7 @@ SOLUTIONS: dict[str, tuple[Callable, Callable]] = {
     "matching.matching_cost": (matching.matching_cost, cases.matching_cost),
     "matching.one_to_one": (matching.one_to_one, cases.one_to_one),
     "matching.one_to_many": (matching.one_to_many, cases.one_to_many),
+    "losses.one_to_many": (one_to_many_losses, cases.one_to_many_losses),
     "detr.sine_positions": (transformer.sine_positions, cases.sine_positions),
     "detr.attention": (attention, cases.attention),
     "detr.map_positions": (map_positions, cases.map_positions),

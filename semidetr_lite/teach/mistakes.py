@@ -418,6 +418,86 @@ ONE_TO_MANY = {
     ),
 }
 
+
+def _losses(
+    logits, pred_boxes, target, queries, targets, quality,
+    everybody=True, all_classes=True, hard=False, factor="distance", gamma=2, alpha=False,
+    class_mean=False, pixels=False, corners=False, overlap=1, one_minus=True, l1_mean=False,
+    weighted=True, over="quality", least=1.0, weights=(2, 5, 2),
+):  # fmt: skip
+    wanted = torch.zeros_like(logits)
+    wanted[queries, target["labels"][targets]] = torch.ones_like(quality) if hard else quality
+    scores = logits.sigmoid()
+    binary = torch.nn.functional.binary_cross_entropy_with_logits
+    entropy = binary(logits, wanted, reduction="none")
+    factors = {"distance": wanted - scores, "one minus": 1 - scores, "none": 1 + 0 * scores}
+    table = factors[factor].abs() ** gamma * entropy
+    table = table * torch.where(wanted > 0, 0.25, 0.75) if alpha else table
+    table = table if everybody else table[queries]
+    table = table if all_classes else table * (wanted > 0)
+    boxes = to_model(target["boxes"], target["size"])
+    mine = to_pixels(pred_boxes, target["size"])[queries]
+    size = torch.tensor(target["size"][::-1] * 2)
+    away = pred_boxes[queries] - boxes[targets]
+    away = (mine - target["boxes"][targets]) / size if corners else away
+    l1 = (away * size if pixels else away).abs()
+    l1 = l1.mean(1) if l1_mean else l1.sum(1)
+    overlaps = pairwise_overlaps(mine, target["boxes"])[overlap][range(len(queries)), targets]
+    giou = 1 - overlaps if one_minus else -overlaps
+    share = quality if weighted else torch.ones_like(quality)
+    counts = {"quality": float(quality.sum()), "pairs": len(queries), "queries": len(logits)}
+    count = max(counts.get(over, len(target["labels"])), least)
+    parts = table.mean() if class_mean else table.sum(), (l1 * share).sum(), (giou * share).sum()
+    values = (weight * part / count for weight, part in zip(weights, parts))
+    return dict(zip(("class", "l1", "giou"), values))
+
+
+ONE_TO_MANY_LOSSES = {
+    "the class loss counts all queries: those without an object have the target 0": partial(
+        _losses, everybody=False
+    ),
+    "the class loss counts all classes: the target of the other classes is 0": partial(
+        _losses, all_classes=False
+    ),
+    "the class target of a pair is its quality, not 1": partial(_losses, hard=True),
+    "the factor is the distance |y - p| to the soft target, not 1 - p": partial(
+        _losses, factor="one minus"
+    ),
+    "the cross-entropy has a factor, |y - p| squared": partial(_losses, factor="none"),
+    "the factor |y - p| is squared": partial(_losses, gamma=1),
+    "the quality focal loss has no weights 0.25 and 0.75; those belong to the focal loss": partial(
+        _losses, alpha=True
+    ),
+    "the class loss is summed over queries and classes, not averaged": partial(
+        _losses, class_mean=True
+    ),
+    "the L1 distance is between boxes in 0..1, not in pixels": partial(_losses, pixels=True),
+    "the L1 distance is between boxes in 0..1, and centres and sides, not corners": partial(
+        _losses, pixels=True, corners=True
+    ),
+    "the L1 distance is between centres and sides, not between corners": partial(
+        _losses, corners=True
+    ),
+    "the L1 distance is summed over the four numbers, not averaged": partial(_losses, l1_mean=True),
+    "the overlap is GIoU, which also compares boxes apart, not IoU": partial(_losses, overlap=0),
+    "the loss is 1 - GIoU, which is 0 for a perfect box": partial(_losses, one_minus=False),
+    "the box losses of a pair are weighted by its quality": partial(_losses, weighted=False),
+    "the sums are divided by the sum of the qualities, not by the number of pairs": partial(
+        _losses, over="pairs"
+    ),
+    "the sums are divided by the sum of the qualities, not by the number of queries": partial(
+        _losses, over="queries"
+    ),
+    "the sums are divided by the sum of the qualities, not by the number of objects": partial(
+        _losses, over="objects"
+    ),
+    "the sums are divided, by the sum of the qualities": lambda *given: {
+        name: value * max(float(given[-1].sum()), 1.0) for name, value in _losses(*given).items()
+    },
+    "the sums are divided by at least 1": partial(_losses, least=1e-6),
+    "class, L1 and GIoU have the weights 2, 5 and 2": partial(_losses, weights=(1, 1, 1)),
+}
+
 # ---- 05: Deformable DETR -------------------------------------------------------------------------
 
 
@@ -967,6 +1047,7 @@ MISTAKES: dict[str, Mapping[str, Any]] = {
     "matching.matching_cost": MATCHING_COST,
     "matching.one_to_one": ONE_TO_ONE,
     "matching.one_to_many": ONE_TO_MANY,
+    "losses.one_to_many": ONE_TO_MANY_LOSSES,
     "detr.sine_positions": SINE_POSITIONS,
     "detr.attention": ATTENTION,
     "detr.map_positions": MAP_POSITIONS,

@@ -501,6 +501,40 @@ def show_points(image, target, locations, weights, title="") -> Picture:
     A location is the larger, the higher its weight (L, P) is.
     """
     figure, (ax,) = image_grid([image], 1, ["levels"], title)
+    _draw_points(ax, image, target, locations, weights)
+    return figure
+
+
+def show_layers(detector, scene: tuple, query: int, layers: Sequence[int]) -> Picture:
+    """The points that one query reads on a scene in some decoder layers, which count from 1."""
+    image, target = scene
+    calls = sampling_points(detector, image)
+    titles = [f"layer {layer}; levels" for layer in layers]
+    title = f"What query {query} reads, and the box around which it reads"
+    figure, axes = image_grid([image] * len(layers), len(layers), titles, title)
+    for ax, layer in zip(axes, layers):
+        box, locations, weights = _reads(calls, target["size"], query, layer)
+        _draw_points(ax, image, box, locations, weights, indent=0.28)
+    return figure
+
+
+def _reads(calls: tuple, size, query: int, layer: int, head: int | str = "all") -> tuple:
+    """Of a query in a layer: its box as a target, locations (L, P, 2) and weights (L, P).
+
+    `calls` is what `sampling_points` returns; the points of all heads are joined.
+    """
+    layers, outputs = calls
+    boxes = [*outputs["aux_outputs"], outputs][layer - 1]["pred_boxes"][0, query]
+    box = {"boxes": to_pixels(boxes, size)[None], "labels": torch.tensor([0])}
+    heads = list(range(layers[0][0].shape[1])) if head == "all" else [head]
+    locations, weights = (
+        part[query, heads].transpose(0, 1).flatten(1, 2) for part in layers[layer - 1]
+    )
+    return box, locations, weights
+
+
+def _draw_points(ax, image, target, locations, weights, indent: float = 0.12) -> None:
+    """`show_points` on one axes; its legend begins at `indent` of its width."""
     draw_boxes(ax, image, target, categories=[{"name": ""}] * 99)
     height, width = image.shape[-2:]
     for level, (xy, weight) in enumerate(zip(locations, weights)):
@@ -520,11 +554,10 @@ def show_points(image, target, locations, weights, title="") -> Picture:
         handletextpad=0.1,
         columnspacing=1.0,
         loc="lower left",
-        bbox_to_anchor=(0.12, 1.005),
+        bbox_to_anchor=(indent, 1.005),
         borderpad=0.0,
         borderaxespad=0.0,
     )
-    return figure
 
 
 def explore_points(detector, scenes: Sequence[tuple]) -> Explorer:
@@ -533,13 +566,9 @@ def explore_points(detector, scenes: Sequence[tuple]) -> Explorer:
     heads = samples[0][0][0][0].shape[1]
 
     def draw(scene, query, layer, head="all"):
-        (image, target), (layers, outputs) = scenes[scene], samples[scene]
-        boxes = [*outputs["aux_outputs"], outputs][layer - 1]["pred_boxes"][0, query]
-        box = {"boxes": to_pixels(boxes, target["size"])[None], "labels": torch.tensor([0])}
-        shown_heads = list(range(heads)) if head == "all" else [head]
-        locations, weights = (
-            part[query, shown_heads].transpose(0, 1).flatten(1, 2) for part in layers[layer - 1]
-        )
+        image, target = scenes[scene]
+        reads = _reads(samples[scene], target["size"], query, layer, head)
+        box, locations, weights = reads
         points = locations.shape[0] * locations.shape[1]
         title = f"Query {query}, layer {layer}: {points} points read"
         return show_points(image, box, locations, weights, title)
