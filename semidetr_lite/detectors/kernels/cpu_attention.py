@@ -14,7 +14,6 @@ no C compiler.
 Shapes: B images, Q queries, S tokens, D channels, L levels, M heads, P points.
 """
 
-import math
 import threading
 
 import numba
@@ -69,8 +68,8 @@ def backward(
     """
     inputs = _as_read(value, shapes, locations, weights)
     by_head, _, locations_read, weights_read = inputs
-    batch, queries, heads = locations.shape[:3]
-    output_grad = output_grad.to(locations.dtype).contiguous().view(batch, queries, heads, -1)
+    heads, channels = value.shape[2:]
+    output_grad = output_grad.to(locations.dtype).unflatten(2, (heads, channels)).contiguous()
     value_grad = torch.zeros_like(by_head)  # added to
     locations_grad = torch.empty_like(locations_read)
     weights_grad = torch.empty_like(weights_read)
@@ -123,7 +122,7 @@ def _neighbours(coordinate, size, one):
     """The cells below and above a coordinate along one axis, and how they count.
 
     Args:
-        coordinate: in cells, an integer at the centre of a cell; it lies in (-1, size).
+        coordinate: in cells, an integer at the centre of a cell; it lies in [-1, size).
         size: cells along this axis.
         one: 1 in the dtype of the coordinate.
 
@@ -147,7 +146,7 @@ def _neighbours(coordinate, size, one):
 @_compiled
 def _is_finite(x, y, weight):
     """Whether a point outside the map adds 0; one that lies nowhere adds NaN."""
-    return math.isfinite(x) and math.isfinite(y) and math.isfinite(weight)
+    return abs(x) < np.inf and abs(y) < np.inf and abs(weight) < np.inf
 
 
 @_compiled
@@ -177,7 +176,7 @@ def _forward(values, layout, locations, weights, output, first, end):
                     weight = weights[image, query, head, level, p]
                     x = locations[image, query, head, level, p, 0] * real(width) - half
                     y = locations[image, query, head, level, p, 1] * real(height) - half
-                    if not (-one < x < real(width) and -one < y < real(height)):
+                    if not (-one <= x < real(width) and -one <= y < real(height)):
                         finite = finite and _is_finite(x, y, weight)
                         continue
                     columns, (left, right), _ = _neighbours(x, width, one)
@@ -247,7 +246,7 @@ def _backward(
                     weight = weights[image, query, head, level, p]
                     x = locations[image, query, head, level, p, 0] * real(width) - half
                     y = locations[image, query, head, level, p, 1] * real(height) - half
-                    if not (-one < x < real(width) and -one < y < real(height)):
+                    if not (-one <= x < real(width) and -one <= y < real(height)):
                         nothing = real(0) if _is_finite(x, y, weight) else real(np.nan)
                         weights_grad[image, query, head, level, p] = nothing
                         locations_grad[image, query, head, level, p, :] = nothing
