@@ -32,8 +32,11 @@ from semidetr_lite.training.engine import Engine, check_micro_batches, choose_pr
 from semidetr_lite.training.measure import duplicates, measure, pseudo_box_log, pseudo_quality
 from semidetr_lite.training.memory import (
     MAX_BOXES,
+    choose_micro_batches,
+    gpu_memory_of,
     largest_size,
     memory_dry_run,
+    possible_micro_batches,
     raise_if_out_of_memory,
 )
 from semidetr_lite.training.run_folder import RunFolder, load_burn_in
@@ -67,10 +70,15 @@ def train_or_resume(config: Config, folder: Path, workers: int = 1, quiet: bool 
 
 
 def _as_given(stored: Config, given: Settings) -> Config:
-    """A stored run, less what may differ: threads and precision are chosen, a burn-in moves."""
+    """A stored run, less what may differ.
+
+    Threads, precision and micro-batches are chosen, a burn-in moves.
+    """
     runtime = dataclasses.replace(
         stored.runtime, threads=given.runtime.threads, precision=given.runtime.precision
     )
+    if given.runtime.accumulate == "auto":
+        runtime = dataclasses.replace(runtime, accumulate="auto")
     return dataclasses.replace(stored, runtime=runtime, burn_in=given.burn_in)
 
 
@@ -116,6 +124,9 @@ class Run:
             config = dataclasses.replace(config, runtime=runtime)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         config = _resolve_runtime(check(config, origin), self.device)
+        self.chooses_micro_batches = config.runtime.accumulate == "auto"
+        if self.chooses_micro_batches:
+            config = self._with_micro_batches(config, self._possible_micro_batches(config)[0])
         self.splits = splits or presets.load_splits(config, origin)
         self.config = dataclasses.replace(config, categories=self.splits.categories)
         optimizer, accumulate = config.optimizer, config.runtime.accumulate
@@ -169,6 +180,33 @@ class Run:
                     getattr(self.method, name), tensors, Path(config.burn_in) / "last.pt"
                 )
 
+    @staticmethod
+    def _possible_micro_batches(config: Config) -> list[int]:
+        """The numbers of micro-batches that a step can be run in, the highest first."""
+        unlabelled = 0 if config.method == "supervised" else config.optimizer.unlabelled_batch_size
+        return possible_micro_batches(config.optimizer.batch_size, unlabelled)
+
+    @staticmethod
+    def _with_micro_batches(config: Config, count: int) -> Config:
+        runtime = dataclasses.replace(config.runtime, accumulate=count)
+        return dataclasses.replace(config, runtime=runtime)
+
+    def choose_micro_batches(self) -> None:
+        """With `--accumulate auto`: try on this GPU how few micro-batches fit, and store it."""
+        if not self.chooses_micro_batches:
+            return
+
+        def largest_step(count: int) -> tuple[int, int]:
+            self.engine.set_micro_batches(count)
+            return gpu_memory_of(self.memory_dry_run)
+
+        count = choose_micro_batches(self._possible_micro_batches(self.config), largest_step)
+        self.engine.set_micro_batches(count)
+        self.config = self._with_micro_batches(self.config, count)
+        self.chooses_micro_batches = False
+        if not self.quiet:
+            print(f"{self.out}: {count} micro-batches (--accumulate auto)", flush=True)
+
     def _load_burn_in(self, folder: str) -> dict:
         """The checkpoint to start from.
 
@@ -192,6 +230,7 @@ class Run:
 
         Raises Stopped after Ctrl-C or SIGTERM, UserError where it cannot go on.
         """
+        self.choose_micro_batches()
         if distributed.rank() == 0:
             self.folder.begin(self.config, self.step)
         self.logged_step, self.clock = self.step, time.perf_counter()
@@ -419,7 +458,7 @@ class Run:
 
 
 def _resolve_runtime(config: Config, device: torch.device) -> Config:
-    """Precision and threads, chosen here and stored.
+    """Precision and threads, chosen here and stored; on a CPU, one micro-batch for "auto".
 
     Another number of threads adds numbers in another order.
     """
@@ -427,6 +466,8 @@ def _resolve_runtime(config: Config, device: torch.device) -> Config:
     torch.set_num_threads(threads)
     precision = choose_precision(config.runtime.precision, device)
     runtime = dataclasses.replace(config.runtime, threads=threads, precision=precision)
+    if runtime.accumulate == "auto" and device.type != "cuda":
+        runtime = dataclasses.replace(runtime, accumulate=1)
     return dataclasses.replace(config, runtime=runtime)
 
 
