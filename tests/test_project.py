@@ -53,6 +53,7 @@ TRAINING = [
     "measure",
     "run_folder",
     "loop",
+    "dry_run",
     "ablate",
     "demo",
 ]
