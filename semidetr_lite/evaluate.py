@@ -2,11 +2,11 @@
 
 COCO's figures come from pycocotools, so that a number from here may stand beside a published one.
 Where hotcoco is installed (`pip install 'semidetr-lite[fast]'`) it computes the same bits in a
-hundredth of the time. A detection is right at an IoU threshold t if it overlaps a truth box of its class by IoU >= t and no
-detection with a higher score has taken this box. AP is the area under the precision-recall curve,
-averaged over the classes and over t = 0.50, 0.55 ... 0.95. AR is the recall of at most 1, 10 or 100
-detections per class and image, averaged the same way. Small boxes have an area under 32 x 32
-pixels, medium ones under 96 x 96.
+hundredth of the time. A detection is right at an IoU threshold t if it overlaps a truth box of its
+class by IoU >= t and no detection with a higher score has taken this box. AP is the area under the
+precision-recall curve, averaged over the classes and over t = 0.50, 0.55 ... 0.95. AR is the recall
+of at most 1, 10 or 100 detections per class and image, averaged the same way. Small boxes have an
+area under 32 x 32 pixels, medium ones under 96 x 96.
 
 A crowd region ("crowd") is truth that need not be found: detections inside it are neither right nor
 wrong.
@@ -315,7 +315,7 @@ def _library(evaluator: str):
 
 
 def _index(library, images: list[dict], category_ids: list, rows: list[dict]):
-    """The library's index of some rows, which get an id, and crowd and area where they lack them."""
+    """The index of some rows, which get an id, and crowd and area where they lack them."""
     for number, row in enumerate(rows, 1):
         row["id"] = number  # from 1: pycocotools takes a match with the id 0 for no match
         row.setdefault("iscrowd", 0)

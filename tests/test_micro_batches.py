@@ -28,7 +28,8 @@ def test_micro_batches_of_equal_size_and_mix(monkeypatch, labelled, unlabelled, 
 
 
 @pytest.mark.parametrize(
-    ("free", "chosen"), [(500, 1), (400, 1), (395, 2), (225, 2), (200, 4), (140, 4), (120, 8), (1, 8)]
+    ("free", "chosen"),
+    [(500, 1), (400, 1), (395, 2), (225, 2), (200, 4), (140, 4), (120, 8), (1, 8)],
 )
 def test_the_fewest_that_fit_and_none_that_does_not(free, chosen):
     """An image takes 8 of the memory, gradients 20; a tenth of what is free stays free."""

@@ -1,4 +1,4 @@
-"""What a run would cost on this machine, measured on a few steps: `semidetr train ... --dry-run`."""
+"""What a run would cost on this machine, from a few steps: `semidetr train ... --dry-run`."""
 
 import itertools
 import statistics

@@ -67,6 +67,6 @@ def _try_kernel(device: str) -> bool:
             attention_operator(value, [(1, 1)], locations, weights).sum().backward()
         return True
     except Exception as problem:  # no C compiler, no headers, another numpy: each fails its way
-        message = f"slower deformable attention, {compiler} cannot build its kernel: {problem!r:.200}"
-        warnings.warn(message, stacklevel=2)
+        fault = f"{compiler} cannot build its kernel: {problem!r:.200}"
+        warnings.warn(f"slower deformable attention, {fault}", stacklevel=2)
         return False

@@ -267,7 +267,8 @@ def _backward(
                     lower_slope = left_slope * dot_10 + right_slope * dot_11
                     x_grad = top * upper_slope + bottom * lower_slope
                     y_grad = top_slope * upper_dot + bottom_slope * lower_dot
-                    weights_grad[image, query, head, level, p] = top * upper_dot + bottom * lower_dot
+                    weight_grad = top * upper_dot + bottom * lower_dot
+                    weights_grad[image, query, head, level, p] = weight_grad
                     locations_grad[image, query, head, level, p, 0] = x_grad * weight * real(width)
                     locations_grad[image, query, head, level, p, 1] = y_grad * weight * real(height)
                     factors = (
