@@ -1,12 +1,12 @@
-"""One training step and one inference of our Deformable DETR beside the one in `transformers`,
-paired in one process.
+"""A training step and an inference of our Deformable DETR and of the one in `transformers`.
 
 Both: ResNet-50 (random weights, frozen BatchNorm, stem and first stage not trained), two-stage with
 box refinement, auxiliary losses, 6 + 6 layers, 300 queries, 256 channels, batch 2. A step is
-forward, matching, loss and backward; ours is Supervised without denoising. The two take turns, and
-ratios are of medians.
+forward, matching, loss and backward; ours is Supervised without denoising. The two take turns.
+Seconds are CPU seconds of the process, so that other jobs on the machine count little; ratios are
+of medians.
 
-    python benchmarks/detector_speed.py --rounds 5
+    python benchmarks/detector_speed.py --rounds 5 --threads 1
 """
 
 import argparse
@@ -119,18 +119,18 @@ class Clock:
         for name, module in modules.items():
             for part in module if isinstance(module, torch.nn.ModuleList) else [module]:
                 part.register_forward_pre_hook(
-                    lambda m, i, name=name: self.began.__setitem__(name, time.perf_counter())
+                    lambda m, i, name=name: self.began.__setitem__(name, time.process_time())
                 )
                 part.register_forward_hook(lambda m, i, o, name=name: self._add(name))
 
     def _add(self, name):
-        self.spent[name] += time.perf_counter() - self.began[name]
+        self.spent[name] += time.process_time() - self.began[name]
 
 
 def seconds(call) -> float:
-    began = time.perf_counter()
+    began = time.process_time()
     call()
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 def paired(size: tuple[int, int], rounds: int) -> dict:
@@ -204,10 +204,12 @@ def peak(which: str, size: tuple[int, int]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--sizes", nargs="*", default=["320x320", "512x640"])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/detector_speed.jsonl"))
     options = parser.parse_args()
     options.out.parent.mkdir(exist_ok=True)
+    torch.set_num_threads(options.threads)
     for text in options.sizes:
         size = tuple(int(side) for side in text.split("x"))
         row = paired(size, options.rounds) | {

@@ -131,6 +131,7 @@ def train(
     settings: Annotated[Settings, tyro.conf.arg(name="")] = PRESETS["digits"],
     resume: bool = False,
     workers: int = 1,
+    dry_run: bool = False,
 ) -> None:
     """Train a detector.
 
@@ -140,13 +141,22 @@ def train(
         resume: go on with the run in --out, with its settings; only the options of speed and memory
             may change.
         workers: processes that load data, of each process that trains.
+        dry_run: run a few steps, say what a step and the whole run would cost here, write nothing.
     """
     config = as_config(settings)
+    if dry_run and resume:
+        raise UserError("--dry-run is for a new run: leave out --resume")
 
     from semidetr_lite import distributed
     from semidetr_lite.training.loop import Run
 
     distributed.start()
+    if dry_run:
+        from semidetr_lite.training.dry_run import describe_cost
+
+        print("\n".join(describe_cost(config, workers)))
+        distributed.stop()
+        return
     if resume:
         skip_unreadable = config.data_files.skip_unreadable
         run = Run(

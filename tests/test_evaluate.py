@@ -2,6 +2,7 @@
 double loop.
 """
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -10,9 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from semidetr_lite import evaluate as evaluation
 from semidetr_lite.errors import UserError
 from semidetr_lite.evaluate import FIGURES, box_errors, evaluate, evaluate_classes, to_coco_json
 
+EVALUATORS = [
+    name for name in ("pycocotools", "hotcoco") if importlib.util.find_spec(name) is not None
+]
+needs_hotcoco = pytest.mark.skipif("hotcoco" not in EVALUATORS, reason="hotcoco is not installed")
 REFERENCE = Path(__file__).parents[2] / "shared" / "data" / "coco-eval-ref"
 
 
@@ -198,6 +204,34 @@ def test_json_files_and_dicts_agree(tmp_path):
         assert figures[name] == pytest.approx(others[name], abs=1e-3, nan_ok=True)
 
 
+@needs_hotcoco
+@pytest.mark.parametrize("seed", range(20))
+def test_hotcoco_gives_the_bits_of_pycocotools(seed):
+    """Scenes with crowd regions, given areas, equal scores and images without truth."""
+    torch.manual_seed(seed)
+    detections, targets = random_scenes(count=1 + 3 * seed)
+    for detection, target in zip(detections, targets, strict=True):
+        count = len(target["boxes"])
+        target |= {"crowd": torch.rand(count) < 0.2, "area": torch.rand(count) * 12_000}
+        if seed % 2:
+            detection["scores"] = (detection["scores"] * 4).round() / 4
+    reference = evaluate(detections, targets, "pycocotools")
+    fast = evaluate(detections, targets, "hotcoco")
+    assert any(0 < value < 1 for value in reference.values())
+    for name, value in reference.items():
+        assert fast[name] == value or math.isnan(fast[name]) and math.isnan(value), name
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_hotcoco_is_taken_where_it_is_installed(monkeypatch, installed):
+    asked = []
+    monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name: installed or None)
+    monkeypatch.setattr(evaluation, "_library", lambda name: asked.append(name) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(THREE_FOUND, THREE_TRUTHS)
+    assert asked == ["hotcoco" if installed else "pycocotools"]
+
+
 def test_coco_json_rows():
     two = found([1, 2, 4, 6], [0, 0, 10, 10], scores=[0.25, 0.5], labels=[1, 0])
     rows = to_coco_json([two, found()], [30, 40], CATEGORIES)
@@ -339,9 +373,10 @@ def test_box_errors_without_boxes():
     not REFERENCE.exists(), reason="COCO's reference detections are not beside this checkout"
 )
 class TestReference:
-    def test_exact_from_the_json_files(self):
+    @pytest.mark.parametrize("evaluator", EVALUATORS)
+    def test_exact_from_the_json_files(self, evaluator):
         expected = json.loads((REFERENCE / "expected.json").read_text())
-        figures = evaluate(REFERENCE / expected["dt"], REFERENCE / expected["gt"])
+        figures = evaluate(REFERENCE / expected["dt"], REFERENCE / expected["gt"], evaluator)
         for value, published in zip(figures.values(), expected["expected_bbox"].values()):
             assert value == pytest.approx(published, abs=1e-12)
 

@@ -59,6 +59,7 @@ TRAINING = [
     "run_folder",
     "photos",
     "loop",
+    "dry_run",
     "ablate",
     "demo",
 ]

@@ -135,12 +135,10 @@ class Engine:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
         apply_runtime_options(method.student, runtime, self.precision, trained=True)
         apply_runtime_options(method.teacher, runtime, self.precision, trained=False)
-        self.num_micro_batches = runtime.accumulate
+        self.batch_size = batch_size
         self.wrapped: TeacherStudent | DistributedDataParallel = method
-        processes = world_size()
-        if processes > 1:
-            wanted = -(-runtime.accumulate // processes)  # rounded up
-            self.num_micro_batches = min(wanted, batch_size // processes)
+        self.set_micro_batches(cast(int, runtime.accumulate))  # "auto" was resolved before
+        if world_size() > 1:
             with warnings.catch_warnings():
                 warnings.simplefilter(
                     "ignore", FutureWarning
@@ -149,6 +147,12 @@ class Engine:
                 self.wrapped = DistributedDataParallel(
                     method, broadcast_buffers=False, find_unused_parameters=True
                 )
+
+    def set_micro_batches(self, accumulate: int) -> None:
+        """Run the next steps in so many micro-batches, shared among the processes."""
+        wanted = -(-accumulate // world_size())  # rounded up
+        at_most = self.batch_size // world_size() if world_size() > 1 else wanted
+        self.num_micro_batches = min(wanted, at_most)
 
     def losses(
         self, batch: Batch, step: int

@@ -47,9 +47,12 @@ from semidetr_lite.training.measure import (
 )
 from semidetr_lite.training.memory import (
     MAX_BOXES,
+    choose_micro_batches,
+    gpu_memory_of,
     largest_size,
     memory_dry_run,
     peak_memory,
+    possible_micro_batches,
     raise_if_out_of_memory,
     time_of_step,
 )
@@ -87,12 +90,14 @@ def train_or_resume(config: Config, folder: Path, workers: int = 1, quiet: bool 
 def _as_given(stored: Config, given: Settings) -> Config:
     """A stored run, less what may differ from it on resume.
 
-    Threads and precision are chosen, a burn-in moves, and a run that has begun needs no first
-    weights.
+    Threads, precision and micro-batches are chosen, a burn-in moves, and a run that has begun
+    needs no first weights.
     """
     runtime = dataclasses.replace(
         stored.runtime, threads=given.runtime.threads, precision=given.runtime.precision
     )
+    if given.runtime.accumulate == "auto":
+        runtime = dataclasses.replace(runtime, accumulate="auto")
     kwargs = stored.detector_kwargs
     if kwargs.query_init is None:  # of a run that began before there was a choice
         kwargs = dataclasses.replace(kwargs, query_init=given.detector_kwargs.query_init)
@@ -156,8 +161,11 @@ class Run:
         config = _resolve_runtime(check(config, origin), self.device)
         self.splits = splits or presets.load_splits(config, origin)
         config, self.notes = photos.plan(config, self.splits, self.device)
+        self.chooses_micro_batches = config.runtime.accumulate == "auto"
+        if self.chooses_micro_batches:
+            config = self._with_micro_batches(config, self._possible_micro_batches(config)[0])
         self.config = dataclasses.replace(config, categories=self.splits.categories)
-        optimizer, accumulate = config.optimizer, config.runtime.accumulate
+        optimizer, accumulate = config.optimizer, cast(int, config.runtime.accumulate)
         self.unlabelled = 0  # images of a step
         check_micro_batches("labelled", optimizer.batch_size, accumulate)
         if config.method != "supervised":
@@ -236,6 +244,33 @@ class Run:
         ours = [str(row["name"]) for row in self.splits.categories]
         return reorder_classes(tensors, [str(row["name"]) for row in stored], ours, file)
 
+    @staticmethod
+    def _possible_micro_batches(config: Config) -> list[int]:
+        """The numbers of micro-batches that a step can be run in, the highest first."""
+        unlabelled = 0 if config.method == "supervised" else config.optimizer.unlabelled_batch_size
+        return possible_micro_batches(config.optimizer.batch_size, unlabelled)
+
+    @staticmethod
+    def _with_micro_batches(config: Config, count: int) -> Config:
+        runtime = dataclasses.replace(config.runtime, accumulate=count)
+        return dataclasses.replace(config, runtime=runtime)
+
+    def choose_micro_batches(self) -> None:
+        """With `--accumulate auto`: try on this GPU how few micro-batches fit, and store it."""
+        if not self.chooses_micro_batches:
+            return
+
+        def largest_step(count: int) -> tuple[int, int]:
+            self.engine.set_micro_batches(count)
+            return gpu_memory_of(self.memory_dry_run)
+
+        count = choose_micro_batches(self._possible_micro_batches(self.config), largest_step)
+        self.engine.set_micro_batches(count)
+        self.config = self._with_micro_batches(self.config, count)
+        self.chooses_micro_batches = False
+        if not self.quiet:
+            print(f"{self.out}: {count} micro-batches (--accumulate auto)", flush=True)
+
     def _load_burn_in(self, folder: str) -> dict:
         """The checkpoint to start from.
 
@@ -259,6 +294,7 @@ class Run:
 
         Raises Stopped after Ctrl-C or SIGTERM, UserError where it cannot go on.
         """
+        self.choose_micro_batches()
         if distributed.rank() == 0:  # a step that is still to be measured has no lines yet
             self.folder.begin(self.config, self.step - bool(self.unmeasured))
         self.logged_step, self.clock = self.step, time.perf_counter()
@@ -567,7 +603,7 @@ def _longer_sides(splits: Splits) -> tuple[int, int]:
 
 
 def _resolve_runtime(config: Config, device: torch.device) -> Config:
-    """Precision and threads, chosen here and stored.
+    """Precision and threads, chosen here and stored; on a CPU, one micro-batch for "auto".
 
     Another number of threads adds numbers in another order.
     """
@@ -575,6 +611,8 @@ def _resolve_runtime(config: Config, device: torch.device) -> Config:
     torch.set_num_threads(threads)
     precision = choose_precision(config.runtime.precision, device)
     runtime = dataclasses.replace(config.runtime, threads=threads, precision=precision)
+    if runtime.accumulate == "auto" and device.type != "cuda":
+        runtime = dataclasses.replace(runtime, accumulate=1)
     return dataclasses.replace(config, runtime=runtime)
 
 

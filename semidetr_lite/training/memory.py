@@ -1,9 +1,10 @@
 """Memory: the largest steps are run once before the first, so that they do not fail hours later."""
 
 import functools
+import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import cast
 
@@ -12,7 +13,7 @@ import torch
 from semidetr_lite.contracts import Batch, Target
 from semidetr_lite.data.splits import Splits
 from semidetr_lite.detectors.detector import Detector, padded_side
-from semidetr_lite.distributed import shard
+from semidetr_lite.distributed import all_gather, shard, world_size
 from semidetr_lite.errors import UserError
 from semidetr_lite.methods.mean_teacher import MeanTeacher, PseudoLabels, TeacherStudent
 from semidetr_lite.training.engine import Engine
@@ -23,6 +24,7 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
+USABLE_MEMORY = 0.9  # of what is free; the rest is left to fragments and other programs
 MAX_BOXES = 100  # more confident boxes in one image do not happen in practice
 IMAGES_TO_MEASURE = 50  # that measuring runs together, of small ones
 
@@ -115,6 +117,49 @@ def nothing_changed(method: TeacherStudent) -> Iterator[None]:
                 owner, _, own_name = name.rpartition(".")
                 setattr(method.get_submodule(owner), own_name, value)
             method.stats = {}
+
+
+def possible_micro_batches(labelled: int, unlabelled: int) -> list[int]:
+    """The numbers of micro-batches of equal size and mix, the highest first.
+
+    Args:
+        labelled, unlabelled: images of a step, in all processes.
+    """
+    processes = world_size()
+    images = math.gcd(labelled, unlabelled)  # gcd(n, 0) is n
+    if images % processes:
+        return [images]
+    own = images // processes  # of each process
+    return [processes * count for count in range(own, 0, -1) if own % count == 0]
+
+
+def choose_micro_batches(counts: list[int], largest_step: Callable[[int], tuple[int, int]]) -> int:
+    """The fewest micro-batches that fit into the memory of the GPU.
+
+    It starts with the most and takes fewer as long as the next largest step is sure to fit. So none
+    runs out of memory, and all processes choose the same.
+
+    Args:
+        counts: to choose from, falling; each divides the one before.
+        largest_step: runs the largest step in so many micro-batches; the bytes that it took beyond
+            what was in use before, and the bytes that were free then.
+    """
+    for count, fewer in zip(counts, counts[1:], strict=False):
+        taken, free = largest_step(count)
+        expected = taken * count / fewer  # at most: gradients do not grow with the images
+        if any(all_gather(expected > USABLE_MEMORY * free)):
+            return count
+    return counts[-1]
+
+
+def gpu_memory_of(work: Callable[[], None]) -> tuple[int, int]:
+    """The bytes of a GPU that `work()` took beyond those in use before, and the bytes free then."""
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    return torch.cuda.max_memory_allocated() - before, free
 
 
 def _largest_batch(

@@ -136,8 +136,9 @@ class Schedule:
 class Runtime:
     """Speed and memory; all but the threads may change on --resume."""
 
-    # micro-batches that a step's images are run in, one after the other
-    accumulate: Annotated[Count, Role.RUNTIME] = 1
+    # micro-batches that a step's images are run in, one after the other; auto: the fewest that fit
+    # into the GPU's memory, 1 on a CPU
+    accumulate: Annotated[Count | Literal["auto"], Role.RUNTIME] = 1
     # auto: bfloat16 on a GPU that has it, else float32
     precision: Annotated[Precision, Role.RUNTIME] = "auto"
     # less memory for a slower step: layers are run again in the backward pass
@@ -694,7 +695,9 @@ def checked_json(kind: type, text: str | bytes, origin: str) -> Any:
         reason = f"{fault['msg'][:1].lower()}{fault['msg'][1:]}{got}"
         if fault["type"] == "unexpected_keyword_argument":
             reason = "there is no such setting"
-        path = [part for part in fault["loc"] if isinstance(part, str) and "[" not in part]
+        # pydantic names the kinds of a choice between kinds, which no field is called
+        words = [part for part in fault["loc"] if isinstance(part, str)]
+        path = [part for part in words if "[" not in part and "-" not in part]
         if origin == OPTIONS:
             raise UserError(f"{option_name(path)}: {reason}") from None
         raise UserError(f"{origin}: {'.'.join(path) or 'the settings'}: {reason}") from None

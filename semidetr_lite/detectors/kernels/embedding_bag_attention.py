@@ -1,4 +1,6 @@
-"""Deformable attention on a CPU without gradients, about three times as fast as `grid_sample`.
+"""Deformable attention on a CPU without gradients, about twice as fast as `grid_sample`.
+
+It serves where numba is not installed.
 
 Bilinear sampling is a weighted sum of four cells. So each output is a weighted sum of 4 * L * P
 rows of the values, and `embedding_bag` adds up weighted rows in one call.

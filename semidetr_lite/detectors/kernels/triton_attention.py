@@ -19,6 +19,8 @@ import triton.language as tl
 
 from semidetr_lite.detectors.transformer import level_layout
 
+BLOCK = 32  # queries per program
+
 
 @triton.jit
 def _load_point(locations, weights, point, active, width, height):
@@ -43,7 +45,7 @@ def _forward(
 ):  # fmt: skip
     """The output of BLOCK queries in one head of one image.
 
-    Arguments as in `TritonAttention`; layout is `level_layout`, CHANNELS is D/M.
+    Tensors as in `deformable_attention`; layout is `level_layout`, CHANNELS is D/M.
     """
     image = (tl.program_id(1) // HEADS).to(tl.int64)
     head = tl.program_id(1) % HEADS
@@ -122,59 +124,64 @@ def _backward(
             tl.store(locations_grad + 2 * point + 1, y_grad * weight * height, active)
 
 
-class TritonAttention(torch.autograd.Function):
-    """`apply(value, shapes, locations, weights)` -> (B, Q, D); arguments of `deformable_attention`.
+def forward(
+    value: torch.Tensor,
+    shapes: list[tuple[int, int]],
+    locations: torch.Tensor,
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    """The result of `deformable_attention`, (B, Q, D) in the dtype of `value`; same arguments."""
+    value, locations, weights = _as_read(value, locations, weights)
+    batch, queries, heads = locations.shape[:3]
+    output = value.new_empty(batch, queries, heads * value.shape[3])
+    _run(_forward, value, shapes, locations, weights, output)
+    return output
 
-    value: (B, S, M, D/M) · locations: (B, Q, M, L, P, 2) · weights: (B, Q, M, L, P).
+
+def backward(
+    value: torch.Tensor,
+    shapes: list[tuple[int, int]],
+    locations: torch.Tensor,
+    weights: torch.Tensor,
+    output_grad: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of value, locations and weights, each like its tensor.
+
+    Args:
+        value, shapes, locations, weights: see `deformable_attention`.
+        output_grad: (B, Q, D), the gradient of its result.
     """
+    dtypes = value.dtype, locations.dtype, weights.dtype
+    value, locations, weights = _as_read(value, locations, weights)
+    grads = (
+        torch.zeros_like(value, dtype=torch.float32),  # added to
+        torch.empty_like(locations),
+        torch.empty_like(weights),
+    )
+    _run(_backward, value, shapes, locations, weights, output_grad.contiguous(), *grads)
+    value_grad, locations_grad, weights_grad = (
+        grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)
+    )
+    return value_grad, locations_grad, weights_grad
 
-    BLOCK = 32  # queries per program
 
-    @staticmethod
-    def _run(kernel, value, shapes, locations, *tensors):
-        batch, queries, heads, levels, points = locations.shape[:5]
-        tokens, channels = value.shape[1], value.shape[3]
-        blocks = -(-queries // TritonAttention.BLOCK)
-        if blocks == 0 or batch == 0:
-            return
-        layout = level_layout(shapes, value.device)
-        with torch.cuda.device_of(value):  # Triton starts a kernel on the current device
-            kernel[blocks, batch * heads](
-                value, layout, locations, *tensors, tokens, queries,
-                heads, channels, levels, points, TritonAttention.BLOCK,
-            )  # fmt: skip
+def _as_read(
+    value: torch.Tensor, locations: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The tensors as the kernels read them: contiguous, locations and weights in float32."""
+    return value.contiguous(), locations.float().contiguous(), weights.float().contiguous()
 
-    @staticmethod
-    def forward(ctx, value, shapes, locations, weights):
-        """The result of `deformable_attention`, (B, Q, D)."""
-        value = value.contiguous()
-        locations = locations.float().contiguous()
-        weights = weights.float().contiguous()
-        ctx.shapes = shapes
-        ctx.save_for_backward(value, locations, weights)
-        batch, queries, heads = locations.shape[:3]
-        size = (batch, queries, heads, value.shape[3])
-        output = torch.empty(size, dtype=value.dtype, device=value.device)
-        TritonAttention._run(_forward, value, shapes, locations, weights, output)
-        return output.flatten(2)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, output_grad):
-        """The gradients of value, locations and weights, from that of the output (B, Q, D)."""
-        value, locations, weights = ctx.saved_tensors
-        value_grad = torch.zeros_like(value, dtype=torch.float32)
-        locations_grad = torch.empty_like(locations)
-        weights_grad = torch.empty_like(weights)
-        TritonAttention._run(
-            _backward,
-            value,
-            ctx.shapes,
-            locations,
-            weights,
-            output_grad.contiguous(),
-            value_grad,
-            locations_grad,
-            weights_grad,
-        )
-        return value_grad.to(value.dtype), None, locations_grad, weights_grad
+def _run(kernel, value, shapes, locations, *tensors):
+    """Start a kernel for all queries, heads and images."""
+    batch, queries, heads, levels, points = locations.shape[:5]
+    tokens, channels = value.shape[1], value.shape[3]
+    blocks = -(-queries // BLOCK)
+    if blocks == 0 or batch == 0:
+        return
+    layout = level_layout(shapes, value.device)
+    with torch.cuda.device_of(value):  # Triton starts a kernel on the current device
+        kernel[blocks, batch * heads](
+            value, layout, locations, *tensors, tokens, queries,
+            heads, channels, levels, points, BLOCK,
+        )  # fmt: skip
