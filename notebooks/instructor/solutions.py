@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torchvision.ops import roi_align
 
-from semidetr_lite.boxes import inverse_sigmoid, pairwise_overlaps
+from semidetr_lite.boxes import inverse_sigmoid, overlaps, pairwise_overlaps
 from semidetr_lite.data import splits
 from semidetr_lite.data.views import map_boxes
 from semidetr_lite.detectors.transformer import sine_positions
@@ -156,6 +156,30 @@ def one_to_many(logits, pred_boxes, target, alpha=1.0, beta=6.0, candidates=13):
             quality[got] = values / (values.max() + 1e-7) * iou[got, t].max()
     queries = (owner >= 0).nonzero()[:, 0]
     return queries, owner[queries], quality[queries]
+
+
+def one_to_many_losses(logits, pred_boxes, target, queries, targets, quality):
+    """Quality focal loss of all queries and classes; L1 and 1 - GIoU of the pairs, by quality."""
+    wanted = torch.zeros_like(logits)
+    wanted[queries, target["labels"][targets]] = quality
+    score = logits.sigmoid()
+    cross_entropy = -(wanted * score.log() + (1 - wanted) * (1 - score).log())
+    focal = ((wanted - score).abs() ** 2 * cross_entropy).sum()
+    boxes = to_model(target["boxes"], target["size"])[targets]
+    l1 = (pred_boxes[queries] - boxes).abs().sum(-1)
+    giou = overlaps(corners_of(pred_boxes[queries]), corners_of(boxes))[1]
+    divisor = quality.sum().clamp(min=1)
+    return {
+        "class": 2 * focal / divisor,
+        "l1": 5 * (quality * l1).sum() / divisor,
+        "giou": 2 * (quality * (1 - giou)).sum() / divisor,
+    }
+
+
+def corners_of(boxes):
+    """cxcywh -> xyxy."""
+    center, sides = boxes[:, :2], boxes[:, 2:]
+    return torch.cat([center - sides / 2, center + sides / 2], 1)
 
 
 def cost_in_model_coordinates(logits, pred_boxes, target):
@@ -393,6 +417,7 @@ SOLUTIONS = {
     "detr.map_positions": map_positions,
     "matching.one_to_one": one_to_one,
     "matching.one_to_many": one_to_many,
+    "losses.one_to_many": one_to_many_losses,
     "matching.matching_cost": cost_in_model_coordinates,
     "deformable.attention": deformable_attention,
     "deformable.refine": refine,
