@@ -187,6 +187,11 @@ class SemiDETR(MeanTeacher):
         matched = matched_costs(last_costs, confident | candidates)
         mined, threshold, new_costs = mine(matched, candidates, past_costs, self.mining)
         self.cost_queue = push_costs(self.cost_queue, new_costs)
+        self.stats = {
+            "pseudo_per_image": float(confident.sum() / len(confident)),
+            "mined_per_image": float((mined & ~confident).sum() / len(confident)),
+            "cost_threshold": threshold,
+        }
         if self.mined_targets:
             pseudo = self.with_mined(pseudo, confident | mined)
 
@@ -201,23 +206,14 @@ class SemiDETR(MeanTeacher):
         losses |= denoising_losses(outputs["groups"], denoising, [labelled, pseudo])
 
         # 6. CQC: both decoders should describe the confident and the mined boxes alike (3.3)
-        cosines = {}
         if labels.teacher is not None:
             student = DecodedView(self.student, memory, outputs).of_images(pseudo.images)
             teacher = DecodedView(self.teacher, *labels.teacher)
             masks = {"both": confident | mined, "confident": confident, "mined": mined}
             mask = masks[self.consistency_boxes]
-            views = (student, teacher)
-            loss, found = consistency_and_cosines(self.projector, *views, labels, mask)
+            loss, cosines = consistency_and_cosines(self.projector, student, teacher, labels, mask)
             losses["consistency"] = self.unlabelled_weight * self.consistency_weight * loss
-            cosines = {f"{name}_cosine": value for name, value in found._asdict().items()}
-
-        self.stats = {
-            "pseudo_per_image": float(confident.sum() / len(confident)),
-            "mined_per_image": float((mined & ~confident).sum() / len(confident)),
-            "cost_threshold": threshold,
-            **cosines,
-        }
+            self.stats |= cosines._asdict()
         return losses
 
     def prepare(self, micro_batches: list[dict], step: int) -> list[Prepared]:
