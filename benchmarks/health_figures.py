@@ -2,8 +2,8 @@
 
     python benchmarks/health_figures.py RUN... --out notebooks/recorded/health.json
 
-One entry per run: how it was made, the means of its log over the last steps, and how alike student
-and teacher describe objects of the tune split. No figure is of the test split.
+One entry per run: how it was made, its log, and how alike student and teacher describe objects of
+the tune split. A run may have been stopped before its end. No figure is of the test split.
 """
 
 import argparse
@@ -35,9 +35,8 @@ LOGGED = (
 )  # fmt: skip
 MEASURED = (
     "AP_student", "AP_teacher", "pseudo_precision", "pseudo_recall", "mined_boxes",
-    "mined_precision", "mined_recall",
+    "mined_precision", "mined_recall", "mined_precision_any_class", "mined_recall_any_class",
 )  # fmt: skip
-FIRST_STEPS, LAST_STEPS = 30, 150  # whose lines are averaged
 
 
 def object_cosines(run: Path, images: int = 60) -> dict[str, float]:
@@ -74,20 +73,14 @@ def object_cosines(run: Path, images: int = 60) -> dict[str, float]:
     }
 
 
-def mean_of(lines: list[dict], keys: tuple[str, ...]) -> dict[str, float]:
-    """The means of some keys over log lines; a key that no line has is left out."""
-    means = {}
-    for key in keys:
-        values = [line[key] for line in lines if line.get(key) is not None]
-        if values:
-            means[key] = round(statistics.mean(values), 4)
-    return means
+def figures_of(line: dict, keys: tuple[str, ...]) -> dict[str, float]:
+    """Some keys of a log line; one that it does not have is left out."""
+    return {key: round(line[key], 4) for key in keys if line.get(key) is not None}
 
 
 def health(run: Path) -> dict:
     """The entry of a run."""
     config, log = read_config(run), read_jsonl(run / "log.jsonl")
-    steps = log[-1]["step"]
     measured = [line for line in log if "AP_teacher" in line]
     return {
         "run": run.name,
@@ -95,9 +88,8 @@ def health(run: Path) -> dict:
         **{key: config[key] for key in ("method", "percent", "fold", "seed", "steps")},
         **{key: config[key] for key in ("command", "commit", "machine")},
         "seconds": log[-1]["seconds"],
-        "first_steps": mean_of([line for line in log if line["step"] <= FIRST_STEPS], LOGGED),
-        "last_steps": mean_of([line for line in log if line["step"] > steps - LAST_STEPS], LOGGED),
-        "measured": [{"step": line["step"], **mean_of([line], MEASURED)} for line in measured],
+        "logged": [{"step": line["step"], **figures_of(line, LOGGED)} for line in log],
+        "measured": [{"step": line["step"], **figures_of(line, MEASURED)} for line in measured],
         "matching_queries": object_cosines(run),
     }
 
@@ -110,7 +102,7 @@ def main() -> None:
     lines = [health(run) for run in options.runs]
     write_atomic(options.out, json.dumps(lines, indent=1) + "\n")
     for line in lines:
-        print(line["run"], line["last_steps"], line["measured"][-1], line["matching_queries"])
+        print(line["run"], line["logged"][-1], line["measured"][-1:], line["matching_queries"])
 
 
 if __name__ == "__main__":

@@ -119,6 +119,16 @@ def test_mined_figures_are_of_boxes_that_are_not_confident(monkeypatch):
     assert figures["mined_recall"] == pytest.approx(1 / 3, abs=1e-4)  # one of three without a box
 
 
+def test_a_mined_box_of_the_wrong_class_still_has_its_place(monkeypatch):
+    boxes_and_mined(monkeypatch, OBJECTS[:2], [0.9, 0.3], [False, True])
+    image, target = scene()
+    target["truth"]["labels"] = torch.tensor([0, 1, 0, 0])
+    figures = measure.pseudo_quality(make("stage one")[0], [(image, target)])
+    assert (figures["mined_precision"], figures["mined_recall"]) == (0, 0)
+    assert figures["mined_precision_any_class"] == 1
+    assert figures["mined_recall_any_class"] == pytest.approx(1 / 3, abs=1e-4)
+
+
 def test_nothing_mined_is_zero_and_methods_without_mining_have_no_such_figures(monkeypatch):
     boxes_and_mined(monkeypatch, OBJECTS[:1], [0.9], [False])
     figures = measure.pseudo_quality(make("stage one")[0], [scene()])

@@ -140,7 +140,7 @@ def test_a_batch_norm_takes_out_what_all_boxes_share():
         projector = Projector(16, hidden=32, norm=norm).train()
         boxes = torch.tensor([[0.0, 0, 63, 63]]).expand(12, 4)
         contents = projector([shared + own], [(8.0, 8.0)], torch.arange(12), boxes)
-        cosines[norm] = float(mean_cosines(contents, contents, contents).content)
+        cosines[norm] = float(mean_cosines(contents, contents, contents).content_cosine)
     assert cosines["batch"] < cosines["group"] - 0.2
 
 
@@ -279,14 +279,17 @@ def test_cosines_equal_loops():
     cosine = nn.functional.cosine_similarity
     pairs = [(i, j) for i in range(5) for j in range(5) if i != j]
     found = mean_cosines(student, teacher, contents)
-    assert float(found.same) == pytest.approx(float(cosine(student, teacher).mean()), abs=1e-5)
+    assert float(found.same_cosine) == pytest.approx(
+        float(cosine(student, teacher).mean()), abs=1e-5
+    )
     for value, (ours, theirs) in zip(
         found[1:], ((student, teacher), (contents, contents)), strict=True
     ):
         expected = sum(float(cosine(ours[i], theirs[j], dim=0)) for i, j in pairs) / len(pairs)
         assert float(value) == pytest.approx(expected, abs=1e-5)
     alone = mean_cosines(student[:1], teacher[:1], contents[:1])
-    assert alone.same.isfinite() and alone.different.isnan() and alone.content.isnan()
+    assert alone.same_cosine.isfinite()
+    assert alone.different_cosine.isnan() and alone.content_cosine.isnan()
 
 
 def test_a_figure_that_a_process_does_not_have_is_left_out_of_the_mean(monkeypatch):

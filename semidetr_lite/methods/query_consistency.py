@@ -117,9 +117,9 @@ class Cosines(NamedTuple):
     alike. Nan where there are too few boxes.
     """
 
-    same: torch.Tensor  # embeddings of student and teacher, last layer, of the same box
-    different: torch.Tensor  # embeddings of student and teacher, last layer, of different boxes
-    content: torch.Tensor  # contents of different boxes
+    same_cosine: torch.Tensor  # last embeddings of student and teacher, of the same box
+    different_cosine: torch.Tensor  # last embeddings of student and teacher, of different boxes
+    content_cosine: torch.Tensor  # contents of different boxes
 
 
 def query_consistency(

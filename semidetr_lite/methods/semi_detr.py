@@ -184,6 +184,11 @@ class SemiDETR(MeanTeacher):
         # 4. CPM: mine the pseudo-boxes that match the student's predictions at low cost (3.4)
         if mining is None:  # no other micro-batch takes part
             (mining,) = self.mine_step([costs["mining"]], [prepared], costs["past"])
+        self.stats = {
+            "pseudo_per_image": float(confident.sum() / len(confident)),
+            "mined_per_image": float((mining.mined & ~confident).sum() / len(confident)),
+            "cost_threshold": mining.threshold,
+        }
 
         # 5. SHM: match as the stage says; class, L1 and GIoU losses of both kinds of images (3.2)
         target_sets = [labelled, mining.targets]
@@ -202,22 +207,14 @@ class SemiDETR(MeanTeacher):
         losses |= denoising_losses(outputs["groups"], denoising, denoised)
 
         # 6. CQC: both decoders should describe the confident and the mined boxes alike (3.3)
-        cosines = {}
         if labels.teacher is not None:
             student = DecodedView(self.student, memory, outputs).of_images(pseudo.images)
             teacher = DecodedView(self.teacher, *labels.teacher)
-            boxes = (mining.compared, mining.num_compared)
-            views = (student, teacher)
-            loss, found = consistency_and_cosines(self.projector, *views, labels, *boxes)
+            loss, cosines = consistency_and_cosines(
+                self.projector, student, teacher, labels, mining.compared, mining.num_compared
+            )
             losses["consistency"] = self.unlabelled_weight * self.consistency_weight * loss
-            cosines = {f"{name}_cosine": value for name, value in found._asdict().items()}
-
-        self.stats = {
-            "pseudo_per_image": float(confident.sum() / len(confident)),
-            "mined_per_image": float((mining.mined & ~confident).sum() / len(confident)),
-            "cost_threshold": mining.threshold,
-            **cosines,
-        }
+            self.stats |= cosines._asdict()
         return losses
 
     def copy_costs(self, layers: Layers, prepared: Prepared, stage: str) -> dict[str, np.ndarray]:

@@ -250,6 +250,7 @@ CURVE = (
     *("step", "seconds", "AP_student", "AP_teacher", "pseudo_precision", "pseudo_recall"),
     *("pseudo_per_image", "mined_per_image", "duplicates", "duplicates_nms"),
     *("mined_boxes", "mined_precision", "mined_recall"),
+    *("mined_precision_any_class", "mined_recall_any_class"),
 )
 
 

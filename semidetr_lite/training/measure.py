@@ -4,6 +4,7 @@ AP, and the teacher's pseudo-boxes against the truth that training never sees.
 """
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import cast
 
@@ -191,38 +192,58 @@ def pseudo_quality(method: TeacherStudent, dataset: Dataset, images: int = 100) 
 
     Where boxes are mined, also the figures of those that are mined and not confident: their number
     "mined_boxes" on these images; "mined_precision"; and "mined_recall", the fraction that they
-    find of the objects that no confident box finds.
+    find of the objects that no confident box finds. The same two with "_any_class" ask for the
+    place alone: consistency queries are made from a box, not from its class.
 
     {} where no truth is known.
     """
     hits = boxes = objects = 0
-    missed = rescued = 0  # objects without a confident box; those of them that mining finds
-    mined_hits = mined_boxes = 0  # of boxes that are mined and not confident
+    mined: Counter = Counter()  # of boxes that are mined and not confident
     for image, target in iter_readable(dataset, images):
         if "truth" not in target:
             return {}
         truth, pseudo = target["truth"], plain_pseudo_boxes(method, [image])
         confident = pseudo.above(method.score_threshold)[0].cpu()
-        errors = box_errors(detection_of(pseudo, confident), truth)
-        hits += len(errors["hits"])
+        found = detection_of(pseudo, confident)
+        hits += len(box_errors(found, truth)["hits"])
         boxes, objects = boxes + int(confident.sum()), objects + len(truth["labels"])
         if mines(method):
             mined_only = mined_of_image(method, image, pseudo) & ~confident
-            mined_errors = box_errors(detection_of(pseudo, mined_only), truth)
-            mined_hits += len(mined_errors["hits"])
-            mined_boxes += int(mined_only.sum())
-            missed += len(errors["misses"])
-            still_missed = set(errors["misses"].tolist()) & set(mined_errors["misses"].tolist())
-            rescued += len(errors["misses"]) - len(still_missed)
+            mined.update(mined_counts(found, detection_of(pseudo, mined_only), truth))
     figures = {
         "pseudo_precision": round(hits / max(boxes, 1), 4),
         "pseudo_recall": round(hits / max(objects, 1), 4),
     }
     if mines(method):
-        figures["mined_boxes"] = mined_boxes
-        figures["mined_precision"] = round(mined_hits / max(mined_boxes, 1), 4)
-        figures["mined_recall"] = round(rescued / max(missed, 1), 4)
+        figures["mined_boxes"] = mined["boxes"]
+        for name in ("", "_any_class"):
+            precision = mined[f"right{name}"] / max(mined["boxes"], 1)
+            recall = mined[f"rescued{name}"] / max(mined[f"missed{name}"], 1)
+            figures[f"mined_precision{name}"] = round(precision, 4)
+            figures[f"mined_recall{name}"] = round(recall, 4)
     return figures
+
+
+def mined_counts(confident: Target, mined: Target, truth: Target) -> dict[str, int]:
+    """What mining adds in one image: boxes, right ones, objects missed before, those now found.
+
+    Args:
+        confident, mined: detections; no box is in both.
+        truth: the objects.
+    """
+    errors = [box_errors(boxes, truth) for boxes in (confident, mined)]
+    missed, still_missed = (set(one["misses"].tolist()) for one in errors)
+    on_object = [box_iou(one["boxes"], truth["boxes"]) >= 0.5 for one in (confident, mined)]
+    without_box = ~on_object[0].any(0)
+    return {
+        "boxes": len(mined["labels"]),
+        "right": len(errors[1]["hits"]),
+        "missed": len(missed),
+        "rescued": len(missed - still_missed),
+        "right_any_class": int(on_object[1].any(1).sum()),
+        "missed_any_class": int(without_box.sum()),
+        "rescued_any_class": int((without_box & on_object[1].any(0)).sum()),
+    }
 
 
 def mines(method: TeacherStudent) -> bool:
