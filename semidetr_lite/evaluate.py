@@ -345,7 +345,7 @@ def _index(library, images: list[dict], category_ids: list, rows: list[dict]):
         row.setdefault("iscrowd", 0)
         row.setdefault("area", row["bbox"][2] * row["bbox"][3])
     coco = library.COCO()
-    categories = [{"id": category_id} for category_id in category_ids]
+    categories = [{"id": number, "name": str(number)} for number in category_ids]
     coco.dataset = {"images": images, "categories": categories, "annotations": rows}
     coco.createIndex()
     return coco
