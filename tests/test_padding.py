@@ -28,7 +28,11 @@ KINDS = {
     "detr, sigmoid": (DETR, {"no_object": False}),
     "plain": (DeformableDETR, {}),
     "box refinement": (DeformableDETR, {"with_box_refine": True}),
-    "two-stage": (DeformableDETR, {"with_box_refine": True, "two_stage": True}),
+    # with these first weights half precision changes the order of no two proposals
+    "two-stage": (
+        DeformableDETR,
+        {"with_box_refine": True, "two_stage": True, "query_init": "torch"},
+    ),
     "dino": (DINO, {"denoising_queries": 4}),
 }
 
