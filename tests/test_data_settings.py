@@ -67,17 +67,6 @@ def test_without_any_unlabelled_image_there_is_no_semi_supervised_training(tmp_p
         Batches(load_splits(settings), 2, 2, settings.views, seed=0)
 
 
-@pytest.mark.parametrize(
-    "queries, method, words",
-    [(1, "supervised", ["have more than 1 objects"]), (4, "supervised", []), (9, "semi-detr", []),
-     (4, "semi-detr", ["fewer than 4 per object"])],
-)  # fmt: skip
-def test_more_objects_than_queries(data, capsys, queries, method, words):
-    load_splits(config(data, method, num_queries=queries))
-    said = capsys.readouterr().err
-    assert ("--queries" in said) == bool(words) and all(word in said for word in words)
-
-
 def test_skip_unreadable_may_be_added_to_a_run_that_stopped(data, tmp_path, capsys):
     settings = config(data, "supervised", steps=4, evaluate_every=4)
     run = Run(settings, tmp_path / "run", workers=0, quiet=True)
