@@ -17,7 +17,7 @@ from tests.test_own_images import picture, voc, yolo
 def coco(folder, json_name, content, images="images"):
     """A json and its images, no two of them the same."""
     path = coco_of_equal_pictures(folder, json_name, content, images)
-    for seed, file in enumerate(sorted((folder / images).iterdir())):
+    for seed, file in enumerate(sorted((folder / images).glob("*.png"))):
         pixels = np.random.default_rng(seed).integers(0, 256, (24, 32, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(file)
     return path

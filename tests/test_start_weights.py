@@ -251,6 +251,20 @@ class TestTimm:
         refusal(lambda: make_backbone("timm:tf_efficientnet_lite0", str(tmp_path / "w.pth")),
                 tmp_path / "w.pth", "tf_efficientnet_lite0", "0 of the")  # fmt: skip
 
+    def test_a_port_with_other_names_for_the_same_shapes(self, timm, tmp_path, capsys):
+        net = timm.create_model("mobilenetv3_small_050").eval()
+        other = {f"_{key}": value for key, value in net.state_dict().items()}
+        torch.save(other, tmp_path / "w.pth")
+        backbone = make_backbone("timm:mobilenetv3_small_050", str(tmp_path / "w.pth"))
+        ours = backbone.net.state_dict()
+        theirs = net.state_dict()
+        assert torch.equal(ours["conv_stem.weight"], theirs["conv_stem.weight"])
+        assert "taken in their order" in capsys.readouterr().err
+        torch.save(dict(list(other.items())[::-1]), tmp_path / "w.pth")
+        refusal(
+            lambda: make_backbone("timm:mobilenetv3_small_050", str(tmp_path / "w.pth")), "0 of the"
+        )
+
     @pytest.mark.parametrize(
         "name, words",
         [("no_such_model", ["no_such_model"]), ("vit_tiny_patch16_224", ["strides", "vit_tiny"])],

@@ -372,7 +372,7 @@ def _class_table(part: dict) -> list[str]:
     ranked = sorted(part["classes"].items(), key=lambda item: -item[1])
     if len(ranked) > SHOWN_CLASSES:
         ranked = [*ranked[: SHOWN_CLASSES - 4], *ranked[-4:]]
-    width = min(max(len(name) for name, _ in ranked), 40)
+    width = min(max((len(name) for name, _ in ranked), default=5), 40)
     share = f"labelled at {part['percent']:g} %"
     lines = [f"    {'class':<{width}} {'boxes':>8} {'images':>8} {share:>16}"]
     lines += [

@@ -409,7 +409,7 @@ def _voc_content(root, image) -> tuple[tuple[int, int], list[BoxObject], int]:
         except ValueError:
             name = ""
         if not name:
-            numbers = ", ".join(map(str, corners))
+            numbers = " ".join(", ".join(map(str, corners)).split())
             raise ValueError(f'an "object" lacks its "name" or a number of its "bndbox": {numbers}')
         difficult = (entry.findtext("difficult") or "").strip() == "1"
         swapped += x1 > x2 or y1 > y2

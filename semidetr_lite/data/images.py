@@ -59,19 +59,8 @@ def read_image(path, upright: bool = False) -> torch.Tensor:
 
     Raises UserError naming the file.
     """
-    return _read_image(path, upright)[0]
-
-
-def read_upright(path) -> tuple[torch.Tensor, int]:
-    """An image file turned upright, as of `read_image`, and its EXIF orientation: 1 for no turn."""
-    return _read_image(path, upright=True)
-
-
-def _read_image(path, upright: bool) -> tuple[torch.Tensor, int]:
     with _opened(path) as file:
-        orientation = file.getexif().get(ORIENTATION, 1) if upright else 1
-        orientation = orientation if orientation in MIRROR_AND_SWAP else 1
-        return rgb_pixels(file, upright), orientation
+        return rgb_pixels(file, upright)
 
 
 def rgb_pixels(image: Image.Image, upright: bool = False) -> torch.Tensor:
@@ -82,10 +71,21 @@ def rgb_pixels(image: Image.Image, upright: bool = False) -> torch.Tensor:
     if image.mode.startswith(("I", "F")):
         problem = f"its pixels are of mode {image.mode}"
         raise ValueError(f"{problem}; save it with 8 bits per channel")
-    if upright and image.getexif().get(ORIENTATION, 1) in MIRROR_AND_SWAP:
+    if upright and image.getexif().get(ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
     pixels = np.array(image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+
+
+def read_upright(path) -> tuple[torch.Tensor, int]:
+    """An image file turned upright, as of `read_image`, and its EXIF orientation: 1 for no turn.
+
+    Raises UserError naming the file.
+    """
+    with _opened(path) as file:
+        orientation = file.getexif().get(ORIENTATION, 1)
+        image = rgb_pixels(file, upright=True)
+    return image, orientation if orientation in MIRROR_AND_SWAP else 1
 
 
 def header_size(path, upright: bool = False) -> tuple[int, int]:

@@ -95,21 +95,6 @@ def more_objects_than(counts: np.ndarray, queries: int) -> str | None:
     )
 
 
-def too_few_for_candidates(counts: np.ndarray, queries: int, candidates: int) -> str | None:
-    """Images whose objects get fewer queries each than one-to-many matching asks for.
-
-    Arguments as of `more_objects_than`; `candidates` are queries per object.
-    """
-    over = int((counts * candidates > queries).sum())
-    if not over:
-        return None
-    return (
-        f"in {over} of {len(counts)} images the objects, at most {counts.max()}, are too many for "
-        f"one-to-many matching: {queries} queries are fewer than {candidates} per object; raise "
-        "--queries"
-    )
-
-
 def named(names: list[str]) -> str:
     """Class names in a line, the first ones if they are many."""
     listed = ", ".join(repr(name) for name in names[:MAX_NAMES])

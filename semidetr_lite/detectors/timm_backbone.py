@@ -5,6 +5,8 @@ maps at strides 8, 16 and 32 can be taken. BatchNorm is frozen, as in the ResNet
 are those of the weights, and of no batch.
 """
 
+import logging
+import sys
 from pathlib import Path
 
 import torch
@@ -47,10 +49,15 @@ class TimmBackbone(Backbone):
             }
         elif weights is not None:
             options["pretrained"] = True
+        builder = logging.getLogger("timm.models._builder")
+        level = builder.level
+        builder.setLevel(logging.ERROR)  # it warns that the classifier is not taken
         try:
             net = timm.create_model(name, **options)
         except Exception as problem:
             raise UserError(_cannot_get(name, weights, problem)) from None
+        finally:
+            builder.setLevel(level)
         self.net = timm.layers.freeze_batch_norm_2d(net)
         self.channels = tuple(self.net.feature_info.channels())
         self._check_maps(name, strides)
@@ -128,8 +135,8 @@ def _map_indices(timm, name: str, strides: tuple[int, ...]) -> tuple[int, ...]:
 
 def _from_file(timm, name: str, path: str) -> dict:
     """timm's way to say that the weights come from these tensors. Raises UserError for others'."""
-    tensors = read_tensors(Path(path))
     expected = timm.create_model(name).state_dict()
+    tensors = _in_timms_names(read_tensors(Path(path)), expected, path)
     classifier = timm.get_pretrained_cfg(name).classifier or ()
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     needed = [
@@ -146,6 +153,20 @@ def _from_file(timm, name: str, path: str) -> dict:
         raise UserError(f"{path}: {problem}; give --backbone-weights a file of that network")
     fitting = {key: tensors[key] for key in needed if key not in missing}
     return {"state_dict": {**expected, **fitting}}
+
+
+def _in_timms_names(tensors: dict, expected: dict, path: str) -> dict:
+    """The tensors under the model's names, where a file has other names for all the same shapes.
+
+    Ports of one network into several libraries differ in their names alone. Entries are then taken
+    in their order, and one line on stderr says so.
+    """
+    shapes, ours = ([value.shape for value in entries.values()] for entries in (tensors, expected))
+    if set(tensors) & set(expected) or shapes != ours:
+        return tensors
+    message = f"its {len(ours)} entries have other names, and are taken in their order"
+    print(f"{path}: {message}, in which all shapes agree", file=sys.stderr)
+    return dict(zip(expected, tensors.values()))
 
 
 def _cannot_get(name: str, weights: str | None, problem: Exception) -> str:

@@ -5,13 +5,11 @@ Data, detector, method. The presets are those of settings.py.
 
 import inspect
 import json
-import sys
 from pathlib import Path
 from typing import Any, cast
 
 from semidetr_lite.data import coco, digits
-from semidetr_lite.data.splits import Splits, Subset
-from semidetr_lite.data.suspicions import more_objects_than, too_few_for_candidates
+from semidetr_lite.data.splits import Splits
 from semidetr_lite.detectors.backbone import TIMM
 from semidetr_lite.detectors.deformable_detr import DeformableDETR
 from semidetr_lite.detectors.detector import Detector
@@ -27,7 +25,6 @@ from semidetr_lite.methods.soft_teacher import SoftTeacher
 from semidetr_lite.methods.supervised import Supervised
 from semidetr_lite.training.settings import (
     PRESETS,
-    WITH_QUERIES,
     Config,
     DetectorKwargs,
     Settings,
@@ -74,7 +71,7 @@ def load_splits(config: Config | dict, file: str | Path = "config.json") -> Spli
     with as_user_error(file, "settings of data that cannot be used"):
         if config.data == "digits":
             return digits.load(config.percent, config.fold, files.extra_unlabelled)
-        splits = coco.load(
+        return coco.load(
             config.data,
             files.images,
             config.unlabelled,
@@ -87,22 +84,6 @@ def load_splits(config: Config | dict, file: str | Path = "config.json") -> Spli
             files.stratified,
             files.skip_unreadable,
         )
-        _warn_about_queries(splits, config)
-        return splits
-
-
-def _warn_about_queries(splits: Splits, config: Settings) -> None:
-    """One line on stderr where labelled images have more objects than the detector has queries."""
-    queries = config.detector_kwargs.num_queries
-    if queries is None or config.detector not in WITH_QUERIES:
-        return
-    labelled = cast(Subset, splits.labelled)
-    counts = cast(coco.CocoDataset, labelled.dataset).counts()[labelled.indices]
-    problem = more_objects_than(counts, queries)
-    if problem is None and config.method == "semi-detr":
-        problem = too_few_for_candidates(counts, queries, config.semi_detr.candidates)
-    if problem:
-        print(f"warning: {config.data}: {problem}", file=sys.stderr)
 
 
 def make_detector(name: str, num_classes: int, kwargs: DetectorKwargs | dict) -> Detector:
