@@ -223,7 +223,7 @@ def evaluate(
         detections: a COCO results json, such as `predict` writes.
     """
     if run is not None and (truth or detections) or run is None and (voc or data):
-        choice = "give a run folder (with --voc or --data if you like), or --truth and --detections"
+        choice = "give a run folder (with --voc if you like), or --truth and --detections"
         raise UserError(f"evaluate: {choice}, not both")
     if truth and detections:
         from semidetr_lite.evaluate import evaluate as evaluate_detections

@@ -2,7 +2,7 @@
 
 | name | shape | what it is |
 |---|---|---|
-| `image` | (1, 3, H, W) | RGB as floats in 0..1, of any size from 32 to 4,096 pixels |
+| `image` | (1, 3, H, W) | RGB as floats in 0..1, of any size from 64 to 4,096 pixels |
 | `scores` | (1, Q, C) | of each query and class, in 0..1 |
 | `boxes` | (1, Q, 4) | x1, y1, x2, y2 of each query, as fractions of width and height |
 
@@ -31,7 +31,7 @@ from semidetr_lite.detectors.detector import Detector, class_scores
 from semidetr_lite.errors import UserError
 from semidetr_lite.files import write_atomic
 
-SIDES = (32, 4096)  # pixels
+SIDES = (64, 4096)  # pixels
 TRACED = (96, 128)  # (H, W) of the image that the trace is made with
 TOLERANCE = 1e-3  # largest difference of a score or of a box in fractions of the image
 NEEDED = "pip install onnx onnxruntime onnxscript"
@@ -65,6 +65,11 @@ def export_onnx(detector: Detector, path: Path) -> float | None:
     if not isinstance(detector, DeformableDetector):
         name = type(detector).__name__
         raise UserError(f"{name} cannot be exported: dino and deformable-detr can")
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as problem:
+        raise UserError(f"export needs packages that are not here ({problem}): {NEEDED}") from None
     model = OnnxDetector(detector.cpu()).eval()
     program = _onnx_program(model)
     program.model.metadata_props.update(_metadata(detector))
@@ -101,8 +106,10 @@ def _onnx_program(model: OnnxDetector):
                 output_names=["scores", "boxes"],
                 verbose=False,
             )
-    except ImportError as problem:  # of onnx or onnxscript
-        raise UserError(f"export needs packages that are not here ({problem}): {NEEDED}") from None
+    except Exception as problem:  # of torch's conversion, which changes with every version
+        reason = (str(problem).splitlines() or [""])[0][:200]
+        fault = f"torch {torch.__version__} cannot export this detector"
+        raise UserError(f"{fault}: {reason}") from problem
     finally:
         logging.disable(logging.NOTSET)
 
