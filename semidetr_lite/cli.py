@@ -1,4 +1,4 @@
-"""The commands: demo, gallery, train, evaluate, predict, compare, ablate, doctor.
+"""The commands: demo, gallery, train, evaluate, predict, export, compare, ablate, doctor.
 
 Each is a plain function. What takes long to import (torch, scikit-learn, matplotlib) is imported
 where it is used, so that help and messages about wrong options come at once.
@@ -247,7 +247,7 @@ def evaluate(
         detections: a COCO results json, such as `predict` writes.
     """
     if run is not None and (truth or detections) or run is None and (voc or data):
-        choice = "give a run folder (with --voc or --data if you like), or --truth and --detections"
+        choice = "give a run folder (with --voc if you like), or --truth and --detections"
         raise UserError(f"evaluate: {choice}, not both")
     if truth and detections:
         from semidetr_lite.evaluate import evaluate as evaluate_detections
@@ -401,6 +401,40 @@ def _raise_for_unread(problems: list[UserError], count: int) -> None:
     if problems:
         left_out = f"{len(problems)} of {count} images are left out, the others are done"
         raise UserError(f"{problems[0]}{f'; {left_out}' if count > 1 else ''}")
+
+
+def export(
+    run: Folder,
+    out: Path | None = None,
+    format: Literal["onnx"] = "onnx",
+    weights: Weights = "best",
+) -> None:
+    """Write a detector as an ONNX file, which runs without this package, and check it.
+
+    Args:
+        run: a run folder or a .safetensors file.
+        out: the .onnx file; without it detector.onnx in the run folder.
+        format: of the file.
+        weights: the student's, its average's (the teacher's), or the best by the run's own
+            measurements.
+    """
+    _require(run)
+    out = out or (run if run.is_dir() else run.parent) / "detector.onnx"
+    if out.suffix.lower() != ".onnx":
+        raise UserError(f"{out}: the file is an .onnx file; give --out such a name")
+
+    from semidetr_lite.export import export_onnx, outside_lines
+    from semidetr_lite.training.checkpoint import load_detector
+
+    detector = load_detector(run, weights)
+    difference = export_onnx(detector, out)
+    checked = "not checked: onnxruntime is not installed"
+    if difference is not None:
+        checked = (
+            f"onnxruntime's results on images of four sizes differ by {difference:.1g} at most"
+        )
+    print(f"{out}: {checked}")
+    print("\n".join(f"  {line}" for line in outside_lines(detector)))
 
 
 def doctor(
@@ -600,7 +634,7 @@ def ablate(
 
 COMMANDS = {
     command.__name__: command
-    for command in (demo, gallery, train, evaluate, predict, compare, ablate, doctor)
+    for command in (demo, gallery, train, evaluate, predict, export, compare, ablate, doctor)
 }
 
 

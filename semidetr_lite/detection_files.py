@@ -96,7 +96,7 @@ def _listed_rows(path, content) -> list:
     if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
         raise UserError(f"{path}: not a COCO results file: it holds no list of detections")
     images, categories = (
-        {row["id"]: row for row in content.get(table) or [] if _is_named(row, name)}
+        {row["id"]: row for row in _rows_of(content, table) if _is_named(row, name)}
         for table, name in (("images", "file_name"), ("categories", "name"))
     )
     rows = []
@@ -109,6 +109,11 @@ def _listed_rows(path, content) -> list:
             row = {**named, **row}
         rows.append(row)
     return rows
+
+
+def _rows_of(content: dict, table: str) -> list:
+    rows = content.get(table)
+    return rows if isinstance(rows, list) else []
 
 
 def _is_named(row, name: str) -> bool:
@@ -147,7 +152,7 @@ def _number(value) -> int | float | None:
 
 def _use_ids_of_names(path, rows: list[dict], truth: dict) -> None:
     """Give rows the ids of the truth's images of the same name. Raises UserError where none is."""
-    images = {row["file_name"]: row for row in truth["images"] if "file_name" in row}
+    images = {row["file_name"]: row for row in truth["images"] if _is_named(row, "file_name")}
     if not images:  # a truth without names, whose ids must do
         return
     matched = match_names({row["file_name"] for row in rows}, images)
@@ -179,13 +184,13 @@ def _use_classes_of_names(path, rows: list[dict], truth: dict) -> None:
 
     Raises UserError where no class has such a name.
     """
-    ids = {row.get("name"): row["id"] for row in truth["categories"] if row.get("name")}
+    ids = {row["name"]: row["id"] for row in truth["categories"] if _is_named(row, "name")}
     if not ids:
         return
     names = sorted({row["category_name"] for row in rows})
     if not ids.keys() & set(names):
         fault = f"its classes ({', '.join(names[:3])}) are none of the truth's"
-        raise UserError(f"{path}: {fault} ({', '.join(sorted(map(str, ids))[:3])})")
+        raise UserError(f"{path}: {fault} ({', '.join(sorted(ids)[:3])})")
     unknown = [name for name in names if name not in ids]
     if unknown:
         fault = f"its class {unknown[0]!r} is not in the truth"

@@ -152,8 +152,12 @@ def stored_boxes(boxes: torch.Tensor, size: tuple[int, int], orientation: int) -
 def read_truth(path: Path, categories: list[dict]) -> Truth:
     """The ids of a COCO json. Raises UserError for one without file names or with other classes."""
     document = read_coco(path)
-    images = {row["file_name"]: row for row in document["images"] if row.get("file_name")}
-    ids = {row.get("name"): row["id"] for row in document["categories"]}
+    images = {
+        row["file_name"]: row for row in document["images"] if isinstance(row.get("file_name"), str)
+    }
+    ids = {
+        row["name"]: row["id"] for row in document["categories"] if isinstance(row.get("name"), str)
+    }
     missing = [row["name"] for row in categories if row["name"] not in ids]
     if not images:
         raise UserError(f"{path}: its images have no file_name, so none can be found")

@@ -44,6 +44,7 @@ ROOMS = [
     "gallery",
     "teach",
     "prediction",
+    "export",
     "cli",
     "__main__",
 ]  # a module imports from its own room and from those before it

@@ -172,7 +172,8 @@ def test_every_preset_is_sound_and_builds_its_detectors(preset, name):
     config = new_config(preset, "supervised", name)
     assert differences(config, preset_settings(preset, "supervised", name)) == {}
     assert read_settings(json.loads(config_json(config)), "config.json") == config
-    assert config.optimizer.batch_size >= config.runtime.accumulate
+    is_open = preset == "photos"  # whose batch size is chosen for the machine
+    assert is_open or config.optimizer.batch_size >= config.runtime.accumulate
     kwargs = dataclasses.replace(config.detector_kwargs, backbone_weights=None)
     with torch.device("meta"):
         make_detector(name, 80, kwargs)
@@ -306,12 +307,13 @@ def test_duplicates_are_counted_with_and_without_suppression():
             keep = batched_nms(boxes, torch.linspace(1, 0.5, 5), labels, nms)
             return [{"boxes": boxes[keep], "labels": labels[keep]} for _ in images]
 
-    found = measure_module.duplicates(Seer(), [(None, truth)] * 2, images=5, nms=0.8)
+    image = torch.zeros(3, 60, 60)
+    found = measure_module.duplicates(Seer(), [(image, truth)] * 2, images=5, nms=0.8)
     assert found == {
         "duplicates": 1.0,
         "duplicates_nms": 0.5,
     }  # two further boxes on two found objects, then one
-    nothing = [(None, {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)})]
+    nothing = [(image, {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)})]
     assert measure_module.duplicates(Seer(), nothing)["duplicates"] == 0
 
 

@@ -216,7 +216,8 @@ def _can_get(weights: str) -> bool:
     before = socket.getdefaulttimeout()
     try:
         socket.setdefaulttimeout(WAIT)
-        with contextlib.redirect_stderr(io.StringIO()):
+        silent = io.StringIO()
+        with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
             torchvision.models.ResNet18_Weights[weights].get_state_dict(progress=False)
     except Exception:  # no network, no disk, a damaged file: there are no weights
         return False
