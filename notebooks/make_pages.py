@@ -64,13 +64,13 @@ details.code > summary { color: var(--jp-content-link-color); cursor: pointer; }
 .jp-RenderedHTMLCommon .highlight { margin: 1em 0; }
 .jp-InputArea-editor { overflow-x: auto; }
 math { font-size: 1.1em; }
-.contents { display: block; max-width: 1100px; margin: auto; padding: 0 16px 0 80px; }
-.contents ul { columns: 2 20em; margin: 0.4em 0; padding-left: 1.2em; }
+nav.contents { display: block; max-width: 1100px; margin: auto; padding: 0 16px 0 80px; }
+nav.contents ul { columns: 2 20em; margin: 0.4em 0; padding-left: 1.2em; }
 @media (max-width: 700px) {
   .jp-InputPrompt, .jp-OutputPrompt { display: none; }
   main { padding: 0 8px 48px; }
   nav { flex-wrap: wrap; }
-  .contents { padding: 0 16px; }
+  nav.contents { padding: 0 16px; }
   .jp-RenderedHTMLCommon table { display: block; overflow-x: auto; }
 }
 @media (prefers-color-scheme: dark) {
@@ -166,7 +166,7 @@ def add_contents(page: Path) -> None:
     if len(sections) > 2:
         rows = "".join(f'<li><a href="#{anchor}">{title}</a></li>' for anchor, title in sections)
         contents = f'<nav class="contents" aria-label="On this page"><ul>{rows}</ul></nav>'
-        page.write_text(html.replace("<main>", f"{contents}\n<main>", 1), encoding="utf-8")
+        page.write_text(html.replace("</nav>", f"</nav>\n{contents}", 1), encoding="utf-8")
 
 
 def make_site(folder: Path, out: Path, repository: str | None = None) -> None:
