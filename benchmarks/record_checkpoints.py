@@ -36,7 +36,7 @@ CHECKPOINTS = Path(__file__).parents[1] / "notebooks" / "checkpoints"
 SCENES = 100  # of the tune split
 PLACE_STEPS, KEPT_BATCHES = 6000, 600  # of the DETR, see train_detr
 # steps that are run, steps of the schedule that they are the beginning of, learning rate
-CLASS_PHASES = ((1250, 1500, 5e-4), (800, 2500, 8e-4), (500, 500, 8e-4))
+CLASS_PHASES = ((1250, 1500, 5e-4), (800, 2500, 8e-4), (700, 700, 8e-4))
 
 
 class Made(NamedTuple):

@@ -64,6 +64,35 @@ details.code > summary { color: var(--jp-content-link-color); cursor: pointer; }
 .jp-RenderedHTMLCommon .highlight { margin: 1em 0; }
 .jp-InputArea-editor { overflow-x: auto; }
 math { font-size: 1.1em; }
+nav.contents { display: block; max-width: 1100px; margin: auto; padding: 0 16px 0 80px; }
+nav.contents ul { columns: 2 20em; margin: 0.4em 0; padding-left: 1.2em; }
+@media (max-width: 700px) {
+  .jp-InputPrompt, .jp-OutputPrompt { display: none; }
+  main { padding: 0 8px 48px; }
+  nav { flex-wrap: wrap; }
+  nav.contents { padding: 0 16px; }
+  .jp-RenderedHTMLCommon table { display: block; overflow-x: auto; }
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    color-scheme: dark;
+    --jp-layout-color0: #14171c; --jp-layout-color1: #14171c; --jp-layout-color2: #262b33;
+    --jp-content-font-color0: #f2f2f2; --jp-content-font-color1: #dcdfe4;
+    --jp-content-font-color2: #a5abb5; --jp-content-font-color3: #8a909b;
+    --jp-ui-font-color0: #f2f2f2; --jp-ui-font-color1: #dcdfe4; --jp-ui-font-color2: #a5abb5;
+    --jp-content-link-color: #7ab8ff; --jp-rendermime-table-row-background: #1c2027;
+    --jp-cell-editor-background: #1c2027; --jp-cell-editor-border-color: #333a44;
+    --jp-border-color0: #444b57; --jp-border-color1: #444b57; --jp-border-color2: #333a44;
+    --jp-mirror-editor-variable-color: #dcdfe4; --jp-mirror-editor-keyword-color: #6fc28b;
+    --jp-mirror-editor-builtin-color: #6fc28b; --jp-mirror-editor-string-color: #f2a58e;
+    --jp-mirror-editor-number-color: #9bd17c; --jp-mirror-editor-comment-color: #86aebb;
+    --jp-mirror-editor-operator-color: #cfa0ff; --jp-mirror-editor-def-color: #8fb8ff;
+    --jp-mirror-editor-meta-color: #cfa0ff; --jp-mirror-editor-property-color: #8fc7e8;
+    --jp-mirror-editor-punctuation-color: #9fc3e6;
+  }
+  body { background: var(--jp-layout-color0); }
+  .jp-RenderedImage img { border-radius: 6px; }
+}
 </style>
 {%- endblock -%}
 {%- block body_header -%}{{ super() }}
@@ -130,6 +159,16 @@ def write(exporter: HTMLExporter, notebook: nbformat.NotebookNode, path: Path) -
     path.write_text(exporter.from_notebook_node(notebook)[0], encoding="utf-8")
 
 
+def add_contents(page: Path) -> None:
+    """Put links to the sections of a page, if it has several, above its text."""
+    html = page.read_text(encoding="utf-8")
+    sections = re.findall(r'<h2 id="([^"]+)">(.*?)<a class="anchor-link"', html, re.DOTALL)
+    if len(sections) > 2:
+        rows = "".join(f'<li><a href="#{anchor}">{title}</a></li>' for anchor, title in sections)
+        contents = f'<nav class="contents" aria-label="On this page"><ul>{rows}</ul></nav>'
+        page.write_text(html.replace("</nav>", f"</nav>\n{contents}", 1), encoding="utf-8")
+
+
 def make_site(folder: Path, out: Path, repository: str | None = None) -> None:
     """A page for each notebook, and index.html from README.md; with links to Colab where the
     repository is known.
@@ -153,6 +192,7 @@ def make_site(folder: Path, out: Path, repository: str | None = None) -> None:
                 ("Open in Colab", colab.colab_address(repository, f"{name}.ipynb"))
             )
         write(exporter, page, out / f"{name}.html")
+        add_contents(out / f"{name}.html")
 
 
 def make_slides(folder: Path, out: Path, reveal: str = REVEAL) -> None:

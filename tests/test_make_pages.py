@@ -198,3 +198,15 @@ def test_the_site_links_to_colab_only_where_the_address_is_known(folder):
 def test_no_placeholder_stands_in_the_course():
     for path in [*NOTEBOOKS.glob("*.ipynb"), NOTEBOOKS / "README.md"]:
         assert "OWNER/" not in path.read_text(encoding="utf-8"), path
+
+
+def test_a_page_of_several_sections_begins_with_links_to_them(folder):
+    sections = [new_markdown_cell(f"## {n}. What `x{n}` is\n\ntext") for n in (1, 2, 3)]
+    cells = [new_markdown_cell("# Why three?"), *sections]
+    nbformat.write(new_notebook(cells=cells), folder / "03_three.ipynb")
+    make_pages.make_site(folder, folder / "out")
+    page = (folder / "out" / "03_three.html").read_text(encoding="utf-8")
+    contents = page.split('aria-label="On this page"')[1].split("</nav>")[0]
+    targets = re.findall(r'href="#([^"]+)"', contents)
+    assert len(targets) == 3 and all(f'id="{target}"' in page for target in targets)
+    assert "On this page" not in (folder / "out" / "02_two.html").read_text(encoding="utf-8")

@@ -325,7 +325,7 @@ def test_curves_are_told_apart_without_colour():
 
 def test_the_most_similar_query_is_judged_by_its_place(explorers):
     (figure,) = explorers["consistency"].figures()
-    words = [ax.get_title(loc="left") for ax in figure.axes]
+    words = [ax.get_title(loc="left").replace("\n", " ") for ax in figure.axes]
     assert words[2] == "consistency query: most like 0, right place" and len(figure.axes) == 3
 
 

@@ -373,7 +373,7 @@ def image_grid(
     scale = min(room / sum(widest), cell / max(widest))  # inches per pixel
     sizes = sizes * scale
     column_widths = scale * np.array(widest)
-    width = 2 * margin + column_widths.sum() + (columns - 1) * gap
+    width = round(2 * margin + column_widths.sum() + (columns - 1) * gap, 6)
     captions = [
         wrap(text, column_widths[index % columns], CAPTION_POINTS)
         for index, text in enumerate(titles or [""] * len(images))
