@@ -441,7 +441,13 @@ PHOTOS = Settings(
     ),
     schedule=Schedule(warmup_steps=50, lr_decay_fraction=0.25, burn_in_steps=600),
     pseudo_labels=PseudoLabels(unlabelled_weight=2.0, unlabelled_box_weight=0.25),
-    semi_detr=SemiDetr(one_to_many_share=1.0, candidates=4, mining_top_k=4, cost_queue_size=500),
+    semi_detr=SemiDetr(
+        one_to_many_share=1.0,
+        candidates=4,
+        mining_top_k=4,
+        cost_queue_size=500,
+        projector_norm="batch",
+    ),
     views=ViewSettings(
         zoom=(0.8, 1.25),
         shift=0.06,
