@@ -82,7 +82,8 @@ def test_a_pickle_that_runs_something_is_refused(door, bomb, work, tmp_path):
     write, canary = bomb
     run, picture, out = work / "run", work / "voc/JPEGImages/0.jpg", tmp_path / "out"
     if door in ("predict", "evaluate", "compare"):
-        write(run / "teacher.safetensors")
+        for name in ("teacher", "best"):
+            write(run / f"{name}.safetensors")
     if door in ("--resume", "--burn-in"):
         write(run / "last.pt", lambda content: {"config": "{}", "step": 2, "method": content})
     other = tmp_path / "theirs.pth"
