@@ -18,7 +18,7 @@ from semidetr_lite.boxes import to_model
 from semidetr_lite.contracts import Target, View
 from semidetr_lite.data import digits
 from semidetr_lite.data.coco import CocoDataset, find_annotations
-from semidetr_lite.data.splits import Dataset
+from semidetr_lite.data.splits import Dataset, Subset
 from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.detectors.transformer import stack_layers
 from semidetr_lite.errors import UserError
@@ -151,7 +151,9 @@ def open_other(
     else:
         train, held_out = find_annotations(data, images, validation)
         dataset = CocoDataset(held_out or train)
-        renamed = Renamed(dataset, _names(dataset.categories), categories)
+        without_labels = set(dataset.without_labels if dataset.labelled_ids is not None else ())
+        labelled = [index for index in range(len(dataset)) if index not in without_labels]
+        renamed = Renamed(Subset(dataset, labelled), _names(dataset.categories), categories)
     if renamed.unknown:
         names = ", ".join(map(repr, renamed.unknown[:3]))
         message = f"{len(renamed.unknown)} classes that the detector does not know are left out"
@@ -195,13 +197,14 @@ def pseudo_quality(method: TeacherStudent, dataset: Dataset, images: int = 100) 
     find of the objects that no confident box finds. The same two with "_any_class" ask for the
     place alone: consistency queries are made from a box, not from its class.
 
-    {} where no truth is known.
+    Images without a known truth are passed over; {} where there is no other.
     """
-    hits = boxes = objects = 0
+    hits = boxes = objects = measured = 0
     mined: Counter = Counter()  # of boxes that are mined and not confident
     for image, target in iter_readable(dataset, images):
         if "truth" not in target:
-            return {}
+            continue
+        measured += 1
         truth, pseudo = target["truth"], plain_pseudo_boxes(method, [image])
         confident = pseudo.above(method.score_threshold)[0].cpu()
         found = detection_of(pseudo, confident)
@@ -210,6 +213,8 @@ def pseudo_quality(method: TeacherStudent, dataset: Dataset, images: int = 100) 
         if mines(method):
             mined_only = mined_of_image(method, image, pseudo) & ~confident
             mined.update(mined_counts(found, detection_of(pseudo, mined_only), truth))
+    if not measured:
+        return {}
     figures = {
         "pseudo_precision": round(hits / max(boxes, 1), 4),
         "pseudo_recall": round(hits / max(objects, 1), 4),
