@@ -594,7 +594,8 @@ def explore_denoising(scenes: Sequence[tuple]) -> Explorer:
         if queries_and_targets is None:
             title = "No object: no denoising query"
             return show_targets([image], [target], None, title=title)
-        _, boxes, copies, _ = queries_and_targets[0]
+        group = queries_and_targets[0]
+        boxes, copies = group.boxes, group.copies
         count = len(target["labels"])
         labels = padded.labels[0].repeat(2)
         noised = {"boxes": to_pixels(boxes[0, : 2 * count], target["size"]), "labels": labels}
