@@ -190,7 +190,7 @@ def _result_lines(last: dict, steps: int) -> list[str]:
         ap, ap50 = 100 * figures["AP"], 100 * figures["AP50"]
         known = f"AP {ap:.1f}, AP50 {ap50:.1f} on the test split"
         lines.append(f"{name}: {known if ap == ap else 'no AP, the test split has no boxes'}")
-    best = last["best"]
+    best = last.get("best")
     if last["step"] < steps:
         lines.append(f"ended early, at step {last['step']} of {steps}: --patience")
     if best is not None:

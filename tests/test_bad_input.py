@@ -356,12 +356,12 @@ def test_images(work, kind):
 
 def test_weights(work):
     words = ["predict", work / "run", work / "voc/JPEGImages/0.jpg", "--out", work.parent / "found"]
-    fuzz(work, "run/teacher.safetensors", 120, *words)
+    fuzz(work, "run/best.safetensors", 120, *words)
 
 
 def test_weights_with_another_header(work):
     """The header is JSON of its own: its length in 8 bytes, then it, then the numbers."""
-    file = work / "run/teacher.safetensors"
+    file = work / "run/best.safetensors"
     content = file.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header, numbers = json.loads(content[8 : 8 + length]), content[8 + length :]

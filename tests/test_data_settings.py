@@ -54,8 +54,9 @@ def test_the_draw_is_stratified_for_own_data_and_uniform_for_coco(tmp_path):
     assert [classes(fold, True) for fold in (1, 2, 3)] == [6, 6, 6]
     assert min(classes(fold, False) for fold in (1, 2, 3)) < 6
     for name, preset in PRESETS.items():
-        assert preset.data_files.stratified == name.startswith("digits")
-        missing = "unlabelled" if name.startswith("digits") else "background"
+        for_own_data = name == "photos" or name.startswith("digits")
+        assert preset.data_files.stratified == for_own_data
+        missing = "unlabelled" if for_own_data else "background"
         assert preset.data_files.missing_labels == missing
 
 

@@ -39,16 +39,19 @@ def test_a_published_file_is_measured_on_the_validation_images(monkeypatch, tmp_
     expected, seen = ours("detr", 2, FULL), []
     load_public_weights(expected, tmp_path / "model.bin")
 
-    def watched(detector, dataset, voc):
-        seen.append((detector, dataset, voc))
-        return {"AP": 0.25}
+    detect_dataset = measure_module.detect_dataset
 
-    monkeypatch.setattr(measure_module, "measure", watched)
+    def watched(detector, dataset):
+        seen.append((detector, dataset))
+        return detect_dataset(detector, dataset)
+
+    monkeypatch.setattr(measure_module, "detect_dataset", watched)
     words = ["evaluate", tmp_path / "model.bin", "--data", train, "--images", data / "images"]
     assert run(monkeypatch, *words, "--validation", val, "--nms", "0.5", "--voc") == 0
-    assert "AP          25.0" in capsys.readouterr().out
-    ((detector, dataset, voc),) = seen
-    assert len(dataset) == 3 and voc and not detector.training
+    printed = capsys.readouterr().out
+    assert "AR100 " in printed and "AP50_11point" in printed  # COCO's figures, and VOC's
+    ((detector, dataset),) = seen
+    assert len(dataset) == 3 and not detector.training
     assert detector.test_size == (800, 1333) and detector.nms == 0.5
     state = detector.state_dict()
     assert state.keys() == expected.state_dict().keys()
@@ -77,7 +80,7 @@ def test_what_does_not_go_together_is_said(monkeypatch, tmp_path, capsys):
     (tmp_path / "w.pth").write_bytes(b"x")
     for words, said in (
         ([tmp_path / "w.pth"], "say with --data what to measure it on"),
-        ([tmp_path / "run", "--data", "x"], "is a run, with data of its own"),
+        ([tmp_path / "run", "--data", "x"], "no such weights"),
         ([tmp_path / "w.pth", "--data", tmp_path / "none"], "none"),
     ):
         assert run(monkeypatch, "evaluate", *words) == 2

@@ -294,5 +294,6 @@ def test_photographs_go_from_a_folder_to_a_picture(monkeypatch, tmp_path, capsys
     command = ["semidetr", "predict", tmp_path / "second", more, "--out", tmp_path / "found"]
     monkeypatch.setattr(sys, "argv", [str(word) for word in command])
     assert cli.main() == 0 and len(list((tmp_path / "found").glob("*.png"))) == 1
-    assert train(monkeypatch, *words, "--out", tmp_path / "third") == 2
+    alone = ["--missing-labels", "background", "--out", tmp_path / "third"]
+    assert train(monkeypatch, *words, *alone) == 2
     assert "no unlabelled image" in capsys.readouterr().err

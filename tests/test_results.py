@@ -69,10 +69,10 @@ def test_every_table_fits_together_and_links_to_its_source(name, record):
 
 
 def test_only_what_stands_between_markers_changes_and_twice_is_as_once(record):
-    text = "before\n<!-- results: full -->\nold\n<!-- end results -->\nbetween\n\n"
+    text = "before\n<!-- results: full -->\nstale words\n<!-- end results -->\nbetween\n\n"
     text += "```\n<!-- results: full -->\n```\n  <!-- results: demo -->\n<!-- end results -->\n"
     once = make_results.rewritten(text, ROOT / "README.md", record)
-    assert once.startswith("before\n<!-- results: full -->\n\n| ") and "old" not in once
+    assert once.startswith("before\n<!-- results: full -->\n\n| ") and "stale words" not in once
     assert "```\n<!-- results: full -->\n```" in once  # an example of a marker stays one
     assert once.count("<sub>") == 2 and once.endswith("</sub>\n\n<!-- end results -->\n")
     assert make_results.rewritten(once, ROOT / "README.md", record) == once

@@ -10,6 +10,7 @@ import pickle
 import shutil
 import stat
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -119,6 +120,12 @@ def test_names_in_a_json_stay_in_the_folder_of_images(work):
     file = work / "coco/instances_train.json"
     document = json.loads(file.read_text())
     Image.new("RGB", (64, 48)).save(work / "secret.png")
+    opened, open_image = set(), Image.open
+
+    def watched(path, *others, **more):
+        opened.add(Path(os.path.realpath(path)))
+        return open_image(path, *others, **more)
+
     for name in (
         "../../secret.png",
         str(work / "secret.png"),
@@ -128,7 +135,13 @@ def test_names_in_a_json_stay_in_the_folder_of_images(work):
         document["images"][1]["file_name"] = name
         file.write_text(json.dumps(document))
         status, said = call("train", "--data", work / "coco", "--out", work / "out", "--workers", 0)
-        assert status == 2 and "leaves the folder" in said and not (work / "out").exists()
+        assert status == 2 and "secret.png" in said and not (work / "out").exists()
+        # nor is it read where unreadable images are left out
+        words = ["--skip-unreadable", "--data", work / "coco", "--out", work / "skipped"]
+        with patch.object(Image, "open", watched):
+            call("train", *words, "--steps", 1, "--workers", 0)
+        shutil.rmtree(work / "skipped", ignore_errors=True)
+    assert opened and work / "secret.png" not in opened
 
 
 def test_a_run_folder_with_links_is_no_way_to_write_elsewhere(work, tmp_path):
