@@ -256,6 +256,14 @@ def test_pseudo_boxes_are_kept_mined_or_dropped():
     assert legend == ["truth", "kept", "kept, wrong", "mined only", "dropped"]
 
 
+def test_a_legend_of_many_rows_stays_below_its_image():
+    legend = ["truth", "kept", "kept_wrong", "mined", "mined_wrong", "dropped"]
+    figure, (ax,) = visualize.image_grid([HIGH], 1, ["a caption"], legend=legend)
+    figure.canvas.draw()
+    (entries,) = figure.legends
+    assert entries.get_window_extent().y1 <= ax.get_window_extent().y0 + 1
+
+
 def test_of_the_dropped_boxes_the_best_are_drawn():
     count = visualize.BEST_DROPPED + 3
     boxes = [[10 * place, 1, 10 * place + 8, 9] for place in range(count)]

@@ -742,7 +742,7 @@ def explore_mixture(pools: dict[str, tuple]) -> Explorer:
         threshold = costs[np.where(is_reliable, density.sum(1), -1).argmax()]
         if truth:
             return plot_cost_mixture(costs, means, variances, weights, threshold, correct)
-        title = f"The cut mines {(costs <= threshold).sum()} of {len(costs)} boxes"
+        title = f"The threshold mines {(costs <= threshold).sum()} of {len(costs)} boxes"
         unknown = np.ones(len(costs), dtype=bool)
         figure = plot_cost_mixture(costs, means, variances, weights, threshold, unknown, title)
         (ax,) = figure.axes

@@ -384,9 +384,10 @@ def image_grid(
     caption_heights = [0.16 * count for count in lines]
     row_heights = [high + sizes[row, 0].max() for row, high in zip(slices, caption_heights)]
     header = wrap(title, width, 11)
-    legend_wraps = len(legend) * 1.1 > width
+    legend_columns = 2 if len(legend) * 1.1 > width else max(1, len(legend))
+    legend_rows = math.ceil(len(legend) / legend_columns)
     top = margin + (0.19 * (header.count("\n") + 1) + 0.04 if header else 0)
-    bottom = margin + (0.2 * (1 + legend_wraps) if legend else 0)
+    bottom = margin + 0.2 * legend_rows
     height = top + sum(row_heights) + margin * (len(slices) - 1) + bottom
 
     figure = Picture(figsize=(width, height), dpi=DPI, facecolor="white")
@@ -401,7 +402,7 @@ def image_grid(
         axes.append(figure.add_axes((*bottom_left, *size)))
         _write_caption(axes[-1], captions[index])
     if legend:
-        _add_legend(figure, legend, columns=2 if legend_wraps else len(legend))
+        _add_legend(figure, legend, legend_columns)
     return figure, axes
 
 

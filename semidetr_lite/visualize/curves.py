@@ -264,11 +264,11 @@ def plot_cost_mixture(
         density = weight * np.exp(exponent) / np.sqrt(2 * np.pi * variance)
         boxes_per_bar = density * len(values) * (edges[1] - edges[0])
         ax.plot(grid, boxes_per_bar, color=INK, linestyle=dashes, linewidth=1.5, label=name)
-    ax.axvline(threshold, color=RED, linewidth=2, label=f"cut at {threshold:.2f}")
+    ax.axvline(threshold, color=RED, linewidth=2, label=f"threshold {threshold:.2f}")
     ax.legend(**LEGEND_OUTSIDE)
-    ax.set(xlabel="matching cost of a pseudo-box with the student's answer", ylabel="pseudo-boxes")
+    ax.set(xlabel="matching cost of a pseudo-box with the student's query", ylabel="pseudo-boxes")
     mined = right[values <= threshold]
-    finding = f"The cut mines {len(mined)} of {len(values)} boxes"
+    finding = f"The threshold mines {len(mined)} of {len(values)} boxes"
     if len(mined):
         of_mined, of_all = 100 * mined.mean(), 100 * right.mean()
         finding += f"; {of_mined:.0f} % of these are right, against {of_all:.0f} % of all"
