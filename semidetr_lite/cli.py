@@ -191,7 +191,7 @@ def _result_lines(last: dict, steps: int) -> list[str]:
         known = f"AP {ap:.1f}, AP50 {ap50:.1f} on the test split"
         lines.append(f"{name}: {known if ap == ap else 'no AP, the test split has no boxes'}")
     best = last.get("best")
-    if last["step"] < steps:
+    if last.get("step", steps) < steps:
         lines.append(f"ended early, at step {last['step']} of {steps}: --patience")
     if best is not None:
         classes = last["per_class"][best["weights"]]
@@ -286,7 +286,13 @@ def _measure_run(
     if run.is_dir():
         detector = load_detector(run, weights)
         if data[0] is None:
-            test = load_splits(read_config(run), run / "config.json").test
+            splits = load_splits(read_config(run), run / "config.json")
+            test = splits.test
+            if len(splits.categories) != len(detector.categories):
+                classes = (
+                    f"{len(splits.categories)} classes, its weights {len(detector.categories)}"
+                )
+                raise UserError(f"{run}: the data in config.json have {classes}")
         else:
             test = open_other(data[0], data[1], detector.categories, data[2])
     else:

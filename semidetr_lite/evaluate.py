@@ -34,7 +34,6 @@ FIGURES = (
     *("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large"),
 )
 TOP = 100  # detections per image that count, those with the highest scores
-KEYS = ("id", "height", "width")  # of an image, that an evaluation reads
 Evaluator = Literal["auto", "pycocotools", "hotcoco"]
 
 
@@ -347,10 +346,8 @@ def _index(library, images: list[dict], category_ids: list, rows: list[dict]):
         row.setdefault("area", row["bbox"][2] * row["bbox"][3])
     coco = library.COCO()
     categories = [{"id": number, "name": str(number)} for number in category_ids]
-    # names and what else a json says of its images do not matter here
-    images = [
-        {"file_name": "", **{key: image[key] for key in KEYS if key in image}} for image in images
-    ]
+    # names and sizes, as a json has them, do not matter to boxes
+    images = [{"id": image["id"], "file_name": "", "height": 1, "width": 1} for image in images]
     coco.dataset = {"images": images, "categories": categories, "annotations": rows}
     coco.createIndex()
     return coco
