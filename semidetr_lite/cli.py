@@ -289,10 +289,9 @@ def _measure_run(
             splits = load_splits(read_config(run), run / "config.json")
             test = splits.test
             if len(splits.categories) != len(detector.categories):
-                classes = (
-                    f"{len(splits.categories)} classes, its weights {len(detector.categories)}"
-                )
-                raise UserError(f"{run}: the data in config.json have {classes}")
+                counts = (len(splits.categories), len(detector.categories))
+                fault = "the data in config.json have {} classes, its weights {}"
+                raise UserError(f"{run}: {fault.format(*counts)}")
         else:
             test = open_other(data[0], data[1], detector.categories, data[2])
     else:
