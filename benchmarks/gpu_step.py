@@ -343,7 +343,7 @@ def main(argv=None) -> int:
         data = options.data or str(generate(Path(folder) / "coco", options.images))
         splits = load_splits(new_config("coco-10pct", data=data))
         for setup in options.setups or (
-            ["float32:2", "bfloat16:1:checkpointing"] if options.toy else SETUPS
+            ["float32:2", "float32:1:checkpointing"] if options.toy else SETUPS
         ):
             for stage in options.stages:
                 print(json.dumps(line := one_line(setup, stage, data, splits, options)), flush=True)
