@@ -2,10 +2,12 @@
 
 import os
 
-# Threads that wait for work sleep instead of spinning. Torch reads this when it is loaded, so it
-# stands before anything
-# else; beside other jobs, spinning threads make a training step many times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Torch reads these when it is loaded, so they stand before anything else. Threads that wait for
+# work spin for some microseconds and then sleep. Spinning on makes a training step many times
+# slower beside other jobs, sleeping at once makes it slower on a quiet machine
+# (benchmarks/README.md).
+if os.environ.setdefault("OMP_WAIT_POLICY", "passive") == "passive":
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 __all__ = ["load_detector"]
 __version__ = "0.1.0"

@@ -4,6 +4,7 @@ import os
 
 os.environ["MPLBACKEND"] = "Agg"  # before anything imports matplotlib
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before anything imports torch
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import pytest
 import torch

@@ -24,14 +24,15 @@ import os, runpy, sys
 class Spy:
     def find_spec(self, name, path=None, target=None):
         if name == "torch":
-            print("torch sees", os.environ.get("OMP_WAIT_POLICY"))
+            print("torch sees", os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT"))
 sys.meta_path.insert(0, Spy())
 """
 
 
 def seen_by_torch(code: str, **variables) -> list[str]:
-    """What OMP_WAIT_POLICY is at each import of torch while the code runs in a new process."""
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    """OMP_WAIT_POLICY and GOMP_SPINCOUNT at each import of torch while code runs in a new process."""
+    ours = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
     words = [sys.executable, "-c", SPY + code]
     run = subprocess.run(
         words,
@@ -52,11 +53,13 @@ COMMAND = "sys.argv = ['semidetr', 'evaluate', '.']; runpy.run_module('semidetr_
 
 
 def test_waiting_threads_sleep_before_torch_is_loaded():
-    assert set(seen_by_torch(COMMAND)) == {"passive"}
+    assert set(seen_by_torch(COMMAND)) == {"passive 5000"}
 
 
 def test_what_the_user_has_set_stays():
-    assert set(seen_by_torch("import semidetr_lite.boxes", OMP_WAIT_POLICY="active")) == {"active"}
+    code = "import semidetr_lite.boxes"
+    assert set(seen_by_torch(code, OMP_WAIT_POLICY="active")) == {"active None"}
+    assert set(seen_by_torch(code, GOMP_SPINCOUNT="7")) == {"passive 7"}
 
 
 def test_make_tells_its_programs():
