@@ -7,8 +7,10 @@ same seed and fold. The row "supervised" takes as long as burn-in and method tog
 labels it is the upper end of the gap. A killed ablation goes on where it was. What has its line
 already is not run again, on whatever machine it ran.
 
-Rows and tables follow the paper's ablation (section 4.3). Added is "mined as targets", where mined
-boxes are targets too.
+The tables main to switch follow the paper's ablation (section 4.3). Added are the row "mined as
+targets", where mined boxes are targets too, and four tables about choices that the paper leaves
+open or that a small data set makes for itself: what class losses on unlabelled images are divided
+by, mixed views, the norm of CQC's projector, and the scores that CPM's bar is made from.
 """
 
 import math
@@ -23,11 +25,13 @@ from semidetr_lite.training.checkpoint import read_config
 from semidetr_lite.training.loop import train_or_resume
 from semidetr_lite.training.settings import (
     PRESETS,
+    RUN_IDENTITY,
     Config,
     Settings,
     as_config,
     change,
     check,
+    differences,
     identity,
     preset_settings,
 )
@@ -67,6 +71,22 @@ ROWS = {
         f"switch at {share} %": Row("semi-detr", {"one_to_many_share": share / 100})
         for share in (20, 60, 80)
     },
+    **{
+        f"{method}, by {text}": Row(method, {"pseudo_normalizer": divisor})
+        for method in ("mean-teacher", "semi-detr")
+        for divisor, text in (
+            ("pseudo_boxes", "pseudo-boxes"),
+            ("expected_objects", "expected objects"),
+        )
+    },
+    **{
+        f"{method} + mixing": Row(method, {"mixing": "both"})
+        for method in ("mean-teacher", "semi-detr")
+    },
+    "group norm": Row("semi-detr", {"projector_norm": "group"}),
+    "batch norm": Row("semi-detr", {"projector_norm": "batch"}),
+    "best boxes": Row("semi-detr", {"candidate_scores": "boxes"}),
+    "all pairs": Row("semi-detr", {"candidate_scores": "pairs"}),
 }
 # table: {its row: the entry of ROWS, where it has another name there}
 TABLES = {
@@ -88,7 +108,19 @@ TABLES = {
         "union": "semi-detr",
         "mined as targets": "mined as targets",
     },
-    "switch": {"as in the preset": "semi-detr", **{name: name for name in list(ROWS)[-3:]}},
+    "switch": {
+        "as in the preset": "semi-detr",
+        **{name: name for name in ROWS if name.startswith("switch at")},
+    },
+    "divisor": {name: name for name in ROWS if ", by " in name},
+    "mixing": {
+        "mean-teacher": "mean-teacher",
+        "mean-teacher + mixing": "mean-teacher + mixing",
+        "semi-detr": "semi-detr",
+        "semi-detr + mixing": "semi-detr + mixing",
+    },
+    "projector": {"group norm": "group norm", "batch norm": "batch norm"},
+    "candidates": {"best boxes": "best boxes", "all pairs": "all pairs"},
 }
 
 
@@ -99,6 +131,10 @@ BASELINES = {
     "threshold": "fixed",
     "boxes": "confident",
     "switch": "as in the preset",
+    "divisor": "mean-teacher, by pseudo-boxes",
+    "mixing": "mean-teacher",
+    "projector": "group norm",
+    "candidates": "best boxes",
 }
 
 
@@ -137,6 +173,7 @@ class Ablation:
         self.settings = check(settings or PRESETS["digits"])
         if self.settings.steps == 0:
             raise UserError("ablate: the preset photos leaves the steps open; give --steps")
+        self.changes = changed_settings(self.settings)
 
     def run(
         self,
@@ -189,7 +226,13 @@ class Ablation:
         config, folder = self.config(job)
         run = identity(config)
         labels = {"table": job.table, "row": job.row, **run}
-        recorded = [line for line in read_jsonl(self.record) if run.items() <= line.items()]
+        if self.changes:
+            labels["changes"] = self.changes
+        recorded = [
+            line
+            for line in read_jsonl(self.record)
+            if run.items() <= line.items() and line.get("changes", {}) == self.changes
+        ]
         for line in recorded:
             if (line["table"], line["row"]) == (job.table, job.row):
                 return line
@@ -214,7 +257,10 @@ class Ablation:
     def append_curve(self, folder: Path, run: dict) -> None:
         """Append what a run measured in training to RECORD_curves.jsonl, unless it is there."""
         file = self.record.with_name(f"{self.record.stem}_curves.jsonl")
-        if not any(run.items() <= line.items() for line in read_jsonl(file)):
+        if self.changes:
+            run = run | {"changes": self.changes}
+        recorded = [line for line in read_jsonl(file) if run.items() <= line.items()]
+        if not any(line.get("changes", {}) == self.changes for line in recorded):
             log = read_jsonl(folder / "log.jsonl")
             lines = [
                 {key: line[key] for key in CURVE if key in line}
@@ -244,6 +290,20 @@ class Ablation:
         elif burn_in_steps:
             settings = change(settings, burn_in=str(folder / "burn-in"))
         return as_config(settings), folder / job.name.replace(" ", "_")
+
+
+def changed_settings(settings: Settings) -> dict[str, object]:
+    """What differs from the preset, for all rows alike: {option: value}.
+
+    Without what tells runs from one another, how long they are, and the machine.
+    """
+    preset = preset_settings(settings.preset, settings.method, settings.detector)
+    apart = {*RUN_IDENTITY, "burn_in", "runtime", "measuring"}
+    return {
+        path[-1]: value
+        for path, (value, _) in differences(settings, preset).items()
+        if path[0] not in apart and path[-1] != "burn_in_steps"
+    }
 
 
 CURVE = (
@@ -285,10 +345,9 @@ def summarise(lines: list[dict]) -> list[Summary]:
     groups: dict[tuple, list[dict]] = {}
     for line in lines:
         data = line.get("data", "digits")
-        line = {
-            **line,
-            "preset": line["preset"] if data == "digits" else f"preset {line['preset']} on {data}",
-        }
+        preset = line["preset"] if data == "digits" else f"preset {line['preset']} on {data}"
+        changes = [f"{name} {value}" for name, value in line.get("changes", {}).items()]
+        line = {**line, "preset": ", ".join([preset, *changes])}
         key = tuple(line[name] for name in ("table", "preset", "detector", "percent", "row"))
         groups.setdefault((*key, line.get("steps", 0)), []).append(line)
     means = {key: statistics.mean(100 * line["AP"] for line in groups[key]) for key in groups}
