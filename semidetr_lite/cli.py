@@ -103,9 +103,7 @@ def _plan(names: list[str], quick: bool) -> str:
     lines += ["2. from there, side by side with one thread each:"]
     lines += [f"   - {together[name]}" for name in names]
     lines += ["3. a page with pictures and curves"]
-    wait = (
-        "a minute" if quick else "about 10 minutes on two quiet CPU cores, longer beside other jobs"
-    )
+    wait = "a minute" if quick else "10 to 20 minutes on two CPU cores without other jobs"
     lines += [f"This takes {wait}. Ctrl-C stops it; the same command goes on where it was."]
     return "\n".join(lines)
 
