@@ -7,10 +7,13 @@ Slides load reveal.js when they are shown, from a public address or from a copy 
 
 import argparse
 import base64
+import mimetypes
+import os
 import re
 import shutil
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import nbformat
 from latex2mathml.converter import convert
@@ -27,6 +30,8 @@ SAVED = Config({"NbConvertBase": {"display_data_priority": PRIORITY}})  # no wid
 MATHS = re.compile(
     r"(?P<code>(`+).*?\2)|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+?)\$", re.DOTALL
 )
+LINK = re.compile(r"(?P<picture>!?)\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<target>[^)\s]+)\)")
+WITHHELD = "instructor"  # the folder of solutions, which no page shows
 LINES = 28  # that fit on a slide
 SLIDE_IMAGE = (1180, 600)  # CSS pixels, the largest width and height of a picture on a slide
 HIDDEN = "hide-input"  # the tag of cells whose code is folded on the site and left out on slides
@@ -170,29 +175,79 @@ def add_contents(page: Path) -> None:
 
 
 def make_site(folder: Path, out: Path, repository: str | None = None) -> None:
-    """A page for each notebook, and index.html from README.md; with links to Colab where the
-    repository is known.
+    """A page for each notebook, index.html from README.md, and a page for each other text.
+
+    These are the markdown files of the folder, of its folder of records and of docs beside it, but
+    for what instructors withhold. Where the repository is known, notebooks have links to Colab.
     """
     exporter = HTMLExporter(config=SAVED, raw_template=SITE + PICTURE)
-    index, pages = (
-        read(folder / "README.md"),
-        {path.stem: read(path) for path in sorted(folder.glob("*.ipynb"))},
-    )
-    index.metadata.links = []
-    write(exporter, index, out / "index.html")
-    names = list(pages)
-    for place, (name, page) in enumerate(pages.items()):
-        page.metadata.links = [("Contents", "index.html")]
+    notebooks = sorted(folder.glob("*.ipynb"))
+    names = {folder / "README.md": "index.html"}
+    names |= {path: f"{path.stem}.html" for path in notebooks}
+    for path in _texts(folder):
+        place = "" if path.parent == folder else f"{path.parent.name}_"
+        names.setdefault(path, f"{place}{path.stem}.html")
+    pages = {path: read(path) for path in names}
+    for path, page in pages.items():
+        for cell in page.cells:
+            if cell.cell_type == "markdown":
+                cell.source = point_links(cell.source, path, names, repository)
+        page.metadata.links = [] if names[path] == "index.html" else [("Contents", "index.html")]
+    for place, path in enumerate(notebooks):
+        links = pages[path].metadata.links
         for arrow, other in (("← {}", place - 1), ("{} →", place + 1)):
-            if 0 <= other < len(names):
-                title = pages[names[other]].metadata.title
-                page.metadata.links.append((arrow.format(title), f"{names[other]}.html"))
+            if 0 <= other < len(notebooks):
+                neighbour = notebooks[other]
+                links.append((arrow.format(pages[neighbour].metadata.title), names[neighbour]))
         if repository:
-            page.metadata.links.append(
-                ("Open in Colab", colab.colab_address(repository, f"{name}.ipynb"))
-            )
-        write(exporter, page, out / f"{name}.html")
-        add_contents(out / f"{name}.html")
+            links.append(("Open in Colab", colab.colab_address(repository, path.name)))
+    for path, page in pages.items():
+        write(exporter, page, out / names[path])
+        if names[path] != "index.html":
+            add_contents(out / names[path])
+
+
+def _texts(folder: Path) -> list[Path]:
+    """The markdown files that become pages."""
+    folders = (folder, folder / "recorded", folder.parent / "docs")
+    return [path for one in folders for path in sorted(one.glob("*.md"))]
+
+
+def point_links(source: str, path: Path, names: dict[Path, str], repository: str | None) -> str:
+    """Markdown of the file `path` whose links and pictures hold on the site.
+
+    A link to a file that is a page leads to it. One to any other file of the repository leads to
+    GitHub if the repository is known there, and is text alone otherwise. Pictures are put inside.
+
+    Args:
+        source: the markdown.
+        path: the file it is from.
+        names: the name of the page of each file that has one.
+        repository: OWNER/REPOSITORY on GitHub, or None.
+    """
+
+    def point(found: re.Match) -> str:
+        target, _, anchor = found["target"].partition("#")
+        if not target or re.match(r"[a-z]+:", target) or target in names.values():
+            return found[0]
+        file = Path(os.path.normpath(path.parent / unquote(target)))
+        anchor = f"#{anchor}" if anchor else ""
+        if found["picture"] and not file.is_file():
+            return found["text"]
+        if found["picture"]:
+            kind = mimetypes.guess_type(file.name)[0]
+            data = base64.b64encode(file.read_bytes()).decode()
+            return f"![{found['text']}](data:{kind};base64,{data})"
+        if file in names:
+            return f"[{found['text']}]({names[file]}{anchor})"
+        root = HERE.parent
+        if repository and file.is_relative_to(root) and WITHHELD not in file.parts:
+            inside = file.relative_to(root).as_posix()
+            address = f"https://github.com/{repository}/blob/HEAD/{inside}{anchor}"
+            return f"[{found['text']}]({address})"
+        return found["text"]
+
+    return LINK.sub(point, source)
 
 
 def make_slides(folder: Path, out: Path, reveal: str = REVEAL) -> None:

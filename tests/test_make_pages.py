@@ -103,6 +103,39 @@ def test_links_of_the_site_lead_to_its_pages(folder):
     assert len(broken_links(folder / "out")) == 3
 
 
+def test_other_texts_become_pages_with_their_pictures_inside(tmp_path):
+    folder, docs, out = (tmp_path / name for name in ("notebooks", "docs", "out"))
+    for one in (folder / "instructor", docs / "pictures", out):
+        one.mkdir(parents=True)
+    links = "[page](handout.md) [word](../docs/words.md#q) [answers](instructor/README.md) [x](#y)"
+    (folder / "README.md").write_text(f"# Course\n\n{links}", encoding="utf-8")
+    (folder / "handout.md").write_text("# Handout\n\n[`code`](../pack.py)", encoding="utf-8")
+    (folder / "instructor/README.md").write_text("# Answers", encoding="utf-8")
+    (docs / "words.md").write_text("# Words\n\n![a cat](pictures/cat.png)", encoding="utf-8")
+    (docs / "pictures/cat.png").write_bytes(b"\x89PNG")
+    make_pages.make_site(folder, out)
+    assert {page.name for page in out.iterdir()} == {
+        "index.html",
+        "handout.html",
+        "docs_words.html",
+    }
+    index = (out / "index.html").read_text(encoding="utf-8")
+    assert re.findall(r'<a href="([^"]*)">', index) == ["handout.html", "docs_words.html#q", "#y"]
+    assert "answers" in index and broken_links(out) == []
+    assert "<code>code</code>" in (out / "handout.html").read_text(encoding="utf-8")
+    inside = base64.b64encode(b"\x89PNG").decode()
+    words = (out / "docs_words.html").read_text(encoding="utf-8")
+    assert f'src="data:image/png;base64,{inside}"' in words
+
+
+def test_links_to_code_lead_to_github_where_it_is_known():
+    source = "[a](../README.md) [b](instructor/README.md) ![c](none.png)"
+    path = NOTEBOOKS / "handout.md"
+    assert make_pages.point_links(source, path, {}, None) == "a b c"
+    known = make_pages.point_links(source, path, {}, "me/kit")
+    assert known == "[a](https://github.com/me/kit/blob/HEAD/README.md) b c"
+
+
 def test_slides_begin_at_headings_and_after_guesses(folder):
     notebook = make_pages.read(folder / "02_two.ipynb")
     notebook.cells[-1].metadata.slideshow = {"slide_type": "fragment"}
