@@ -190,6 +190,28 @@ def test_the_same_generators_give_the_same_queries():
     )
 
 
+def test_of_too_many_targets_some_are_drawn():
+    """Each drawn query still knows its own target; images of few targets keep all of theirs."""
+    denoising = Denoising(CLASSES, 4, queries=12, label_noise=0.0, box_noise=0.0, max_targets=6)
+    boxes = torch.rand(2, 40, 4) * 0.2 + 0.3
+    labels = torch.randint(CLASSES, (2, 40))
+    valid = torch.stack([torch.arange(40) < 40, torch.arange(40) < 3])
+    group, targets = denoising(boxes, labels, valid, [np.random.default_rng(i) for i in (0, 1)])
+    assert group.boxes.shape == (2, denoising.num_copies(40) * 2 * 6, 4) == (2, 24, 4)
+    for image in range(2):
+        positive = targets.assigned[image] >= 0
+        found = targets.assigned[image][positive]
+        assert torch.allclose(group.boxes[image][positive], boxes[image][found])
+        content = denoising.labels(labels[image][found])
+        assert torch.equal(group.content[image][positive], content)
+    assert len(set(targets.assigned[0].tolist()) - {-1}) == 6
+    assert sorted(set(targets.assigned[1].tolist()) - {-1}) == [0, 1, 2]
+    again, _ = denoising(boxes, labels, valid, [np.random.default_rng(i) for i in (0, 1)])
+    assert torch.equal(again.boxes, group.boxes)
+    other, _ = denoising(boxes, labels, valid, [np.random.default_rng(i) for i in (2, 3)])
+    assert not torch.equal(other.boxes[0], group.boxes[0])
+
+
 def test_label_embeddings_are_trained():
     denoising = Denoising(CLASSES, dim=4, label_noise=0.0)
     boxes, labels, valid = some_targets(2, 1)

@@ -56,6 +56,8 @@ class Denoising(nn.Module):
         label_noise: probability that a query has a random label (released code: 0.5 x 0.5).
         box_noise: the largest shift of a positive corner, as a fraction of half the box's side;
             negative corners shift by one to two times that.
+        max_targets: of an image with more targets, so many are drawn and the others get no
+            denoising query. It bounds the memory; no image of COCO has as many.
     """
 
     def __init__(
@@ -65,14 +67,16 @@ class Denoising(nn.Module):
         queries: int = 100,
         label_noise: float = 0.25,
         box_noise: float = 0.4,
+        max_targets: int = 500,
     ):
         super().__init__()
         self.labels = nn.Embedding(num_classes + 1, dim)  # the last row is that of the padding
         self.queries, self.label_noise, self.box_noise = queries, label_noise, box_noise
+        self.max_targets = max_targets
 
     def num_copies(self, max_targets: int) -> int:
         """The groups, and so the positive queries of a box, where an image has T boxes at most."""
-        return max(1, self.queries // max_targets) if max_targets else 0
+        return max(1, self.queries // min(max_targets, self.max_targets)) if max_targets else 0
 
     def forward(
         self,
@@ -90,6 +94,13 @@ class Denoising(nn.Module):
         batch, max_targets = labels.shape
         if max_targets == 0:
             return None
+        index = torch.arange(max_targets, device=boxes.device).expand(batch, -1)  # (B, T)
+        if max_targets > self.max_targets:
+            max_targets = self.max_targets
+            drawn_targets = draw_targets(valid, max_targets, generators)
+            index = to_device(torch.from_numpy(drawn_targets), boxes.device)
+            boxes = boxes.gather(1, index[..., None].expand(-1, -1, 4))
+            labels, valid = labels.gather(1, index), valid.gather(1, index)
         groups = self.num_copies(max_targets)
         layout = (batch, groups, 2, max_targets)  # of N: group, positive or negative, target
         drawn = np.stack([rng.random((*layout[1:], 10), dtype=np.float32) for rng in generators])
@@ -103,7 +114,7 @@ class Denoising(nn.Module):
         random_labels = (noise[..., 9] * num_classes).long().clamp(max=num_classes - 1)
         labels = torch.where(noise[..., 8] < self.label_noise, random_labels, labels)
         labels = torch.where(valid, labels, num_classes)
-        index = torch.arange(max_targets, device=boxes.device).expand(layout)
+        index = index[:, None, None].expand(layout)
         assigned = torch.where(valid & ~negative, index, -1)
         targets = DenoisingTargets(assigned.flatten(1), valid.flatten(1))
         content = self.labels(labels.flatten(1))
@@ -155,6 +166,22 @@ def _join(
     targets = DenoisingTargets(torch.cat(assigned), torch.cat(valid))
     group = QueryGroup(torch.cat(contents), torch.cat(boxes), 1, targets.valid, tuple(blocks))
     return group, targets
+
+
+def draw_targets(
+    valid: torch.Tensor, number: int, generators: list[np.random.Generator]
+) -> np.ndarray:
+    """Indices (B, number) of targets drawn at random, the valid ones of each image first.
+
+    Args:
+        valid: (B, T) bool, with T > number.
+        number: how many targets of an image.
+        generators: of random numbers, one per image.
+    """
+    order = np.stack([rng.permutation(valid.shape[1]) for rng in generators])
+    of_order = np.take_along_axis(valid.cpu().numpy(), order, axis=1)
+    first = np.argsort(~of_order, axis=1, kind="stable")[:, :number]
+    return np.take_along_axis(order, first, axis=1)
 
 
 def noise_boxes(
