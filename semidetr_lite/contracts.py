@@ -67,6 +67,10 @@ class Outputs(TypedDict, total=False):
     queries: torch.Tensor  # (B, Q, D), the decoder's embeddings
     aux_outputs: list["Outputs"]  # of the earlier decoder layers, in order
     encoder: "Outputs"  # two-stage detectors: the chosen proposals
+    # of these, where training asks all tokens (Deformable DETR): (B, S, C) and (B, S, 4) under
+    # pred_logits and pred_boxes, and which tokens count, (B, S) bool
+    tokens: "Outputs"
+    usable: torch.Tensor
     groups: list["Outputs"]  # one per query group, with N queries
     no_object: bool  # whether the last logit is "no object" of a softmax
     # per decoder layer what `decode_groups` needs: content and positions (B, Q, D)

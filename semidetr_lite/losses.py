@@ -36,7 +36,7 @@ from semidetr_lite.contracts import Outputs, Target
 from semidetr_lite.detectors.denoising import DenoisingTargets
 from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.detectors.transformer import Layers, QueryGroup, slice_batch, stack_layers
-from semidetr_lite.device import to_device, to_host
+from semidetr_lite.device import copy_to_host, to_device, to_host
 from semidetr_lite.loss_weights import LossWeights
 from semidetr_lite.matching import (
     Assignment,
@@ -49,6 +49,7 @@ from semidetr_lite.normalizer_settings import NormalizerSettings
 from semidetr_lite.normalizers import Normalizers, count_boxes
 
 NO_OBJECT_WEIGHT = 0.1  # of queries without an object, in DETR's cross-entropy
+NEVER_MATCHED = 1e6  # the cost of a token that takes no part
 
 
 class TargetSet(NamedTuple):
@@ -375,6 +376,50 @@ def detection_losses(
             target_set.normalizers,
         )
         losses |= add_prefix(target_set.name, loss)
+    return losses
+
+
+def token_losses(outputs: Outputs, target_sets: list[TargetSet]) -> dict[str, torch.Tensor]:
+    """The encoder's losses over all tokens: {"labelled tokens/class", ...}; mostly there are none.
+
+    Deformable DETR (deformable_detr.py:157, 185) trains every token to say whether it is an object
+    (class 0) and where, matched one-to-one in both stages of Semi-DETR. Tokens in the padding or
+    without room for an anchor take no part.
+
+    Args:
+        outputs: of all images that the student sees.
+        target_sets: of each kind of images.
+    """
+    tokens = outputs.get("encoder", {}).get("tokens")
+    if tokens is None:
+        return {}
+    layers = Layers(tokens["pred_logits"][None], tokens["pred_boxes"][None], encoder=True)
+    of_kinds = [layers.of_images(target_set.images) for target_set in target_sets]
+    usable = [tokens["usable"][target_set.images] for target_set in target_sets]
+    costs = copy_to_host(
+        *(
+            layer_costs(own, target_set.targets).masked_fill(~counts[..., None], NEVER_MATCHED)
+            for own, target_set, counts in zip(of_kinds, target_sets, usable, strict=True)
+        )
+    )
+    losses: dict[str, torch.Tensor] = {}
+    for target_set, own, counts, its_costs in zip(
+        target_sets, of_kinds, usable, costs, strict=True
+    ):
+        assignment = match_layers(
+            own, target_set.targets, "one_to_one", costs=its_costs, valid=target_set.valid
+        )
+        loss = loss_from_assignment(
+            own.logits,
+            own.boxes,
+            target_set.targets._replace(labels=own.labels(target_set.targets.labels)),
+            assignment,
+            "one_to_one",
+            target_set.loss_weights,
+            query_mask=counts,
+            normalizers=target_set.normalizers,
+        )
+        losses |= add_prefix(f"{target_set.name} tokens", loss)
     return losses
 
 

@@ -310,6 +310,75 @@ def test_a_deformable_detr_of_the_papers_size_starts_as_the_released_one(two_sta
         assert std(layer.weight) == pytest.approx(xavier(layer.weight), rel=0.06)
 
 
+# The encoder of Deformable DETR
+
+
+def all_token_detector(**changes) -> DeformableDETR:
+    torch.manual_seed(3)
+    arguments = {"with_box_refine": True, "two_stage": True, "all_token_loss": True} | changes
+    backbone = Tiny((8, 8, 16, 16, 16))
+    sizes = {"dim": 16, "heads": 2, "dim_feedforward": 16, "encoder_layers": 1}
+    sizes |= {"decoder_layers": 2, "levels": 3, "points": 2, "num_queries": 8}
+    detector = DeformableDETR(CLASSES, **sizes, backbone=backbone, anchor_size=0.2, **arguments)
+    torch.nn.init.normal_(detector.proposal_box.last_layer.weight, std=0.3)
+    return detector
+
+
+def test_deformable_detr_trains_all_tokens_of_its_encoder_as_released():
+    """Class-agnostic focal loss of all usable tokens, matched one-to-one, over the boxes."""
+    batch = some_batch(sizes=((64, 64), (48, 80)))
+    images, truths = batch["labelled"]
+    detector = all_token_detector()
+    method = Supervised(detector)
+    losses = method(batch, 0)
+    tokens = detector(images)["encoder"]["tokens"]
+    usable = tokens["usable"]
+    assert usable.any() and not usable.all()
+    logits, boxes = tokens["pred_logits"].detach(), tokens["pred_boxes"].detach()
+    sums = np.zeros(4)
+    for image, truth in enumerate(truths):
+        own = {**truth, "labels": torch.zeros_like(truth["labels"])}
+        chosen = logits[image][usable[image]], boxes[image][usable[image]]
+        pairs = released_one_to_one(*chosen, own)
+        sums += sums_of_image(*chosen, own, pairs, "one_to_one")
+    class_sum, l1, giou, count = sums
+    expected = {"class": 2 * class_sum / count, "l1": 5 * l1 / count, "giou": 2 * giou / count}
+    for name in PARTS:
+        assert losses[f"labelled tokens/{name}"].item() == pytest.approx(expected[name], rel=1e-4)
+
+
+def test_all_tokens_of_two_parts_are_those_of_one():
+    batch = some_batch()
+    images, truths = batch["labelled"]
+    method = Supervised(all_token_detector())
+    whole = method(batch, 0)
+    middle = len(images) // 2
+    parts = [
+        {"labelled": (images[rows], truths[rows])}
+        for rows in (slice(0, middle), slice(middle, None))
+    ]
+    prepared = method.prepare(parts, 0)
+    of_parts = [method(part, 0, own) for part, own in zip(parts, prepared, strict=True)]
+    for name in (f"labelled tokens/{part}" for part in PARTS):
+        mean = sum(losses[name].item() for losses in of_parts) / len(parts)
+        assert mean == pytest.approx(whole[name].item(), rel=1e-5)
+
+
+def test_all_tokens_take_the_place_of_the_proposals_only_where_asked():
+    assert new_config("coco-10pct", detector="deformable-detr").detector_kwargs.all_token_loss
+    assert not new_config("digits", detector="deformable-detr").detector_kwargs.all_token_loss
+    batch = some_batch()
+    losses = Supervised(all_token_detector(all_token_loss=False))(batch, 0)
+    assert not any("tokens" in name for name in losses)
+    for step in (0, SWITCH):  # both stages
+        losses = SemiDETR(all_token_detector(), SWITCH, score_threshold=0.0)(batch, step)
+        assert {f"pseudo tokens/{part}" for part in PARTS} <= set(losses)
+    evaluated = all_token_detector().eval()(batch["labelled"][0])
+    assert "tokens" not in evaluated["encoder"]
+    with pytest.raises(UserError, match="all_token_loss=True needs two_stage=True"):
+        all_token_detector(two_stage=False)
+
+
 # Views
 
 

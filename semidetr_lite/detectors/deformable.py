@@ -224,6 +224,7 @@ class DeformableDetector(Detector):
 
     takes_groups = True
     class_agnostic = False  # whether proposals are ranked by class 0 alone or by their best class
+    all_token_loss = False  # whether training asks all tokens, not the selected ones alone
 
     def __init__(
         self,
@@ -350,7 +351,8 @@ class DeformableDetector(Detector):
     def select_proposals(self, memory: Memory, mask: torch.Tensor) -> Outputs:
         """The Q best-scored tokens as an outputs dict; each box is an anchor at its token, refined.
 
-        Anchors near the border or in the padding come last.
+        Anchors near the border or in the padding come last. In training with `all_token_loss`, what
+        all tokens say stands under "tokens".
 
         Args:
             memory: of the last encoder layer.
@@ -364,14 +366,24 @@ class DeformableDetector(Detector):
         scores = scores.masked_fill(~usable, -torch.inf)
         count = min(self.num_queries, scores.shape[1])
         selected = scores.topk(count, dim=1).indices[..., None]  # (B, Q, 1)
+        proposals: Outputs = {}
+        if self.training and self.all_token_loss:
+            boxes = self._refined(embedded, anchors)
+            proposals["tokens"] = {
+                "pred_logits": class_logits,
+                "pred_boxes": boxes,
+                "usable": usable,
+            }
         embedded = embedded.gather(1, selected.expand(-1, -1, self.dim))
         anchors = anchors.gather(1, selected.expand(-1, -1, 4))
-        boxes = (self.proposal_box(embedded).float() + inverse_sigmoid(anchors)).sigmoid()
-        return {
-            "pred_logits": self.proposal_class(embedded),
-            "pred_boxes": boxes,
-            "queries": embedded,
-        }
+        proposals["pred_logits"] = self.proposal_class(embedded)
+        proposals["pred_boxes"] = self._refined(embedded, anchors)
+        proposals["queries"] = embedded
+        return proposals
+
+    def _refined(self, embedded: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+        """Boxes (B, N, 4) cxcywh in [0, 1] of embedded tokens (B, N, D) and their anchors."""
+        return (self.proposal_box(embedded).float() + inverse_sigmoid(anchors)).sigmoid()
 
     # ---- decoder ---------------------------------------------------------------------------------
 

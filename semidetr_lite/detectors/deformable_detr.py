@@ -45,9 +45,11 @@ class DeformableDETR(DeformableDetector):
         mean, std, test_size: see Detector.
         query_init: first weights of the layers that make queries and proposals: "xavier" (as
             released) or "torch".
+        all_token_loss: whether the encoder is trained by all of its tokens (as released), or by the
+            Q proposals alone; two_stage only.
 
     Raises:
-        UserError: two_stage without with_box_refine.
+        UserError: two_stage without with_box_refine, all_token_loss without two_stage.
     """
 
     class_agnostic = True
@@ -72,9 +74,12 @@ class DeformableDETR(DeformableDetector):
         std: tuple[float, ...] = IMAGENET_STD,
         test_size: tuple[int, int] | None = None,
         query_init: str = "xavier",
+        all_token_loss: bool = False,
     ):
         if two_stage and not with_box_refine:
             raise UserError("DeformableDETR: two_stage=True needs with_box_refine=True")
+        if all_token_loss and not two_stage:
+            raise UserError("DeformableDETR: all_token_loss=True needs two_stage=True")
         super().__init__(
             num_classes=num_classes,
             num_queries=num_queries,
@@ -97,6 +102,7 @@ class DeformableDETR(DeformableDetector):
         self.with_box_refine = with_box_refine
         self.two_stage = two_stage
         self.takes_groups = two_stage
+        self.all_token_loss = all_token_loss
         self._add_queries()
         self._add_heads(num_heads=decoder_layers if with_box_refine else 1)
         self.init_queries(query_init)

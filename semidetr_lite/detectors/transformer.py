@@ -293,13 +293,17 @@ class Layers(NamedTuple):
 
 
 def stack_layers(outputs: Outputs) -> Layers:
-    """The layers of an outputs dict, all logits in one tensor and all boxes in another."""
+    """The layers of an outputs dict, all logits in one tensor and all boxes in another.
+
+    The encoder's proposals are left out where all tokens are trained in their place.
+    """
     layers = [*outputs["aux_outputs"], outputs]
-    if outputs.get("encoder"):
+    with_encoder = "encoder" in outputs and "tokens" not in outputs["encoder"]
+    if with_encoder:
         layers.append(outputs["encoder"])
     return Layers(
         torch.stack([layer["pred_logits"] for layer in layers]),
         torch.stack([layer["pred_boxes"] for layer in layers]),
-        encoder=bool(outputs.get("encoder")),
+        encoder=with_encoder,
         no_object=bool(outputs.get("no_object")),
     )

@@ -35,6 +35,7 @@ from semidetr_lite.losses import (
     denoising_losses,
     detection_losses,
     make_target_sets,
+    token_losses,
 )
 from semidetr_lite.matching import PaddedTargets, layer_costs, match_layers, pad_targets
 from semidetr_lite.methods.cost_mining import mining_candidates
@@ -415,6 +416,7 @@ class MeanTeacher(TeacherStudent):
             for target_set, its_costs in zip(target_sets, costs, strict=True)
         ]
         losses = detection_losses(layers, target_sets, assignments, "one_to_one")
+        losses |= token_losses(outputs, target_sets)
         return losses | denoising_losses(outputs["groups"], denoising, target_sets)
 
     def has_consistency(self, step: int) -> bool:

@@ -36,6 +36,7 @@ from semidetr_lite.losses import (
     denoising_losses,
     detection_losses,
     make_target_sets,
+    token_losses,
 )
 from semidetr_lite.matching import layer_costs, match_layers, matched_costs
 from semidetr_lite.methods.cost_mining import CANDIDATE_SCORES, MINING, mine, push_costs
@@ -204,6 +205,7 @@ class SemiDETR(MeanTeacher):
             for target_set in target_sets
         ]
         losses = detection_losses(layers, target_sets, assignments, stage)
+        losses |= token_losses(outputs, target_sets)  # none but of Deformable DETR
         losses |= denoising_losses(outputs["groups"], denoising, denoised)
 
         # 6. CQC: both decoders should describe the confident and the mined boxes alike (3.3)

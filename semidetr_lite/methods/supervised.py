@@ -10,7 +10,13 @@ from semidetr_lite.contracts import Batch
 from semidetr_lite.detectors.pyramid import TorchvisionDetector
 from semidetr_lite.detectors.transformer import stack_layers
 from semidetr_lite.device import copy_to_host
-from semidetr_lite.losses import TargetSet, add_prefix, denoising_losses, detection_losses
+from semidetr_lite.losses import (
+    TargetSet,
+    add_prefix,
+    denoising_losses,
+    detection_losses,
+    token_losses,
+)
 from semidetr_lite.matching import layer_costs, match_layers
 from semidetr_lite.methods.mean_teacher import RNG_LABELLED, TeacherStudent
 
@@ -39,6 +45,7 @@ class Supervised(TeacherStudent):
             layers, labelled.targets, "one_to_one", costs=costs, valid=labelled.valid
         )
         losses = detection_losses(layers, [labelled], [assignment], "one_to_one")
+        losses |= token_losses(outputs, [labelled])
         return losses | denoising_losses(outputs["groups"], denoising, [labelled])
 
     def prepare(self, micro_batches: list[Batch], step: int) -> list[TargetSet | None]:

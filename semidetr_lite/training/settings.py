@@ -238,6 +238,8 @@ class DetectorKwargs:
     eps: Weight | None = None  # of dino's inverse sigmoid
     with_box_refine: bool | None = None  # of deformable-detr
     two_stage: bool | None = None  # of deformable-detr
+    # of deformable-detr: whether all encoder tokens are trained, not the proposals alone
+    all_token_loss: bool | None = None
     level: WholeNumber | None = None  # the feature map of detr
     no_object: bool | None = None  # of detr: whether there is a class for it
     anchor_sizes: tuple[Weight, ...] | None = None  # pixels, one per level, faster-rcnn and fcos
@@ -364,7 +366,9 @@ TINY_DETECTORS = {
 }
 RESNET_DETECTORS = {
     "dino": RESNET,
-    "deformable-detr": dataclasses.replace(RESNET, with_box_refine=True, two_stage=True),
+    "deformable-detr": dataclasses.replace(
+        RESNET, with_box_refine=True, two_stage=True, all_token_loss=True
+    ),
     "detr": RESNET,
     "faster-rcnn": RESNET,
     "fcos": RESNET,
