@@ -449,6 +449,25 @@ def cut(batch, parts, rest=True, targets_too=True):
     return found
 
 
+def covered_pixels(corners, first=1, last=1):
+    """The box of VOC's pixels, by listing them."""
+    x1, y1, x2, y2 = corners
+    columns = [x - first for x in range(x1, x2 + last)]
+    rows = [y - first for y in range(y1, y2 + last)]
+    return [float(x1 - first), float(y1 - first), float(len(columns)), float(len(rows))]
+
+
+def groups_aside(groups, fraction, extra=0, count=len):
+    """The fewest first groups by name that hold enough images."""
+    names = sorted(set(groups))
+    for number in range(len(names) + 1):
+        chosen = [i for i, group in enumerate(groups) if group in names[:number]]
+        if len(chosen) >= fraction * count(groups):
+            break
+    aside = names[: number + extra]
+    return [i for i, group in enumerate(groups) if group in aside]
+
+
 SOLUTIONS = {
     "boxes.pairwise_iou": iou_by_loops,
     "boxes.to_model": model_boxes,
@@ -485,6 +504,8 @@ SOLUTIONS = {
         ids[i] for i in drawn(len(ids), percent, [fold, 2023])
     ],
     "engine.micro_batches": cut,
+    "layouts.coco_box": covered_pixels,
+    "splits.validation_groups": groups_aside,
 }
 with_flag = functools.partial
 # exercise: {what the verdict's cause says: a wrong answer}
@@ -741,6 +762,26 @@ WRONG = {
         "no image is lost": with_flag(cut, rest=False),
         "cut together": with_flag(cut, targets_too=False),
         "come in order": lambda batch, parts: cut(batch, parts)[::-1],
+    },
+    "layouts.coco_box": {
+        "counts pixels from 1": with_flag(covered_pixels, first=0),
+        "the last pixel belongs to the box": with_flag(covered_pixels, last=0),
+        "both conventions differ": with_flag(covered_pixels, first=0, last=0),
+        "a second corner": lambda corners: [corners[0] - 1, corners[1] - 1, *corners[2:]],
+    },
+    "splits.validation_groups": {
+        "the last one may go beyond": with_flag(groups_aside, extra=-1),
+        "not of the groups": lambda groups, fraction: [
+            i
+            for i, group in enumerate(groups)
+            if group in sorted(set(groups))[: math.ceil(fraction * len(set(groups)))]
+        ],
+        "must not be on both sides": lambda groups, fraction: list(
+            range(math.ceil(fraction * len(groups)))
+        ),
+        "not those left for training": lambda groups, fraction: [
+            i for i in range(len(groups)) if i not in groups_aside(groups, fraction)
+        ],
     },
 }
 

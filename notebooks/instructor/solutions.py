@@ -405,6 +405,26 @@ def labelled_of_process(image_ids, percent, fold, process):
     return [image_ids[index] for index in chosen]
 
 
+# ---- 12: your photographs ------------------------------------------------------------------------
+
+
+def coco_box(corners):
+    """Debug: VOC counts pixels from 1, and its last pixel belongs to the box."""
+    x1, y1, x2, y2 = corners
+    return [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1]
+
+
+def validation_groups(groups, fraction):
+    """Whole groups by name, until they hold enough images."""
+    taken, images = set(), 0
+    for group in sorted(set(groups)):
+        if images >= fraction * len(groups):
+            break
+        taken.add(group)
+        images += groups.count(group)
+    return [index for index, group in enumerate(groups) if group in taken]
+
+
 SOLUTIONS = {
     "boxes.pairwise_iou": pairwise_iou,
     "views.map_boxes": mapped_boxes,
@@ -439,4 +459,6 @@ SOLUTIONS = {
     "splits.labelled_indices": labelled_indices,
     "engine.micro_batches": micro_batches,
     "splits.of_process": labelled_of_process,
+    "layouts.coco_box": coco_box,
+    "splits.validation_groups": validation_groups,
 }

@@ -468,3 +468,25 @@ def micro_batches(rng: np.random.Generator) -> Cases:
         "one": (_batch(1, 2), 1),
         "unequal thirds": (_batch(4, 8), 3),
     }
+
+
+def coco_box(rng: np.random.Generator) -> Cases:
+    return {
+        "a box in the middle": ((11, 21, 40, 60),),
+        "the first pixel of the image": ((1, 1, 1, 1),),
+        "one row of pixels": ((5, 7, 9, 7),),
+        "wide and flat": ((3, 90, 200, 96),),
+    }
+
+
+def validation_groups(rng: np.random.Generator) -> Cases:
+    films = ["a", "a", "a", "b", "b", "c", "d", "e", "e", "e"]
+    mixed = [f"film {rng.integers(6)}" for _ in range(30)]
+    return {
+        "in the order of the films": (films, 0.2),
+        "films that alternate": (["b", "a", "c", "b", "a", "c", "b", "a", "d", "e"], 0.3),
+        "mixed": (mixed, 0.2),
+        "exactly enough": (["b", "a", "c", "d"], 0.25),
+        "one long film": (["a"] * 7 + ["b", "c", "d"], 0.5),
+        "many short ones after a long one": (["d"] * 6 + ["a", "b", "c", "e"], 0.35),
+    }

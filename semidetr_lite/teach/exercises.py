@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from semidetr_lite import losses, matching
 from semidetr_lite.boxes import inverse_sigmoid, pairwise_overlaps, to_model, to_pixels
 from semidetr_lite.contracts import Target
-from semidetr_lite.data import splits, views
+from semidetr_lite.data import formats, splits, views
 from semidetr_lite.detectors import deformable, transformer
 from semidetr_lite.detectors.denoising import group_mask, noise_boxes
 from semidetr_lite.errors import UserError
@@ -272,6 +273,36 @@ def labelled_of_process(image_ids: list[int], percent: float, fold: int, process
     return [image_ids[index] for index in indices]
 
 
+def coco_box(corners: tuple[int, int, int, int]) -> list[float]:
+    """[x, y, width, height] of a box of VOC: xmin, ymin, xmax, ymax, as `read_voc` reads them."""
+    root = ElementTree.Element("annotation")
+    size, entry = ElementTree.SubElement(root, "size"), ElementTree.SubElement(root, "object")
+    for side in ("height", "width"):
+        ElementTree.SubElement(size, side).text = "1000"
+    ElementTree.SubElement(entry, "name").text = "any"
+    box = ElementTree.SubElement(entry, "bndbox")
+    for end, corner in zip(("xmin", "ymin", "xmax", "ymax"), corners):
+        ElementTree.SubElement(box, end).text = str(corner)
+    return formats._voc_content(root, None)[1][0].bbox
+
+
+def validation_groups(groups: list[str], fraction: float) -> list[int]:
+    """The images that are set aside for validation: whole groups, at least `fraction` of all.
+
+    Groups are taken in the order of their names until the images are enough.
+
+    Args:
+        groups: of each image, such as its day, its slide or its film.
+        fraction: of the images, in 0..1.
+    """
+    taken: set[str] = set()
+    for group in sorted(set(groups)):
+        if sum(one in taken for one in groups) >= fraction * len(groups):
+            break
+        taken.add(group)
+    return [index for index, group in enumerate(groups) if group in taken]
+
+
 SOLUTIONS: dict[str, tuple[Callable, Callable]] = {
     "boxes.pairwise_iou": (pairwise_iou, cases.pairwise_iou),
     "boxes.to_model": (to_model, cases.to_model_boxes),
@@ -309,6 +340,8 @@ SOLUTIONS: dict[str, tuple[Callable, Callable]] = {
     "splits.labelled_indices": (splits.labelled_indices, cases.labelled_indices),
     "splits.of_process": (labelled_of_process, cases.of_process),
     "engine.micro_batches": (micro_batches, cases.micro_batches),
+    "layouts.coco_box": (coco_box, cases.coco_box),
+    "splits.validation_groups": (validation_groups, cases.validation_groups),
 }
 TOLERANCES = {"cost_mining.em_step": 1e-6, "cost_mining.em_steps": 1e-6}  # 1e-5 must be seen
 EXERCISES = {

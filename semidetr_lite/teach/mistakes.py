@@ -1037,6 +1037,63 @@ MICRO_BATCHES = {
     "the parts come in order": lambda batch, parts: _cut(batch, parts)[::-1],
 }
 
+# ---- 12: your photographs ------------------------------------------------------------------------
+
+
+def _coco_box(corners, first=1, last=1, as_corners=False, height_first=False):
+    x1, y1, x2, y2 = corners
+    sides = [x2 - x1 + last, y2 - y1 + last]
+    if as_corners:
+        return [x1 - first, y1 - first, x2, y2]
+    return [x1 - first, y1 - first, *(sides[::-1] if height_first else sides)]
+
+
+COCO_BOX = {
+    "VOC counts pixels from 1, COCO from 0": partial(_coco_box, first=0),
+    "the last pixel belongs to the box: a side is max - min + 1": partial(_coco_box, last=0),
+    "both conventions differ: count from 0, and include the last pixel": partial(
+        _coco_box, first=0, last=0
+    ),
+    "COCO has width and height where VOC has a second corner": partial(_coco_box, as_corners=True),
+    "the width comes before the height": partial(_coco_box, height_first=True),
+}
+
+
+def _validation_groups(
+    groups, fraction, whole=True, enough=True, by_images=True, ordered=sorted, others=False
+):
+    count = len(groups) if by_images else len(set(groups))
+    taken: set[str] = set()
+    names = ordered(dict.fromkeys(groups))
+    for name in names:
+        inside = sum(group in taken for group in groups) if by_images else len(taken)
+        added = groups.count(name) if by_images else 1
+        if inside >= fraction * count or not enough and inside + added > fraction * count:
+            break
+        taken.add(name)
+    chosen = [index for index, group in enumerate(groups) if (group in taken) != others]
+    return chosen if whole else chosen[: math.ceil(fraction * count)]
+
+
+VALIDATION_GROUPS = {
+    "a group is set aside as a whole, even if the images are then more than asked for": partial(
+        _validation_groups, whole=False
+    ),
+    "groups are taken until the images are enough: the last one may go beyond": partial(
+        _validation_groups, enough=False
+    ),
+    "the fraction is one of the images, not of the groups": partial(
+        _validation_groups, by_images=False
+    ),
+    "groups are taken in the order of their names": partial(_validation_groups, ordered=list),
+    "the images that are set aside are wanted, not those left for training": partial(
+        _validation_groups, others=True
+    ),
+    "images of one group must not be on both sides": lambda groups, fraction: list(
+        range(math.ceil(fraction * len(groups)))
+    ),
+}
+
 MISTAKES: dict[str, Mapping[str, Any]] = {
     "boxes.pairwise_iou": IOU,
     "boxes.to_model": TO_MODEL,
@@ -1071,4 +1128,6 @@ MISTAKES: dict[str, Mapping[str, Any]] = {
     "splits.labelled_indices": LABELLED_INDICES,
     "splits.of_process": OF_PROCESS,
     "engine.micro_batches": MICRO_BATCHES,
+    "layouts.coco_box": COCO_BOX,
+    "splits.validation_groups": VALIDATION_GROUPS,
 }
