@@ -474,9 +474,9 @@ def cells(record: Record) -> Table:
         rows.append([name, folds, steps or DASH, *found, minutes])
     header = ["", "folds", "steps", "AP", "AP50", *(f"AP of {one}" for one in classes), "minutes"]
     note = (
-        "AP in % on the 72 test photographs, EMA weights, last step. Steps and minutes are those of "
-        "the run alone, without its start; the machine was busy, so compare minutes only with each "
-        "other."
+        "AP in % on the 72 test photographs, EMA weights, last step. Steps and minutes are "
+        "those of the run alone, without its start. The machine was busy: compare minutes "
+        "only with each other."
     )
     command = "python benchmarks/record_bccd.py runs --test data/bccd-test"
     return Table(header, rows, ["bccd.jsonl"], command, note)
