@@ -155,45 +155,42 @@ CELL_ROWS = {
 
 
 def cell_curves(lines: list[dict], row: str, quantity: str) -> dict[int, tuple[list, list]]:
-    """{fold: (steps after the supervised start, values)} of a row of bccd_curves.jsonl, from its
-    start on.
+    """{fold: (steps after the supervised start, values)} of a row of bccd_curves.jsonl.
 
-    AP of the start is that of the supervised run at its end. Supervised steps are scaled so that
-    the same place on the axis is about the same training time.
+    A curve begins with the AP of the supervised run at its end. Steps of the continued supervised
+    run are scaled so that the same place on the axis is about the same training time.
     """
-    curves = {}
+    semi = (line["step"] for line in lines if line["row"] == "semi-detr")
+    length, curves = max(semi, default=0), {}
     for fold in sorted({line["fold"] for line in lines if line["row"] == row}):
         of_fold = [line for line in lines if line["fold"] == fold and quantity in line]
         starts = [line for line in of_fold if line["row"] == "supervised"]
         start = max(starts, key=lambda line: line["step"], default=None)
-        own = [(line["step"], line[quantity]) for line in of_fold if line["row"] == row]
-        if row == "supervised, same time" and start:
-            length = max(line["step"] for line in lines if line["row"] == "semi-detr")
-            burn_in, last = start["step"], max(step for step, _ in own)
-            own = [((step - burn_in) / (last - burn_in) * length, value) for step, value in own]
-        points = [(0, start[quantity])] if start else []
-        points += [(step, value) for step, value in own if step > 0]
+        points = [(line["step"], line[quantity]) for line in of_fold if line["row"] == row]
+        if row == "supervised, same time" and points:
+            scale = length / max(step for step, _ in points)
+            points = [(step * scale, value) for step, value in points]
+        points = ([(0, start[quantity])] if start else []) + points
         curves[fold] = ([step for step, _ in points], [value for _, value in points])
     return curves
 
 
 def plot_cells(lines: list[dict]) -> Picture:
-    """AP of the teacher, and precision and recall of its pseudo-boxes, a line for each fold."""
+    """AP of the teacher, and the number of its pseudo-boxes, a line for each fold."""
     figure = Picture(figsize=(9, 3.7), dpi=100, facecolor="white")
     panels = {
-        "AP_teacher": "AP of the teacher, %",
-        "pseudo_precision": "pseudo-boxes that are right, %",
-        "pseudo_recall": "objects with a right pseudo-box, %",
+        "AP_teacher": ("AP of the teacher, %", 100),
+        "pseudo_per_image": ("pseudo-boxes per unlabelled photograph", 1),
     }
-    for place, (quantity, title) in enumerate(panels.items()):
-        ax = figure.add_axes((0.045 + 0.335 * place, 0.15, 0.27, 0.62))
+    for place, (quantity, (title, scale)) in enumerate(panels.items()):
+        ax = figure.add_axes((0.048 + 0.5 * place, 0.15, 0.425, 0.62))
         for row, style in CELL_ROWS.items():
             method = style or row
-            name = "supervised, about the same time" if style else ARMS[row]
+            name = "supervised, continued as long" if style else ARMS[row]
             for steps, values in cell_curves(lines, row, quantity).values():
                 look = {"color": METHOD_COLORS[method], "linestyle": DASHES[method]}
-                percent = [100 * value for value in values]
-                ax.plot(steps, percent, label=name, marker="o", markersize=5, linewidth=2.2, **look)
+                scaled = [scale * value for value in values]
+                ax.plot(steps, scaled, label=name, marker="o", markersize=5, linewidth=2.2, **look)
                 name = None  # one entry in the legend, however many folds
         ax.set_title(title, loc="left", fontsize=11, color=INK)
         ax.set_xlabel("training step after the start", fontsize=10, color=SOFT)

@@ -449,8 +449,8 @@ def demo(record: Record) -> Table:
 
 
 CELLS = {  # rows of bccd.jsonl
-    "supervised": "supervised, the start of the two below",
-    "supervised, same time": "supervised, about as long as Semi-DETR with its start",
+    "supervised": "supervised, the start of the others",
+    "supervised, same time": "supervised, continued from it for about as long as Semi-DETR",
     "mean-teacher": "mean teacher, from the supervised run",
     "semi-detr": "**Semi-DETR**, from the supervised run",
     "all labels": "supervised, all labels",
