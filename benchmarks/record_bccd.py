@@ -24,6 +24,7 @@ ROWS = {  # names of folders: rows of the table
     "semi-detr": "semi-detr",
     "all-labels": "all labels",
 }
+NMS = 0.6  # IoU, as weights of one-to-many matching have it
 CURVES = ("AP_teacher", "AP_student", "pseudo_per_image", "pseudo_precision", "pseudo_recall")
 
 
@@ -68,13 +69,18 @@ def line_of(run: Path, test: str) -> dict:
     """The line of bccd.jsonl: AP, AP50 and the AP of each class are fractions, on `test`."""
     config, last = json.loads((run / "config.json").read_text()), read_log(run)[-1]
     dataset = open_other(test, None, config["categories"])
-    figures, classes = measure_classes(load_detector(run, "teacher"), dataset, config["categories"])
+    detector = load_detector(run, "teacher")
+    figures, classes = measure_classes(detector, dataset, config["categories"])
+    detector.nms = NMS
+    with_nms = measure_classes(detector, dataset, config["categories"])[0]
     return {
         **identity(run),
         "steps": config["steps"],
         "AP": round(figures["AP"], 4),
         "AP50": round(figures["AP50"], 4),
         "per_class": {name: round(found["AP"], 4) for name, found in classes.items()},
+        "AP_nms": round(with_nms["AP"], 4),
+        "AP50_nms": round(with_nms["AP50"], 4),
         "AP_validation": round(last["test"]["teacher"]["AP"], 4),
         "minutes": round(last["seconds"] / 60, 1),
         **{key: config[key] for key in ("commit", "machine", "command")},
@@ -82,12 +88,13 @@ def line_of(run: Path, test: str) -> dict:
 
 
 def curve_of(run: Path) -> list[dict]:
-    """The lines of bccd_curves.jsonl: what was measured on validation photographs on the way."""
-    return [
-        {**identity(run), "step": line["step"]} | {key: line[key] for key in CURVES if key in line}
-        for line in read_log(run)
-        if "AP_teacher" in line
-    ]
+    """The lines of bccd_curves.jsonl: pseudo-boxes, and what was measured on the way."""
+    lines = []
+    for line in read_log(run):
+        figures = {key: line[key] for key in CURVES if key in line}
+        if figures:
+            lines.append({**identity(run), "step": line["step"], **figures})
+    return lines
 
 
 def add(name: str, lines: list[dict]) -> None:

@@ -179,7 +179,7 @@ def plot_cells(lines: list[dict]) -> Picture:
     """AP of the teacher, and the number of its pseudo-boxes, a line for each fold."""
     figure = Picture(figsize=(9, 3.7), dpi=100, facecolor="white")
     panels = {
-        "AP_teacher": ("AP of the teacher, %", 100),
+        "AP_teacher": ("AP of the teacher, %; supervised without NMS", 100),
         "pseudo_per_image": ("pseudo-boxes per unlabelled photograph", 1),
     }
     for place, (quantity, (title, scale)) in enumerate(panels.items()):
