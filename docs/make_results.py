@@ -8,8 +8,9 @@ A page says by two lines where a table belongs, and what stands between them is 
     <!-- end results -->
 
 TABLES names the tables. They are read from notebooks/recorded: ablation.jsonl (one line for each
-run), ablation_curves.jsonl (what was measured during these runs) and demo.jsonl (the same for the
-main job). A figure that was not recorded is a dash. Figures of the paper are cited, here only.
+run), ablation_curves.jsonl (what was measured during these runs), demo.jsonl (the same for the main
+job) and bccd.jsonl (runs on photographs of blood cells). A figure that was not recorded is a dash.
+Figures of the paper are cited, here only.
 """
 
 import json
@@ -18,7 +19,7 @@ import os
 import re
 import statistics
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,6 +53,7 @@ class Record(NamedTuple):
         dict
     ]  # ablation_curves.jsonl: a run's identity, step, AP_teacher, pseudo_recall ...
     demo: list[dict]  # demo.jsonl: row, seed, steps, AP ...
+    cells: Sequence[dict] = ()  # bccd.jsonl: row, fold, start, steps, AP, per_class, minutes ...
 
 
 class Table(NamedTuple):
@@ -68,8 +70,8 @@ class Table(NamedTuple):
 
 
 def read_record(folder: Path = ROOT / RECORDED) -> Record:
-    """The three files of a folder; a UserError names a file that cannot be read."""
-    names = ("ablation.jsonl", "ablation_curves.jsonl", "demo.jsonl")
+    """The four files of a folder; a UserError names a file that cannot be read."""
+    names = ("ablation.jsonl", "ablation_curves.jsonl", "demo.jsonl", "bccd.jsonl")
     return Record(*(list(_lines(folder / name)) for name in names))
 
 
@@ -446,6 +448,43 @@ def demo(record: Record) -> Table:
     return Table(header, rows, ["demo.jsonl"], command, note)
 
 
+CELLS = {  # rows of bccd.jsonl
+    "supervised": "supervised, the start of the others",
+    "supervised, same time": "supervised, continued from it for about as long as Semi-DETR",
+    "mean-teacher": "mean teacher, from the supervised run",
+    "semi-detr": "**Semi-DETR**, from the supervised run",
+    "all labels": "supervised, all labels",
+}
+
+
+def cells(record: Record) -> Table:
+    """Photographs of blood cells, 20 of them labelled: mean over folds."""
+    classes = sorted({name for line in record.cells for name in line["per_class"]})
+    rows = []
+    for row, name in CELLS.items():
+        lines = [line for line in record.cells if line["row"] == row]
+        folds = str(len(lines)) if lines else DASH
+        steps = " or ".join(f"{count:,}" for count in sorted({line["steps"] for line in lines}))
+        keys = ("AP", "AP50", "AP_nms", "AP50_nms")
+        figures = [[line[key] for key in keys] for line in lines]
+        of_classes = [[line["per_class"].get(one, 0.0) for one in classes] for line in lines]
+        means = [percentage(statistics.mean(values), 1) for values in zip(*figures)]
+        class_means = [percentage(statistics.mean(values), 1) for values in zip(*of_classes)]
+        minutes = number(statistics.mean(line["minutes"] for line in lines), 0) if lines else DASH
+        found = means + class_means if lines else [DASH] * (4 + len(classes))
+        rows.append([name, folds, steps or DASH, *found, minutes])
+    with_nms = ["AP with NMS", "AP50 with NMS"]
+    of_class = [f"AP of {one}" for one in classes]
+    header = ["", "folds", "steps", "AP", "AP50", *with_nms, *of_class, "minutes"]
+    note = (
+        "AP in % on the 72 test photographs, EMA weights, last step; Semi-DETR always with NMS. "
+        "Steps and minutes are those of the run alone, without its start. The machine was busy: "
+        "compare minutes only with each other."
+    )
+    command = "python benchmarks/record_bccd.py runs --test data/bccd-test"
+    return Table(header, rows, ["bccd.jsonl"], command, note)
+
+
 TABLES = {
     table.__name__: table
     for table in (
@@ -458,6 +497,7 @@ TABLES = {
         deformable,
         full,
         demo,
+        cells,
     )
 }
 

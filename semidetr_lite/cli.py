@@ -442,7 +442,7 @@ def export(
 
 def doctor(
     data: str | None = None, images: Path | None = None, unlabelled: Path | None = None,
-    validation: Path | None = None, percent: float = 10, queries: int | None = None,
+    validation: Path | None = None, percent: float | None = None, queries: int | None = None,
     weights: Path | None = None, out: Path | None = None,
 ) -> None:  # fmt: skip
     """Say what is in a data set and what is wrong with it, or what a published weights file is.
@@ -452,7 +452,8 @@ def doctor(
         images: the folder of the json's images.
         unlabelled: a folder of further images without labels, or a COCO json of such.
         validation: a json or folder to measure on.
-        percent: of the labelled images whose labels you will use: labels per class are counted.
+        percent: of the labelled images whose labels you will use: labels per class are counted, of
+            10 % if you do not say.
         queries: of the detector you will train, to compare with the objects per image.
         weights: a file of weights that others published.
         out: a .png file for pictures with their boxes; beside it a picture of the sizes and
@@ -462,7 +463,7 @@ def doctor(
         raise UserError("doctor: give --data or --weights")
     if out is not None and out.suffix.lower() != ".png":
         raise UserError(f"{out}: the picture is a .png file; give --out such a name")
-    if not 0 < percent <= 100:
+    if percent is not None and not 0 < percent <= 100:
         raise UserError(f"--percent must be over 0 and at most 100, got {percent:g}")
     for path in (weights, Path(data) if data is not None else None):
         if path is not None and not path.exists():
@@ -475,7 +476,8 @@ def doctor(
         print("\n".join(describe(weights)))
     if data is None:
         return
-    found = diagnose(data, images, unlabelled, validation, percent, queries)
+    counted = 10.0 if percent is None else percent
+    found = diagnose(data, images, unlabelled, validation, counted, queries)
     print("\n".join(found.lines()))
     if out is not None:
         _write_diagnosis(found, out)
@@ -483,7 +485,7 @@ def doctor(
         count = f"{len(found.problems)} {'defect' if len(found.problems) == 1 else 'defects'}"
         more = "" if out else "; --out NAME.png writes all of them, and pictures with their boxes"
         raise UserError(f"{data}: {count}, listed above{more}")
-    print(f"next: {_next_command(found, data, images, unlabelled, validation)}")
+    print(f"next: {_next_command(found, data, images, unlabelled, validation, percent)}")
 
 
 def _write_diagnosis(found, out: Path) -> None:
@@ -503,19 +505,21 @@ def _write_diagnosis(found, out: Path) -> None:
     print(f"pictures: {out if images else 'none to show'}, {sizes}; all defects: {defects}")
 
 
-def _next_command(found, data, images, unlabelled, validation) -> str:
-    """The command that trains on what the doctor saw."""
+def _next_command(found, data, images, unlabelled, validation, percent) -> str:
+    """The command that trains on what the doctor saw, with all labels or the percentage given."""
     words = ["semidetr", "train", "--data", str(data)]
     for option, value in (("--images", images), ("--validation", validation)):
         words += [option, str(value)] if value is not None else []
-    semi = unlabelled is not None or found.summary.get("train", {}).get("unlabelled", 0) > 0
-    supervised = [*words, "--method", "supervised", "--percent", "100"]
+    used = f"{100 if percent is None else percent:g}"
+    unlabelled_ones = found.summary.get("train", {}).get("unlabelled", 0)
+    semi = unlabelled is not None or unlabelled_ones > 0 or used != "100"
+    supervised = [*words, "--method", "supervised", "--percent", used]
     name = Path(data).resolve().stem
     line = shlex.join([*supervised, "--out", f"runs/{name}-supervised"])
     if not semi:
         return line
     words += ["--unlabelled", str(unlabelled)] if unlabelled is not None else []
-    words += ["--percent", "100", "--burn-in", f"runs/{name}-supervised"]
+    words += ["--percent", used, "--burn-in", f"runs/{name}-supervised"]
     return f"{line}\nthen: {shlex.join([*words, '--out', f'runs/{name}-semi'])}"
 
 

@@ -1,6 +1,7 @@
 """The doctor's screen: counts, remarks, the first defects of each kind, pictures, what to type."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -118,3 +119,15 @@ def test_the_command_it_prints_can_be_read(monkeypatch, tmp_path, capsys):
     line = capsys.readouterr().out.rpartition("next: semidetr ")[2].splitlines()[0]
     settings = cli._starting_settings(line.split(), cli.Settings)
     assert settings.preset and json.dumps(line)
+
+
+@pytest.mark.parametrize(("percent", "used"), [(None, "100"), (100, "100"), (50, "50")])
+def test_the_next_command_uses_the_percentage_that_was_given(
+    percent, used, monkeypatch, tmp_path, capsys
+):
+    coco(tmp_path, "instances_train.json", rows(12))
+    words = ["--percent", percent] if percent else []
+    assert run(monkeypatch, "doctor", "--data", tmp_path, *words) == 0
+    _, _, commands = capsys.readouterr().out.rpartition("next: ")
+    assert set(re.findall(r"--percent (\S+)", commands)) == {used}
+    assert ("then: " in commands) == (used != "100")  # the other images are unlabelled

@@ -16,7 +16,7 @@ spec.loader.exec_module(make_pictures)
 PICTURES = ROOT / "docs" / "pictures"
 
 
-@pytest.mark.parametrize("name", ["training.png", "timeline.png"])
+@pytest.mark.parametrize("name", ["training.png", "timeline.png", "cells.png"])
 def test_a_picture_is_small_and_sharp_at_twice_900_pixels(name):
     assert (PICTURES / name).stat().st_size < 400_000
     with Image.open(PICTURES / name) as picture:
@@ -49,6 +49,20 @@ def test_supervised_steps_lie_where_the_methods_are_after_the_same_time():
     lines.append(line | {"step": 1000, "AP_teacher": 0.9, "percent": 5})
     curves = make_pictures.training_curves(lines, "supervised", "AP_teacher")
     assert curves == {3: ([0, 750, 1500], [20.0, 30.0, 40.0])}
+
+
+def test_curves_of_cells_begin_where_the_supervised_run_of_their_fold_ends():
+    def line(row, fold, step, value):
+        return {"row": row, "fold": fold, "step": step, "AP_teacher": value}
+
+    lines = [line("supervised", 1, 100, 0.1), line("supervised", 1, 200, 0.3)]
+    lines += [line("semi-detr", 1, 40, 0.4), line("semi-detr", 1, 80, 0.5)]
+    lines += [line("supervised, same time", 1, step, 0.35) for step in (100, 200)]
+    lines += [line("supervised", 2, 200, 0.9), line("semi-detr", 2, 80, 0.95)]
+    curves = make_pictures.cell_curves(lines, "semi-detr", "AP_teacher")
+    assert curves == {1: ([0, 40, 80], [0.3, 0.4, 0.5]), 2: ([0, 80], [0.9, 0.95])}
+    longer = make_pictures.cell_curves(lines, "supervised, same time", "AP_teacher")
+    assert longer == {1: ([0, 40, 80], [0.3, 0.35, 0.35])}  # 200 steps as long as 80
 
 
 def test_a_box_that_is_kept_and_mined_is_drawn_as_kept():

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from semidetr_lite.methods.semi_detr import SemiDETR
 from semidetr_lite.methods.supervised import Supervised
 from semidetr_lite.training import checkpoint, loop, presets, run_folder
 from semidetr_lite.training.loop import Run, replay
+from semidetr_lite.training.measure import class_warning, objects_per_class
 from semidetr_lite.training.settings import Config
 from tests.test_train import go, small, splits  # noqa: F401  (a fixture)
 
@@ -435,6 +437,36 @@ def test_the_alarm_tells_a_collapsed_teacher_from_others():
     assert alarms([0, 0, 0], steps=50) is None and alarms([0, 3, 0], steps=50) is None, (
         "not yet long"
     )
+
+
+def test_the_alarm_names_a_class_that_the_teacher_loses():
+    names, objects = ["red", "white", "platelet", "unseen"], [12.0, 1.0, 1.0, 0.0]
+    assert class_warning([10.0, 0.9, 0.8, 0.0], objects, names) is None
+    few = class_warning([10.0, 0.9, 0.01, 0.0], objects, names)
+    assert "hardly any" in few and "'platelet' (0.01" in few and "red" not in few
+    many = class_warning([10.0, 6.0, 0.8, 0.0], objects, names)
+    assert "too many" in many and "'white'" in many and "platelet" not in many
+
+
+def test_objects_per_class_are_those_of_the_labels(splits):
+    counts = Counter(
+        label
+        for _, target in map(splits.labelled.__getitem__, range(len(splits.labelled)))
+        for label in target["labels"].tolist()
+    )
+    expected = [counts[label] / len(splits.labelled) for label in range(10)]
+    assert objects_per_class(splits.labelled, 10) == pytest.approx(expected)
+
+
+def test_a_lost_class_is_told_in_the_log_and_on_the_screen(splits, tmp_path, capsys):
+    run = Run(settings(), tmp_path / "run", splits=splits, workers=0)
+    run.method.pseudo_boxes_per_class.fill_(1.0)
+    run.labelled_per_class = [1.0] * 9 + [1e4]
+    run.run()
+    first, *_, last = lines(tmp_path / "run" / "log.jsonl")
+    assert "hardly any pseudo-boxes of '9'" in first["alarm"]
+    assert list(last["pseudo_per_class"]) == [str(digit) for digit in range(10)]
+    assert "ALARM: hardly any" in capsys.readouterr().out
 
 
 def test_the_alarm_is_a_line_in_the_log_and_on_the_screen(splits, tmp_path, monkeypatch, capsys):

@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import cast
 
@@ -39,9 +40,11 @@ from semidetr_lite.training import photos, presets
 from semidetr_lite.training.checkpoint import load_state, load_state_strict
 from semidetr_lite.training.engine import Engine, check_micro_batches, choose_precision
 from semidetr_lite.training.measure import (
+    class_warning,
     duplicates,
     measure,
     measure_classes,
+    objects_per_class,
     pseudo_box_log,
     pseudo_quality,
 )
@@ -498,10 +501,24 @@ class Run:
             "images_per_second": round(images / max(self._advance_clock(), 1e-9), 2),
             "seconds": round(self.seconds, 1),
         }
-        warning = self.method.collapse_warning() if self.unlabelled else None
+        warning = self._teacher_warning() if self.unlabelled else None
         if warning:
             line["alarm"] = warning
         return line
+
+    def _teacher_warning(self) -> str | None:
+        """A sentence if the teacher has collapsed, or if it has lost a class."""
+        collapsed = self.method.collapse_warning()
+        if collapsed:
+            return collapsed
+        names = [str(row["name"]) for row in self.splits.categories]
+        counts = self.method.pseudo_boxes_per_class.tolist()
+        return class_warning(counts, self.labelled_per_class, names)
+
+    @cached_property
+    def labelled_per_class(self) -> list[float]:
+        """Objects of each class per labelled image."""
+        return objects_per_class(self.splits.labelled, len(self.splits.categories))
 
     def _measure_and_log(self, unmeasured: dict, signals: SignalHandler) -> dict:
         """Measure the run where that is due, after it is saved; log and save; returns the line."""
@@ -527,6 +544,11 @@ class Run:
             line[f"AP50_{name}"] = round(figures["AP50"], 4)
         self._keep_best(aps)
         if self.unlabelled:
+            names = [str(row["name"]) for row in self.splits.categories]
+            counts = self.method.pseudo_boxes_per_class.tolist()
+            line["pseudo_per_class"] = {
+                name: round(count, 3) for name, count in zip(names, counts, strict=True)
+            }
             line |= pseudo_quality(self.method, self.splits.unlabelled)
             line |= duplicates(teacher, self.splits.tune, images)
         if self.step == self.config.steps or self.stopped_early:

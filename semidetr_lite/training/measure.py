@@ -31,10 +31,13 @@ from semidetr_lite.methods.mean_teacher import (
     TeacherStudent,
     select_pseudo_boxes,
 )
+from semidetr_lite.training.photos import target_of
 
 # that are read before they are detected in
 IMAGES_AT_ONCE = 200
 PIXELS_READ_AT_ONCE = 50_000_000
+# pseudo-boxes of a class for each object that labelled images have of it: fewer or more are told
+FEW, MANY = 0.05, 4.0
 
 
 def measure(
@@ -254,6 +257,43 @@ def mined_counts(confident: Target, mined: Target, truth: Target) -> dict[str, i
 def mines(method: TeacherStudent) -> bool:
     """Whether a method mines boxes by their matching costs."""
     return getattr(method, "mining", "none") != "none"
+
+
+def objects_per_class(dataset: Dataset, num_classes: int, images: int = 500) -> list[float]:
+    """Objects of each class per image, without crowd regions, over an even sample of `images`."""
+    count = len(dataset)
+    sample = np.linspace(0, count - 1, min(count, images)).round().astype(int).tolist()
+    counts = torch.zeros(num_classes)
+    for index in sample:
+        target = target_of(dataset, index)
+        crowd = target.get("crowd", torch.zeros(len(target["labels"]), dtype=torch.bool))
+        counts += torch.bincount(target["labels"][~crowd], minlength=num_classes)
+    return (counts / max(len(sample), 1)).tolist()
+
+
+def class_warning(pseudo: list[float], objects: list[float], names: list[str]) -> str | None:
+    """A sentence if the teacher finds hardly any objects of a class, or far too many.
+
+    Args:
+        pseudo: confident pseudo-boxes of each class per unlabelled image, over many steps.
+        objects: objects of each class per labelled image; a class without any is passed over.
+        names: of the classes.
+    """
+    known = [row for row in zip(names, pseudo, objects, strict=True) if row[2] > 0]
+    faults = {
+        "hardly any": [row for row in known if row[1] < FEW * row[2]],
+        "too many": [row for row in known if row[1] > MANY * row[2] + 0.1],
+    }
+    parts = []
+    for words, rows in faults.items():
+        told = [
+            f"{name!r} ({found:.2g} an image, labels {there:.2g})" for name, found, there in rows
+        ]
+        if told:
+            parts.append(
+                f"{words} pseudo-boxes of {', '.join(told[:3])}" + ", ..." * (len(told) > 3)
+            )
+    return "; ".join(parts) or None
 
 
 def detection_of(pseudo: PseudoBoxes, keep: torch.Tensor) -> Target:
