@@ -390,9 +390,10 @@ def token_losses(outputs: Outputs, target_sets: list[TargetSet]) -> dict[str, to
         outputs: of all images that the student sees.
         target_sets: of each kind of images.
     """
-    tokens = outputs.get("encoder", {}).get("tokens")
-    if tokens is None:
+    encoder = outputs.get("encoder")
+    if not encoder or "tokens" not in encoder:
         return {}
+    tokens = encoder["tokens"]
     layers = Layers(tokens["pred_logits"][None], tokens["pred_boxes"][None], encoder=True)
     of_kinds = [layers.of_images(target_set.images) for target_set in target_sets]
     usable = [tokens["usable"][target_set.images] for target_set in target_sets]

@@ -298,12 +298,12 @@ def stack_layers(outputs: Outputs) -> Layers:
     The encoder's proposals are left out where all tokens are trained in their place.
     """
     layers = [*outputs["aux_outputs"], outputs]
-    with_encoder = "encoder" in outputs and "tokens" not in outputs["encoder"]
-    if with_encoder:
-        layers.append(outputs["encoder"])
+    encoder = outputs.get("encoder")
+    if encoder and "tokens" not in encoder:
+        layers.append(encoder)
     return Layers(
         torch.stack([layer["pred_logits"] for layer in layers]),
         torch.stack([layer["pred_boxes"] for layer in layers]),
-        encoder=with_encoder,
+        encoder=len(layers) > 1 + len(outputs["aux_outputs"]),
         no_object=bool(outputs.get("no_object")),
     )
