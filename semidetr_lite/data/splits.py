@@ -163,3 +163,12 @@ class Concat:
                 break
             index -= len(dataset)
         return dataset[index]
+
+
+def target_of(dataset: Dataset, index: int) -> Target:
+    """The target of an image, without decoding it where the dataset can tell."""
+    if isinstance(dataset, Subset):
+        return target_of(dataset.dataset, dataset.indices[index])
+    if hasattr(dataset, "target"):
+        return dataset.target(index)
+    return dataset[index][1]

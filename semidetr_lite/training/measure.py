@@ -18,7 +18,7 @@ from semidetr_lite.boxes import to_model
 from semidetr_lite.contracts import Target, View
 from semidetr_lite.data import digits
 from semidetr_lite.data.coco import CocoDataset, find_annotations
-from semidetr_lite.data.splits import Dataset, Subset
+from semidetr_lite.data.splits import Dataset, Subset, target_of
 from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.detectors.transformer import stack_layers
 from semidetr_lite.errors import UserError
@@ -31,7 +31,6 @@ from semidetr_lite.methods.mean_teacher import (
     TeacherStudent,
     select_pseudo_boxes,
 )
-from semidetr_lite.training.photos import target_of
 
 # that are read before they are detected in
 IMAGES_AT_ONCE = 200

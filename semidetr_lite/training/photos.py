@@ -29,8 +29,7 @@ import numpy as np
 import torch
 import torchvision
 
-from semidetr_lite.contracts import Target
-from semidetr_lite.data.splits import Dataset, Splits, Subset
+from semidetr_lite.data.splits import Splits, target_of
 from semidetr_lite.data.views import resized
 from semidetr_lite.training.run_folder import load_burn_in
 from semidetr_lite.training.settings import WITH_QUERIES, Config, Settings, change, check
@@ -106,15 +105,6 @@ def facts_of(splits: Splits) -> DataFacts:
         classes=names,
         unseen=[name for label, name in enumerate(names) if label not in seen],
     )
-
-
-def target_of(dataset: Dataset, index: int) -> Target:
-    """The target of an image, without decoding it where the dataset can tell."""
-    if isinstance(dataset, Subset):
-        return target_of(dataset.dataset, dataset.indices[index])
-    if hasattr(dataset, "target"):
-        return dataset.target(index)
-    return dataset[index][1]
 
 
 # ---- choices -------------------------------------------------------------------------------------
