@@ -27,7 +27,13 @@ from tqdm import tqdm
 
 from semidetr_lite.contracts import Target
 from semidetr_lite.data.coco import read_coco
-from semidetr_lite.data.images import IMAGE_SUFFIXES, ORIENTATION, images_below
+from semidetr_lite.data.images import (
+    IMAGE_SUFFIXES,
+    QUARTER_TURNS,
+    images_below,
+    orientation_of,
+    stored_boxes,
+)
 from semidetr_lite.data.views import resized
 from semidetr_lite.detection_files import match_names
 from semidetr_lite.detectors.detector import Detector, load_image
@@ -38,16 +44,6 @@ from semidetr_lite.visualize import png, show_targets
 
 DEFAULT_SCORE = 0.3  # of boxes that are drawn and written for labelling tools
 MAX_ASPECT = 4  # of a picture; a narrower image gets white beside it
-# orientation of EXIF -> what makes a stored image upright: mirror x, mirror y, then swap x and y
-TURNS = {
-    2: (True, False, False),
-    3: (True, True, False),
-    4: (False, True, False),
-    5: (False, False, True),
-    6: (False, True, True),
-    7: (True, True, True),
-    8: (True, False, True),
-}
 
 
 class ImageFile(NamedTuple):
@@ -124,26 +120,7 @@ def printable(text: str) -> str:
 def _orientation(path: Path) -> int:
     """The EXIF orientation of an image, 1 for one that is stored upright."""
     with Image.open(path) as image:
-        orientation = image.getexif().get(ORIENTATION, 1)
-    return orientation if orientation in TURNS else 1
-
-
-def stored_boxes(boxes: torch.Tensor, size: tuple[int, int], orientation: int) -> torch.Tensor:
-    """Boxes (T, 4) xyxy of an upright image, in pixels of the stored one.
-
-    Args:
-        boxes: in pixels of the upright image.
-        size: (H, W) of the stored image.
-        orientation: of its EXIF data, 1 to 8.
-    """
-    mirror_x, mirror_y, swap = TURNS.get(orientation, (False, False, False))
-    boxes = boxes[:, [1, 0, 3, 2]] if swap else boxes
-    x1, y1, x2, y2 = boxes.unbind(1)
-    if mirror_x:
-        x1, x2 = size[1] - x2, size[1] - x1
-    if mirror_y:
-        y1, y2 = size[0] - y2, size[0] - y1
-    return torch.stack([x1, y1, x2, y2], 1)
+        return orientation_of(image)
 
 
 # ---- truth ---------------------------------------------------------------------------------------
@@ -183,7 +160,7 @@ def _in_truth_pixels(prediction: Prediction, row: dict, stored: bool) -> Predict
     has_size = all(type(side) in (int, float) and side > 0 for side in said)
     orientation = _orientation(prediction.image.path)
     upright = prediction.size
-    as_stored = upright[::-1] if orientation >= 5 else upright
+    as_stored = upright[::-1] if orientation in QUARTER_TURNS else upright
     if has_size and said not in (upright, as_stored):
         ours = f"{upright[1]} x {upright[0]} pixels"
         theirs = f"{said[1]:g} x {said[0]:g}"
@@ -207,10 +184,10 @@ def _counts_stored_pixels(images: dict[str, ImageFile], truth: Truth) -> bool:
     """
     for name, image in images.items():
         with Image.open(image.path) as file:
-            orientation = file.getexif().get(ORIENTATION, 1)
+            orientation = orientation_of(file)
             width, height = file.size
         said = (truth.images[name].get("height"), truth.images[name].get("width"))
-        if orientation in (5, 6, 7, 8) and width != height and said == (width, height):
+        if orientation in QUARTER_TURNS and width != height and said == (width, height):
             return False
     return True
 

@@ -7,14 +7,13 @@ one whose label file is empty is.
 """
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
 import yaml
 
-from semidetr_lite.data.images import header_size, images_below
+from semidetr_lite.data.images import files_below, header_size, images_below
 from semidetr_lite.errors import UserError, as_user_error
 
 # folder names in a YOLO tree -> the split they mean
@@ -210,7 +209,7 @@ def _voc_images(folder: Path, image_dir: Path) -> tuple[dict[str, BoxImage], dic
         for their objects.
     """
     paths = list(images_below(image_dir).values())
-    xml_paths = list(files_below(folder, ".xml"))
+    xml_paths = list(map(Path, files_below(folder, ".xml")))
     pairs = _pair_by_name(folder, xml_paths, image_dir, paths)
     readable: dict[str, BoxImage] = {}
     problems: dict[str, str] = {}
@@ -258,21 +257,6 @@ def _stem_below(path, folder: Path) -> str:
     """The path below a folder, without suffix."""
     below = Path(os.path.relpath(path, folder))
     return (below.parent / below.stem).as_posix()
-
-
-def files_below(folder: Path, suffix: str) -> Iterator[Path]:
-    """The files with a suffix in a folder and below it, links followed, no hidden ones."""
-    visited = set()
-    for here, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(here)
-        if real in visited:
-            folders[:] = []
-            continue
-        visited.add(real)
-        folders[:] = sorted(name for name in folders if name[0] != ".")
-        for name in sorted(names):
-            if name[0] != "." and name.lower().endswith(suffix):
-                yield Path(here) / name
 
 
 def _pair_by_name(
@@ -461,7 +445,7 @@ def read_yolo(folder: Path) -> tuple[Annotations, Annotations | None]:
     known = set(label_files.values())
     problems["train"] += [
         f"{path}: its image is missing from the images/ beside labels/"
-        for path in files_below(folder, ".txt")
+        for path in map(Path, files_below(folder, ".txt"))
         if "labels" in path.parts[:-1] and path.name != "classes.txt" and path not in known
     ]
     categories = [{"id": number, "name": name} for number, name in enumerate(names)]

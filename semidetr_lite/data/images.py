@@ -83,9 +83,13 @@ def read_upright(path) -> tuple[torch.Tensor, int]:
     Raises UserError naming the file.
     """
     with _opened(path) as file:
-        orientation = file.getexif().get(ORIENTATION, 1)
-        image = rgb_pixels(file, upright=True)
-    return image, orientation if orientation in MIRROR_AND_SWAP else 1
+        return rgb_pixels(file, upright=True), orientation_of(file)
+
+
+def orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation of an image, 1 to 8; 1 for one that is stored upright."""
+    orientation = image.getexif().get(ORIENTATION, 1)
+    return orientation if orientation in MIRROR_AND_SWAP else 1
 
 
 def header_size(path, upright: bool = False) -> tuple[int, int]:
@@ -104,13 +108,34 @@ def turn_boxes(boxes: torch.Tensor, size: tuple[int, int], orientation: int) -> 
         orientation: of the image's EXIF data, 1 to 8.
     """
     mirror_x, mirror_y, swap = MIRROR_AND_SWAP[orientation]
+    boxes = _mirrored(boxes, size, mirror_x, mirror_y)
+    return boxes[..., [1, 0, 3, 2]] if swap else boxes
+
+
+def stored_boxes(boxes: torch.Tensor, size: tuple[int, int], orientation: int) -> torch.Tensor:
+    """Boxes in pixels of the upright image as boxes in stored pixels; it undoes `turn_boxes`.
+
+    Args:
+        boxes: (T, 4) xyxy in pixels of the upright image.
+        size: (H, W) of the image as it is stored.
+        orientation: of the image's EXIF data, 1 to 8.
+    """
+    mirror_x, mirror_y, swap = MIRROR_AND_SWAP[orientation]
+    boxes = boxes[..., [1, 0, 3, 2]] if swap else boxes
+    return _mirrored(boxes, size, mirror_x, mirror_y)
+
+
+def _mirrored(
+    boxes: torch.Tensor, size: tuple[int, int], mirror_x: bool, mirror_y: bool
+) -> torch.Tensor:
+    """Boxes (T, 4) xyxy in pixels of an image of `size` (H, W), mirrored along some axes."""
     x1, y1, x2, y2 = boxes.unbind(-1)
     height, width = size
     if mirror_x:
         x1, x2 = width - x2, width - x1
     if mirror_y:
         y1, y2 = height - y2, height - y1
-    return torch.stack([y1, x1, y2, x2] if swap else [x1, y1, x2, y2], dim=-1)
+    return torch.stack([x1, y1, x2, y2], dim=-1)
 
 
 @contextmanager
@@ -142,6 +167,16 @@ def images_below(folder) -> dict[str, str]:
     Names that begin with a dot are left out.
     """
     paths: dict[str, str] = {}
+    for path in files_below(folder, IMAGE_SUFFIXES):
+        paths.setdefault(os.path.realpath(path), path)
+    return dict(sorted(paths.items(), key=lambda item: item[1].split(os.sep)))
+
+
+def files_below(folder, suffixes: str | tuple[str, ...]) -> Iterator[str]:
+    """The files with some suffix in a folder and below it, sorted by name in each folder.
+
+    Links are followed, into each folder once; names that begin with a dot are left out.
+    """
     visited: set[str] = set()
     for here, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(here)
@@ -151,10 +186,8 @@ def images_below(folder) -> dict[str, str]:
         visited.add(real)
         folders[:] = sorted(name for name in folders if name[0] != ".")
         for name in sorted(names):
-            if name[0] != "." and name.lower().endswith(IMAGE_SUFFIXES):
-                real_path = os.path.realpath(os.path.join(real, name))
-                paths.setdefault(real_path, os.path.join(here, name))
-    return dict(sorted(paths.items(), key=lambda item: item[1].split(os.sep)))
+            if name[0] != "." and name.lower().endswith(suffixes):
+                yield os.path.join(here, name)
 
 
 class ImageFolder:

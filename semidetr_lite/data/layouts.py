@@ -19,11 +19,11 @@ from semidetr_lite.data.coco_json import read_annotations
 from semidetr_lite.data.formats import (
     SPLIT_NAMES,
     Annotations,
-    files_below,
     find_class_names,
     read_voc,
     read_yolo,
 )
+from semidetr_lite.data.images import files_below
 from semidetr_lite.errors import UserError
 
 KINDS = "a COCO json, or a COCO, VOC or YOLO folder"
@@ -77,7 +77,9 @@ def find_annotations(
 
 def _is_yolo(folder: Path) -> bool:
     """Whether a folder has text files of labels: below labels/, or beside images with classes."""
-    label_files = (path for path in files_below(folder, ".txt") if "labels" in path.parts[:-1])
+    label_files = (
+        path for path in map(Path, files_below(folder, ".txt")) if "labels" in path.parts[:-1]
+    )
     return next(label_files, None) is not None or find_class_names(folder) is not None
 
 
