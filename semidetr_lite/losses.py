@@ -306,6 +306,7 @@ def detection_loss(
     stage: str,
     loss_weights: LossWeights = LossWeights(),
     normalizers: Normalizers | None = None,
+    query_mask: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """{"class", "l1", "giou"}, each the sum over all layers.
 
@@ -313,7 +314,7 @@ def detection_loss(
         layers, targets: of the same images.
         assignment: (L, B, Q), from match_layers.
         stage: "one_to_many" or "one_to_one".
-        loss_weights, normalizers: see loss_from_assignment.
+        loss_weights, normalizers, query_mask: see loss_from_assignment.
     """
     return loss_from_assignment(
         layers.logits,
@@ -322,6 +323,7 @@ def detection_loss(
         assignment,
         stage,
         loss_weights,
+        query_mask=query_mask,
         no_object=layers.no_object,
         normalizers=normalizers,
     )
@@ -410,15 +412,14 @@ def token_losses(outputs: Outputs, target_sets: list[TargetSet]) -> dict[str, to
         assignment = match_layers(
             own, target_set.targets, "one_to_one", costs=its_costs, valid=target_set.valid
         )
-        loss = loss_from_assignment(
-            own.logits,
-            own.boxes,
-            target_set.targets._replace(labels=own.labels(target_set.targets.labels)),
+        loss = detection_loss(
+            own,
+            target_set.targets,
             assignment,
             "one_to_one",
             target_set.loss_weights,
+            target_set.normalizers,
             query_mask=counts,
-            normalizers=target_set.normalizers,
         )
         losses |= add_prefix(f"{target_set.name} tokens", loss)
     return losses
