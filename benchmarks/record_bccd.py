@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from semidetr_lite import load_detector
+from semidetr_lite.files import read_jsonl
 from semidetr_lite.training.measure import measure_classes, open_other
 
 RECORDED = Path(__file__).parents[1] / "notebooks" / "recorded"
@@ -42,7 +43,7 @@ def main() -> None:
 def finished_runs(runs: Path) -> Iterator[Path]:
     """The run folders that are named as above and have reached their last step."""
     for log in sorted(runs.glob("*/log.jsonl")):
-        if row_and_fold(log.parent) and "test" in read_log(log.parent)[-1]:
+        if row_and_fold(log.parent) and "test" in read_jsonl(log)[-1]:
             yield log.parent
 
 
@@ -50,11 +51,6 @@ def row_and_fold(run: Path) -> tuple[str, int] | None:
     """Row and fold by the folder's name; None for another folder."""
     name, _, fold = run.name.rpartition("-")
     return (ROWS[name], int(fold)) if name in ROWS and fold.isdigit() else None
-
-
-def read_log(run: Path) -> list[dict]:
-    """The lines of a run's log."""
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def identity(run: Path) -> dict:
@@ -67,7 +63,8 @@ def identity(run: Path) -> dict:
 
 def line_of(run: Path, test: str) -> dict:
     """The line of bccd.jsonl: AP, AP50 and the AP of each class are fractions, on `test`."""
-    config, last = json.loads((run / "config.json").read_text()), read_log(run)[-1]
+    config = json.loads((run / "config.json").read_text())
+    last = read_jsonl(run / "log.jsonl")[-1]
     dataset = open_other(test, None, config["categories"])
     detector = load_detector(run, "teacher")
     figures, classes = measure_classes(detector, dataset, config["categories"])
@@ -90,7 +87,7 @@ def line_of(run: Path, test: str) -> dict:
 def curve_of(run: Path) -> list[dict]:
     """The lines of bccd_curves.jsonl: pseudo-boxes, and what was measured on the way."""
     lines = []
-    for line in read_log(run):
+    for line in read_jsonl(run / "log.jsonl"):
         figures = {key: line[key] for key in CURVES if key in line}
         if figures:
             lines.append({**identity(run), "step": line["step"], **figures})
@@ -100,10 +97,9 @@ def curve_of(run: Path) -> list[dict]:
 def add(name: str, lines: list[dict]) -> None:
     """Put the lines of a run in place of those that the file has of it, and print them."""
     file = RECORDED / name
-    old = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     keys = ("row", "fold", "start")
     new = {tuple(line[key] for key in keys) for line in lines}
-    kept = [line for line in old if tuple(line[key] for key in keys) not in new]
+    kept = [line for line in read_jsonl(file) if tuple(line[key] for key in keys) not in new]
     order = list(ROWS.values())
     every = sorted(kept + lines, key=lambda line: (line["fold"], order.index(line["row"])))
     file.write_text("".join(json.dumps(line) + "\n" for line in every))

@@ -1,4 +1,4 @@
-"""Record what each part of one-to-many matching changes, as notebook 04 draws it.
+"""Record what each part of one-to-many matching changes, beside notebook 04.
 
     python benchmarks/record_matching.py --seeds 0 1 2 [--steps 240]
 

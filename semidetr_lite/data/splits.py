@@ -165,6 +165,13 @@ class Concat:
         return dataset[index]
 
 
+def sample_targets(dataset: Dataset, most: int) -> list[Target]:
+    """The targets of at most so many images, evenly over the data set."""
+    count = len(dataset)
+    indices = np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
+    return [target_of(dataset, index) for index in indices]
+
+
 def target_of(dataset: Dataset, index: int) -> Target:
     """The target of an image, without decoding it where the dataset can tell."""
     if isinstance(dataset, Subset):

@@ -18,7 +18,7 @@ from semidetr_lite.boxes import to_model
 from semidetr_lite.contracts import Target, View
 from semidetr_lite.data import digits
 from semidetr_lite.data.coco import CocoDataset, find_annotations
-from semidetr_lite.data.splits import Dataset, Subset, target_of
+from semidetr_lite.data.splits import Dataset, Subset, sample_targets
 from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.detectors.transformer import stack_layers
 from semidetr_lite.errors import UserError
@@ -35,7 +35,8 @@ from semidetr_lite.methods.mean_teacher import (
 # that are read before they are detected in
 IMAGES_AT_ONCE = 200
 PIXELS_READ_AT_ONCE = 50_000_000
-# pseudo-boxes of a class for each object that labelled images have of it: fewer or more are told
+# pseudo-boxes of a class for each object that labelled images have of it: fewer or more are
+# named in a warning
 FEW, MANY = 0.05, 4.0
 
 
@@ -260,14 +261,12 @@ def mines(method: TeacherStudent) -> bool:
 
 def objects_per_class(dataset: Dataset, num_classes: int, images: int = 500) -> list[float]:
     """Objects of each class per image, without crowd regions, over an even sample of `images`."""
-    count = len(dataset)
-    sample = np.linspace(0, count - 1, min(count, images)).round().astype(int).tolist()
+    targets = sample_targets(dataset, images)
     counts = torch.zeros(num_classes)
-    for index in sample:
-        target = target_of(dataset, index)
+    for target in targets:
         crowd = target.get("crowd", torch.zeros(len(target["labels"]), dtype=torch.bool))
         counts += torch.bincount(target["labels"][~crowd], minlength=num_classes)
-    return (counts / max(len(sample), 1)).tolist()
+    return (counts / max(len(targets), 1)).tolist()
 
 
 def class_warning(pseudo: list[float], objects: list[float], names: list[str]) -> str | None:
@@ -285,13 +284,12 @@ def class_warning(pseudo: list[float], objects: list[float], names: list[str]) -
     }
     parts = []
     for words, rows in faults.items():
-        told = [
+        classes = [
             f"{name!r} ({found:.2g} an image, labels {there:.2g})" for name, found, there in rows
         ]
-        if told:
-            parts.append(
-                f"{words} pseudo-boxes of {', '.join(told[:3])}" + ", ..." * (len(told) > 3)
-            )
+        if classes:
+            more = ", ..." if len(classes) > 3 else ""
+            parts.append(f"{words} pseudo-boxes of {', '.join(classes[:3])}{more}")
     return "; ".join(parts) or None
 
 

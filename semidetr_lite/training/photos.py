@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import torchvision
 
-from semidetr_lite.data.splits import Splits, target_of
+from semidetr_lite.data.splits import Splits, sample_targets
 from semidetr_lite.data.views import resized
 from semidetr_lite.training.run_folder import load_burn_in
 from semidetr_lite.training.settings import WITH_QUERIES, Config, Settings, change, check
@@ -84,9 +84,7 @@ def machine_of(device: torch.device) -> Machine:
 
 def facts_of(splits: Splits) -> DataFacts:
     """Facts about the labelled images of a run, of a sample of them where there are many."""
-    count = len(splits.labelled)
-    indices = np.linspace(0, count - 1, min(count, MAX_LOOKED_AT)).round().astype(int).tolist()
-    targets = [target_of(splits.labelled, index) for index in indices]
+    targets = sample_targets(splits.labelled, MAX_LOOKED_AT)
     sizes = sorted((size for size in splits.labelled.sizes if min(size) > 0), key=min) or [(1, 1)]
     sides = [
         ((target["boxes"][:, 2:] - target["boxes"][:, :2]).prod(1).sqrt() / min(target["size"]))
@@ -97,7 +95,7 @@ def facts_of(splits: Splits) -> DataFacts:
     names = [str(row["name"]) for row in splits.categories]
     seen = set(labels.tolist())
     return DataFacts(
-        labelled=count,
+        labelled=len(splits.labelled),
         unlabelled=len(splits.unlabelled),
         size=sizes[len(sizes) // 2],
         objects=np.array([len(target["labels"]) for target in targets]),
