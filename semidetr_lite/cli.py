@@ -196,6 +196,8 @@ def _result_lines(last: dict, steps: int) -> list[str]:
         lines += [f"classes, {best['weights']} of the last step:", *_class_lines(classes)]
         whose = f"the {best['weights']} of step {best['step']}"
         ap = f"AP {100 * best['AP']:.1f} on the tune split"
+        if "nms" in best:
+            ap += f" with non-maximum suppression (--nms {best['nms']:g})"
         lines.append(f"best: {whose}, {ap}: best.safetensors, which evaluate and predict use")
     return lines
 

@@ -83,6 +83,51 @@ def test_patience_ends_a_run_early_and_it_stays_ended(splits, tmp_path, monkeypa
     assert "ended early, at step 4 of 9" in "\n".join(cli._result_lines(last, 9))
 
 
+def test_suppression_is_kept_where_it_measures_better(splits, tmp_path, monkeypatch):
+    """The student is better with it, the teacher without; files and figures of the end follow."""
+    aps = {
+        ("student", None): 0.1,
+        ("student", 0.6): 0.3,
+        ("teacher", None): 0.2,
+        ("teacher", 0.6): 0.1,
+    }
+    config = small("supervised", steps=2, log_every=1, evaluate_every=2, try_nms=0.6)
+    run = Run(config, tmp_path, splits=splits, workers=0, quiet=True)
+    names = {id(run.method.student): "student", id(run.method.teacher): "teacher"}
+    tested = {}
+    real = loop.measure_classes
+
+    def measure_classes(detector, *rest):
+        tested[names[id(detector)]] = detector.nms
+        return real(detector, *rest)
+
+    def measure(detector, *_):
+        return {"AP50": 0.5, "AP": aps[names[id(detector)], detector.nms]}
+
+    monkeypatch.setattr(loop, "measure", measure)
+    monkeypatch.setattr(loop, "measure_classes", measure_classes)
+    last = run.run()
+    assert (last["AP_student"], last["AP_teacher"]) == (0.3, 0.2)
+    assert last["best"] == {"AP": 0.3, "weights": "student", "step": 2, "nms": 0.6}
+    assert tested == {"student": 0.6, "teacher": None}
+    kept = {name: load_detector(tmp_path, name).nms for name in ("best", "student", "teacher")}
+    assert kept == {"best": 0.6, "student": 0.6, "teacher": None}
+    assert run.method.student.nms is None  # training goes on as before
+    assert "--nms 0.6" in "\n".join(cli._result_lines(last, 2))
+
+
+def test_suppression_is_not_tried_where_weights_need_it_anyway(splits, tmp_path, monkeypatch):
+    config = small("supervised", steps=1, log_every=1, try_nms=0.6)
+    run = Run(config, tmp_path, splits=splits, workers=0, quiet=True)
+    run.method.student.nms = run.method.teacher.nms = 0.5
+    seen = []
+    figures = {"AP": 0.1, "AP50": 0.1}
+    monkeypatch.setattr(loop, "measure", lambda detector, *_: seen.append(detector.nms) or figures)
+    run.run()
+    assert seen == [0.5, 0.5]
+    assert "nms" not in run.best
+
+
 def test_the_last_line_has_the_ap_of_each_class(splits, tmp_path):
     last = go(small("supervised", steps=1), tmp_path, splits)
     labels = torch.cat([splits.test[index][1]["labels"] for index in range(6)]).tolist()

@@ -26,6 +26,7 @@ def save_weights(
     categories: list[dict],
     dtype: torch.dtype | None = None,
     measured: dict | None = None,
+    nms: float | None = None,
 ) -> None:
     """Write a detector as a safetensors file.
 
@@ -37,6 +38,7 @@ def save_weights(
         categories: [{"id", "name"}] in the order of the labels.
         dtype: of the numbers in the file; torch.float16 halves its size. They are read as float32.
         measured: what was measured of them, for the header: {"AP", "weights", "step"}.
+        nms: IoU of non-maximum suppression that `detect` shall use; the detector's own if None.
 
     Raises UserError where the file cannot be written.
     """
@@ -44,7 +46,7 @@ def save_weights(
         "detector": name,
         "arguments": arguments,
         "categories": categories,
-        "nms": detector.nms,
+        "nms": detector.nms if nms is None else nms,
         "test_size": detector.test_size,
     }
     if detector.train_sides is not None:

@@ -11,6 +11,7 @@ A run can be killed at any moment and goes on with --resume to the same end, bit
 is saved before it is measured, and one that is killed while it measures does so again.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -31,6 +32,7 @@ from semidetr_lite.data.batches import Batches
 from semidetr_lite.data.mixing import check_blocks
 from semidetr_lite.data.splits import Splits
 from semidetr_lite.data.views import resized
+from semidetr_lite.detectors.detector import Detector
 from semidetr_lite.detectors.start_weights import reorder_classes, start_from
 from semidetr_lite.detectors.weight_files import is_weights_file
 from semidetr_lite.device import to_host
@@ -179,6 +181,8 @@ class Run:
         self.best: dict | None = None
         self.measured_since_best = 0
         self.stopped_early = False
+        # IoU of suppression where student or teacher measured better with it: measuring.try_nms
+        self.better_with_nms: dict[str, float] = {}
         # the log line of a step that is saved and not measured yet, and the method's figures then
         self.unmeasured: dict | None = None
         self.logged_step, self.clock = 0, time.perf_counter()
@@ -199,6 +203,7 @@ class Run:
             self.best, self.unmeasured = state.get("best"), state.get("unmeasured")
             self.measured_since_best = state.get("measured_since_best", 0)
             self.stopped_early = state.get("stopped_early", False)
+            self.better_with_nms = state.get("better_with_nms", {})
         elif config.burn_in:
             burn_in = self._load_burn_in(config.burn_in)
             self.offset = burn_in["offset"] + burn_in["step"]
@@ -538,10 +543,12 @@ class Run:
         student, teacher = self.method.student, self.method.teacher
         aps = {}
         for name, detector in (("student", student), ("teacher", teacher)):
-            figures = measure(detector, self.splits.tune, images)
+            figures = self._measure_on_tune(name, detector)
             aps[name] = figures["AP"]
             line[f"AP_{name}"] = round(figures["AP"], 4)
             line[f"AP50_{name}"] = round(figures["AP50"], 4)
+        if self.better_with_nms:
+            line["better_with_nms"] = dict(self.better_with_nms)
         self._keep_best(aps)
         if self.unlabelled:
             names = [str(row["name"]) for row in self.splits.categories]
@@ -554,9 +561,24 @@ class Run:
         if self.step == self.config.steps or self.stopped_early:
             line |= {"test": {}, "per_class": {}, "best": self.best}
             for name, detector in (("student", student), ("teacher", teacher)):
-                found = measure_classes(detector, self.splits.test, self.splits.categories)
+                with suppressing(detector, self.better_with_nms.get(name)):
+                    found = measure_classes(detector, self.splits.test, self.splits.categories)
                 line["test"][name], line["per_class"][name] = found
         return line
+
+    def _measure_on_tune(self, name: str, detector: Detector) -> dict:
+        """Figures on the tune split, with suppression if it is to be tried and the AP is higher."""
+        images, nms = self.config.measuring.evaluate_images, self.config.measuring.try_nms
+        figures = measure(detector, self.splits.tune, images)
+        self.better_with_nms.pop(name, None)
+        if nms is None or detector.nms is not None:
+            return figures
+        with suppressing(detector, nms):
+            with_nms = measure(detector, self.splits.tune, images)
+        if not with_nms["AP"] > figures["AP"]:
+            return figures
+        self.better_with_nms[name] = nms
+        return with_nms
 
     def _keep_best(self, aps: dict[str, float]) -> None:
         """Keep the weights if they are the best so far; decide whether the run ends early.
@@ -568,6 +590,8 @@ class Run:
         for name in ("teacher", "student"):  # of equal ones the teacher
             if aps[name] > (self.best["AP"] if self.best else -1):
                 self.best = {"AP": round(aps[name], 6), "weights": name, "step": self.step}
+                if name in self.better_with_nms:
+                    self.best["nms"] = self.better_with_nms[name]
                 self.measured_since_best = 0
         if self.best and self.measured_since_best == 0 and distributed.rank() == 0:
             detector = getattr(self.method, self.best["weights"])
@@ -613,8 +637,20 @@ class Run:
             "measured_since_best": self.measured_since_best,
             "stopped_early": self.stopped_early,
             "unmeasured": self.unmeasured,
+            "better_with_nms": self.better_with_nms,
         }
-        self.folder.save(self.config, self.method, state)
+        self.folder.save(self.config, self.method, state, self.better_with_nms)
+
+
+@contextlib.contextmanager
+def suppressing(detector: Detector, nms: float | None) -> Iterator[None]:
+    """Let a detector use non-maximum suppression at this IoU for a while; None changes nothing."""
+    before = detector.nms
+    detector.nms = before if nms is None else nms
+    try:
+        yield
+    finally:
+        detector.nms = before
 
 
 def _longer_sides(splits: Splits) -> tuple[int, int]:
@@ -738,8 +774,12 @@ def summary(method: str, line: dict) -> str:
     if "pseudo_per_image" in line:
         parts.append(f"{line['pseudo_per_image']:.1f} pseudo-boxes per image")
     if "AP_teacher" in line:
-        student, teacher = 100 * line["AP_student"], 100 * line["AP_teacher"]
-        parts.append(f"AP student {student:.1f}, teacher {teacher:.1f}")
+        better = line.get("better_with_nms", {})
+        student, teacher = (
+            f"{name} {100 * line[f'AP_{name}']:.1f}" + " (with NMS)" * (name in better)
+            for name in ("student", "teacher")
+        )
+        parts.append(f"AP {student}, {teacher}")
     parts.append(f"{line['images_per_second']:.0f} images/s")
     if "alarm" in line:
         parts.append(f"ALARM: {line['alarm']}")

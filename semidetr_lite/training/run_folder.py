@@ -92,13 +92,16 @@ class RunFolder:
         """Add a line to log.jsonl."""
         append_jsonl(self.path / "log.jsonl", [_without_nan(line)])
 
-    def save(self, config: Config, method: TeacherStudent, state: dict) -> None:
+    def save(
+        self, config: Config, method: TeacherStudent, state: dict, nms: dict[str, float]
+    ) -> None:
         """Write weights, and everything a resume needs, each file whole or not at all.
 
         Args:
             config: the settings.
             method: its student and teacher are written as weights.
             state: of optimizer, steps and so on; method and settings are added to it.
+            nms: {"student" or "teacher": IoU} where the weights are better with suppression.
         """
         for name, detector in (("student", method.student), ("teacher", method.teacher)):
             save_weights(
@@ -107,6 +110,7 @@ class RunFolder:
                 config.detector,
                 arguments=config.detector_kwargs.given(),
                 categories=config.categories or [],
+                nms=nms.get(name),
             )
         state = {
             "method": method.state_dict(),
@@ -118,7 +122,14 @@ class RunFolder:
         self.note_saved(state["step"])
 
     def save_best(self, config: Config, detector: Detector, measured: dict) -> None:
-        """Write best.safetensors; `measured` {"AP", "weights", "step"} goes to its header."""
+        """Write best.safetensors.
+
+        Args:
+            config: the settings.
+            detector: its weights.
+            measured: {"AP", "weights", "step"} for the header, and "nms" if they have the higher AP
+                with non-maximum suppression.
+        """
         save_weights(
             self.path / "best.safetensors",
             detector,
@@ -126,6 +137,7 @@ class RunFolder:
             config.detector_kwargs.given(),
             config.categories or [],
             measured=measured,
+            nms=measured.get("nms"),
         )
 
     def note_saved(self, step: int) -> None:
