@@ -29,7 +29,7 @@ demo: $(INSTALLED)  ## the main job: train with 10 % of the labels, print the ta
 test: $(INSTALLED)  ## unit tests, then every notebook, its outputs compared with the saved ones
 	$(PY) -m pytest -n 2 --dist loadfile tests
 ifneq ($(NOTEBOOKS),)
-	$(PY) -m pytest --nbval --nbval-current-env notebooks
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --nbval --nbval-current-env notebooks
 endif
 
 lint: $(INSTALLED)  ## ruff: faults, docstrings and format; mypy: the types of the package
