@@ -50,7 +50,7 @@ STAGES = {
     "soft-teacher": ("soft-teacher", {"detector": "faster-rcnn"}),
     "dense-teacher": ("dense-teacher", {"detector": "fcos"}),
 }
-WARM_UP = 3  # steps
+WARM_UP = 2  # steps
 SMALL = 20  # microseconds
 GROUPS = {  # of operations, by parts of their names; the first that fits
     "convolutions": ("conv",),
