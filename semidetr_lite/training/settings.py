@@ -147,8 +147,7 @@ class Runtime:
     checkpointing: Annotated[bool, Role.RUNTIME] = False
     channels_last: Annotated[bool, Role.RUNTIME] = False  # the memory layout of the backbone
     compile: Annotated[bool, Role.RUNTIME] = False  # torch.compile for backbone and layers
-    # sides of padded batches are multiples of it, in pixels: 64 gives a GPU fewer shapes to prepare
-    # for 5 % more pixels (ResNets only; the tiny backbone is not padded)
+    # sides of a padded batch are multiples of it, in pixels: more gives a GPU fewer shapes
     pad_to_multiple_of: Annotated[PaddingMultiple, Role.RUNTIME] = 32
     # CPU threads of each process; without it torch's choice, which is stored and kept on resume
     threads: Count | None = None
