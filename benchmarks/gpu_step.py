@@ -1,7 +1,7 @@
 """What a step of the COCO recipe costs: seconds, memory, the wait for data, and where the time
 goes.
 
-    python benchmarks/gpu_step.py --data data/coco-sized --out benchmarks/results/gpu_step.jsonl
+    python benchmarks/gpu_step.py --minutes 8 --workers 14 --out benchmarks/results/gpu_step.jsonl
     python benchmarks/gpu_step.py --setups bfloat16:8 bfloat16:4:checkpointing
 
 What a CPU can hold, and every line of the script on a CPU with small images:
@@ -12,8 +12,8 @@ What a CPU can hold, and every line of the script on a CPU with small images:
 8 labelled and 32 unlabelled images with the recipe's own resize draw, DINO with ResNet-50, 4 levels
 and 900 queries, 80 classes, random weights; data are generated if none are given
 (data_scripts/make_coco_sized.py). A setup is PRECISION:PARTS and any of checkpointing,
-channels_last, compile. A teacher of random weights is sure of nothing, so `--pseudo` boxes of each
-image count, whatever their score. For each setup and stage one JSON line:
+channels_last, compile, pad_to_multiple_of=64. A teacher of random weights is sure of nothing, so
+`--pseudo` boxes of each image count, whatever their score. For each setup and stage one JSON line:
 
     seconds       a step, median, without the wait for data; "hours" are those of 120,000 such steps
                   with the wait
@@ -23,15 +23,17 @@ image count, whatever their score. For each setup and stage one JSON line:
     waits         how often a step waits for the GPU, in all parts
     memory_gb     the highest allocation of the device; rehearsal_gb that of the largest step there
                   can be
-    operations    calls of a step that compute something, views left out, and of the passes alone:
-                  about the kernels a GPU would start, whatever the size of the images;
+    kernels       that a step starts on the GPU; gpu_seconds of work they are, all together
+    operations    on a CPU in their place: calls of a step that compute something, views left out;
+                  of the passes alone; and of the passes through backbone and encoder alone. They
+                  are about the kernels a GPU would start, whatever the size of the images;
                   deformable attention is one, as it is there
     parts         seconds of a step by part, each less those named inside it, measured in further
                   steps in which the device is waited for at every border; layers that
                   checkpointing runs again count as backward
 
-A setup that does not fit into the memory says so in its line. One process; works without
-pycocotools.
+A setup that does not fit into the memory says so in its line. One process. Beside torch and
+torchvision it needs scipy, scikit-learn, pillow, tqdm, pyyaml, safetensors, pydantic and tyro.
 """
 
 import argparse
@@ -48,6 +50,8 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data_scripts"))
@@ -61,13 +65,13 @@ from semidetr_lite.training.memory import raise_if_out_of_memory
 from semidetr_lite.training.presets import load_splits
 from semidetr_lite.training.settings import DetectorKwargs, new_config
 
-SETUPS = [
-    "float32:8",
-    "tf32:8",
-    "bfloat16:8",
+SETUPS = [  # the most wanted first, in case the time is short
+    "bfloat16:2",
     "bfloat16:4",
-    "bfloat16:4:checkpointing",
-    "bfloat16:8:channels_last",
+    "bfloat16:1",
+    "tf32:2",
+    "bfloat16:8",
+    "bfloat16:2:compile",
 ]
 STAGES = {"one-to-many": 1.0, "one-to-one": 0.0}
 TOY = {
@@ -150,7 +154,7 @@ class OneKernel(torch.autograd.Function):
 
 
 def operations(work, batch: dict) -> int:
-    """What `work(batch)` counts; what it computes means nothing."""
+    """How many operations `work(batch)` is; what it computes means nothing."""
     with (
         mock.patch.object(deformable, "select_kernel", lambda *_: OneKernel.apply),
         Operations() as counting,
@@ -208,6 +212,16 @@ def passes_alone(run: Run, batch: dict) -> None:
         sum(layer["pred_logits"].mean() + layer["pred_boxes"].mean() for layer in layers).backward()
 
 
+def encodings_alone(run: Run, batch: dict) -> None:
+    """The part of `passes_alone` that is backbone and encoder, forward and backward."""
+    run.optimizer.zero_grad(set_to_none=True)
+    for part in micro_batches(batch, run.engine.num_micro_batches):
+        with torch.no_grad():
+            run.method.teacher.encode(part["weak"][0])
+        memory = run.method.student.encode([*part["labelled"][0], *part["strong"][0]])
+        memory.tokens.mean().backward()
+
+
 def seconds_of(clock: Clock, work, batch: dict) -> float:
     """Seconds of `work(batch)`."""
     began = clock.now()
@@ -228,6 +242,25 @@ def waits(work, batch: dict) -> int:
     return sum("synchronizing" in str(each.message) for each in said)
 
 
+def kernels(work, batch: dict, device: DeviceType) -> tuple[int, float]:
+    """How many kernels `work(batch)` starts on a kind of device, and the seconds they take."""
+    activity = ProfilerActivity.CUDA if device == DeviceType.CUDA else ProfilerActivity.CPU
+    with profile(activities=[activity]) as recorded:
+        work(batch)
+        if device == DeviceType.CUDA:
+            torch.cuda.synchronize()
+    started = [event for event in recorded.events() if event.device_type == device]
+    started = [event for event in started if not getattr(event, "is_user_annotation", False)]
+    return len(started), sum(event.time_range.elapsed_us() for event in started) / 1e6
+
+
+def on_gpu(work, batch: dict, device: DeviceType = DeviceType.CUDA) -> dict:
+    """Waits, kernels and their seconds of `work(batch)`."""
+    found = {"waits": waits(work, batch)}
+    found["kernels"], seconds = kernels(work, batch, device)
+    return found | {"gpu_seconds": round(seconds, 4)}
+
+
 def measure(run: Run, options) -> dict:
     """The figures of one setup and stage; Run is not at its end yet, and its weights move."""
     clock, cuda, found = Clock(run.device), run.device.type == "cuda", {}
@@ -239,7 +272,7 @@ def measure(run: Run, options) -> dict:
         torch.cuda.reset_peak_memory_stats()
     run.memory_dry_run()
     found["rehearsal_gb"] = peak()
-    batches, waits, seconds, kept = iter(run._loader()), [], [], []
+    batches, data_waits, seconds, kept = iter(run._loader()), [], [], []
     for number in range(options.warm_up + options.steps):
         began = clock.now()
         batch = next(batches)
@@ -248,13 +281,14 @@ def measure(run: Run, options) -> dict:
         if number == options.warm_up - 1 and cuda:
             torch.cuda.reset_peak_memory_stats()
         if number >= options.warm_up:
-            waits.append(loaded - began)
+            data_waits.append(loaded - began)
             seconds.append(clock.now() - loaded)
             kept = [*kept, batch][-options.watched :]
         run.step += 1
     found["memory_gb"], found["seconds"] = peak(), round(statistics.median(seconds), 4)
-    found["wait"] = round(sum(waits) / (sum(waits) + sum(seconds)), 3)
-    found["hours"] = round(120_000 / 3600 * (sum(waits) + sum(seconds)) / len(seconds), 1)
+    spent = sum(data_waits) + sum(seconds)
+    found["wait"] = round(sum(data_waits) / spent, 3)
+    found["hours"] = round(120_000 / 3600 * spent / len(seconds), 1)
     found["pseudo_per_image"] = run.method.stats["pseudo_per_image"]
     works = run.train_step, functools.partial(passes_alone, run)
     pairs = [
@@ -262,14 +296,16 @@ def measure(run: Run, options) -> dict:
     ]  # the same images, in turn
     found["passes_alone"] = round(statistics.median(alone for _, alone in pairs), 4)
     found["ratio"] = round(statistics.median(step / alone for step, alone in pairs), 3)
-    found["waits"] = waits(run.train_step, kept[-1]) if cuda else None
     with watched(run, clock):
         began = clock.now()
         for batch in kept:
             run.train_step(batch)
         whole = clock.now() - began
-    if not run.config.runtime.compile:
-        found["operations"] = [operations(work, kept[-1]) for work in works]
+    if cuda:
+        found |= on_gpu(run.train_step, kept[-1])
+    elif not run.config.runtime.compile:
+        counted = *works, functools.partial(encodings_alone, run)
+        found["operations"] = [operations(work, kept[-1]) for work in counted]
     rest = whole - sum(clock.total.values())
     parts = {
         **dict(sorted(clock.total.items(), key=lambda item: -item[1])),
@@ -282,10 +318,10 @@ def make_run(setup: str, stage: str, data: str, splits, options) -> Run:
     """A run of the recipe in one setup and stage."""
     precision, parts, *flags = setup.split(":")
     changes = {"precision": precision, "accumulate": int(parts), "one_to_many_share": STAGES[stage]}
-    changes |= dict.fromkeys(flags, True) | {
-        "score_threshold": 0.0,
-        "max_pseudo_boxes": options.pseudo,
-    }
+    for flag in flags:
+        name, _, number = flag.partition("=")
+        changes[name] = int(number) if number else True
+    changes |= {"score_threshold": 0.0, "max_pseudo_boxes": options.pseudo}
     if options.mix:
         changes |= {"batch_size": options.mix[0], "unlabelled_batch_size": options.mix[1]}
     if options.short_side:
@@ -310,13 +346,13 @@ def main(argv=None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", help="a COCO tree; one is generated if not given")
-    parser.add_argument("--images", type=int, default=600, help="how many to generate")
+    parser.add_argument("--images", type=int, default=300, help="how many to generate")
     parser.add_argument("--setups", nargs="+", default=None, help=f"by default {' '.join(SETUPS)}")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--warm-up", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument(
-        "--watched", type=int, default=4, help="of these steps, in which the parts are timed"
+        "--watched", type=int, default=2, help="of these steps, in which the parts are timed"
     )
     parser.add_argument("--pseudo", type=int, default=10, help="pseudo-boxes an image")
     parser.add_argument("--workers", type=int, default=8)
@@ -328,9 +364,12 @@ def main(argv=None) -> int:
     )
     parser.add_argument("--out", type=Path, help="a JSON-lines file to append to")
     parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="after these no other setup is begun"
+    )
+    parser.add_argument(
         "--toy", action="store_true", help="small images and a small model, three steps"
     )
-    options = parser.parse_args(argv)
+    options, began = parser.parse_args(argv), time.monotonic()
     if options.toy:
         options.images, options.steps, options.warm_up, options.watched, options.workers = (
             100,
@@ -346,6 +385,9 @@ def main(argv=None) -> int:
             ["float32:2", "float32:1:checkpointing"] if options.toy else SETUPS
         ):
             for stage in options.stages:
+                if time.monotonic() - began > 60 * options.minutes:
+                    print(f"no time for {setup} {stage}", file=sys.stderr)
+                    continue
                 print(json.dumps(line := one_line(setup, stage, data, splits, options)), flush=True)
                 if options.out:
                     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,11 @@
 """Time and memory of a forward pass against image side and number of queries, for the three
 detectors at paper size.
 
-    python benchmarks/growth.py     some 5 minutes on 2 cores; writes growth.jsonl and growth.png to
+    python benchmarks/growth.py     some 5 minutes; writes growth.jsonl and growth.png to
                                     benchmarks/results
 
-Each point is a process of its own: one pass to warm up, the best of five, and the peak resident
-memory less what the built detector takes.
+Each point is a process of its own with one thread: one pass to warm up, the best of five (--passes)
+in seconds of CPU time, and the peak resident memory less what the built detector takes.
 """
 
 import argparse
@@ -17,6 +17,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+
+from semidetr_lite.training.settings import new_config
 
 SIDES, QUERIES = (256, 384, 512, 768, 1024), (100, 300, 900, 1800)
 SIDE, RESULTS = 512, Path(__file__).parent / "results"
@@ -43,13 +45,14 @@ def memory() -> float:
 
 
 @torch.no_grad()
-def measure(name: str, side: int, queries: int, queue) -> None:
+def measure(name: str, side: int, queries: int, passes: int, queue) -> None:
+    torch.set_num_threads(1)
     detector = make(name, queries).eval()
     built, image, times = memory(), [torch.rand(3, side, side)], []
-    for _ in range(6):
-        began = time.perf_counter()
+    for _ in range(1 + passes):
+        began = time.process_time()
         detector(image)
-        times.append(time.perf_counter() - began)
+        times.append(time.process_time() - began)
     queue.put((min(times[1:]), memory() - built))
 
 
@@ -92,7 +95,7 @@ def picture(rows: list[dict], file: Path) -> None:
                 color=color,
                 label=name,
             )
-            axes[row, 0].set_ylabel(key)
+            axes[row, 0].set_ylabel({"seconds": "seconds of one CPU"}.get(key, key))
     (
         axes[0, 0].set_title("A forward pass against pixels"),
         axes[0, 1].set_title(f"against queries, {SIDE} x {SIDE}"),
@@ -104,18 +107,22 @@ def picture(rows: list[dict], file: Path) -> None:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--passes", type=int, default=5)
+    options = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     context, rows = get_context("spawn"), []
     where = {
         "date": str(date.today()),
-        "threads": torch.get_num_threads(),
+        "commit": new_config().commit,
+        "threads": 1,
+        "passes": options.passes,
         "torch": torch.__version__,
     }
     where["machine"] = f"{platform.machine()}, {platform.system()}"
     for name, side, queries in points():
         queue = context.Queue()
-        process = context.Process(target=measure, args=(name, side, queries, queue))
+        process = context.Process(target=measure, args=(name, side, queries, options.passes, queue))
         process.start()
         seconds, megabytes = queue.get()
         process.join()

@@ -11,13 +11,14 @@ from test_train import small
 
 from semidetr_lite import cli
 from semidetr_lite.detectors import deformable
+from semidetr_lite.detectors.backbone import Backbone
 from semidetr_lite.errors import UserError
 from semidetr_lite.methods import mean_teacher
 from semidetr_lite.training import loop
 from semidetr_lite.training.engine import Engine
 from semidetr_lite.training.loop import Run
 from semidetr_lite.training.memory import memory_dry_run, raise_if_out_of_memory
-from semidetr_lite.training.settings import Runtime
+from semidetr_lite.training.settings import Runtime, new_config
 
 BATCH = {"counts": (3, 2), "sizes": ((64, 64),) * 2, "weak_sizes": ((64, 64),) * 2}
 
@@ -75,6 +76,56 @@ def test_other_options_change_only_the_rounding(kind, options, monkeypatch):
         assert (
             weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
         )
+
+
+class Patches(Backbone):
+    """Cells that see their own pixels alone, so that none of the image sees the padding."""
+
+    pad_before_backbone = True
+    channels = (16, 16, 16)
+
+    def __init__(self):
+        super().__init__()
+        self.stages = torch.nn.ModuleList(torch.nn.Conv2d(3, 16, s, s) for s in (8, 16, 32))
+
+    def forward(self, images):
+        return [stage(images) for stage in self.stages]
+
+
+def step_padded_to(multiple: int, kind: str, monkeypatch) -> tuple[dict, set]:
+    """Losses of a step of mixed sizes, and the shapes that the backbone saw."""
+    method, step = make(kind)
+    torch.manual_seed(3)
+    patches = Patches()
+    for detector in (method.student, method.teacher):
+        detector.backbone = patches
+        for projection in detector.projections:
+            projection[1] = torch.nn.Identity()  # GroupNorm sees the padding
+    shapes, forward = set(), Patches.forward
+    monkeypatch.setattr(
+        patches, "forward", lambda x: shapes.add(tuple(x.shape[-2:])) or forward(patches, x)
+    )
+    runner = Engine(method, Runtime(pad_to_multiple_of=multiple))
+    mixed = ((64, 96), (96, 64))
+    batch = some_batch(sizes=mixed, weak_sizes=mixed, strong_sizes=((32, 96), (96, 64)))
+    (losses, values), *_ = runner.losses(batch, step)
+    return dict(zip(losses, values.tolist(), strict=True)), shapes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_coarser_padding_changes_the_shapes_and_not_the_losses(kind, monkeypatch):
+    plain, plain_shapes = step_padded_to(32, kind, monkeypatch)
+    coarse, coarse_shapes = step_padded_to(128, kind, monkeypatch)
+    assert plain_shapes == {(96, 96)} and coarse_shapes == {(128, 128)}
+    assert coarse == pytest.approx(plain, rel=1e-4, abs=1e-6)
+    assert sum(plain.values()) > 1
+
+
+@pytest.mark.parametrize("wrong", [0, 16, 48, 2048])
+def test_padding_goes_to_multiples_of_32(wrong):
+    with pytest.raises(UserError, match="--pad-to-multiple-of: input should be"):
+        new_config("coco-10pct", pad_to_multiple_of=wrong)
+    assert new_config("coco-10pct", pad_to_multiple_of=96).runtime.pad_to_multiple_of == 96
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,11 +3,14 @@ was.
 """
 
 import json
+import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -41,9 +44,9 @@ def test_every_setup_and_stage_has_its_figures(lines):
             and line["memory_gb"] is None
         )
         assert 0 < line["pseudo_per_image"] <= 3 and 0 < line["wait"] < 1
-        assert line["waits"] is None and 0 < line["passes_alone"] and 0.3 < line["ratio"] < 20
-        step, alone = line["operations"]
-        assert 200 < alone < step < 10 * alone
+        assert 0 < line["passes_alone"] and 0.3 < line["ratio"] < 20
+        step, alone, encodings = line["operations"]
+        assert 200 < encodings < alone < step < 10 * alone
         assert line["hours"] > line["seconds"] * 120_000 / 3600 / 2
 
 
@@ -74,7 +77,7 @@ def test_the_parts_are_those_of_a_step(lines):
 def test_the_shapes_of_batches_are_those_of_the_detector(capsys):
     assert (
         batch_shapes.padded_to([(480, 641), (512, 600)], 32)
-        == (512, padded_side(641))
+        == (512, padded_side(641, 32))
         == (512, 672)
     )
     assert batch_shapes.padded_to([(480, 641)] * 2, 32) == (480, 641)
@@ -115,3 +118,50 @@ def test_a_setup_that_does_not_fit_says_so_in_its_line(tmp_path, monkeypatch):
     assert json.loads(out.read_text())["failed"].startswith(
         "out of memory in the largest steps: raise --accumulate"
     )
+
+
+def test_after_some_minutes_no_setup_is_begun(capsys):
+    assert gpu_step.main(["--toy", "--minutes", "0", "--stages", "one-to-one"]) == 0
+    said = capsys.readouterr()
+    assert "seconds" not in said.out and said.err.splitlines()[-2:] == [
+        "no time for float32:2 one-to-one",
+        "no time for float32:1:checkpointing one-to-one",
+    ]
+
+
+def test_what_only_a_gpu_shows(monkeypatch):
+    """A warning for each wait, and the kernels of a step; here a CPU plays the GPU."""
+    modes = ["default"]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[0])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def work(batch):
+        if modes[-1] == "warn":
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+            warnings.warn("something else", stacklevel=1)
+        torch.mm(batch["matrix"], batch["matrix"])
+
+    found = gpu_step.on_gpu(work, {"matrix": torch.rand(600, 600)}, DeviceType.CPU)
+    assert modes == ["default", "warn", "default"]
+    assert found["waits"] == 1 and 1 <= found["kernels"] <= 5 and 0 < found["gpu_seconds"] < 5
+
+
+WITHOUT = """
+import sys
+
+MISSING = "numba pycocotools hotcoco matplotlib jinja2 transformers timm IPython ipywidgets onnx"
+sys.modules |= dict.fromkeys(MISSING.split())  # None: as if they were not installed
+sys.path.insert(0, sys.argv[1])
+import gpu_step
+
+stage = ["--setups", "tf32:1:pad_to_multiple_of=64", "--stages", "one-to-one"]
+sys.exit(gpu_step.main(["--toy", *stage]))
+"""
+
+
+def test_it_needs_none_of_what_a_gpu_machine_may_lack():
+    folder = Path(gpu_step.__file__).parent
+    command = [sys.executable, "-c", WITHOUT, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["operations"]

@@ -235,7 +235,7 @@ def test_settings_of_before_normalizer_groups_are_read_as_what_they_were():
 def test_roles_are_those_of_the_record_and_of_a_resume():
     names = {path[-1] for path in fields_with(Role.RUNTIME)}
     speed = {"accumulate", "precision", "checkpointing", "channels_last", "compile"}
-    assert names == speed | {"skip_unreadable"}
+    assert names == speed | {"pad_to_multiple_of", "skip_unreadable"}
     identity = {"method", "detector", "preset", "data", "percent", "fold", "seed", "steps"}
     assert set(settings.RUN_IDENTITY) == identity
 

@@ -66,6 +66,7 @@ class Detector(nn.Module):
         self.train_sides: tuple[int, int] | None = None
         self.denoising: Denoising | None = None
         self.nms: float | None = None  # IoU threshold that `detect` needs; its training sets it
+        self.pad_to_multiple_of = 32  # pixels, see `padded_side`
 
     def encode(self, images: Sequence[torch.Tensor] | torch.Tensor) -> Memory:
         """Backbone and encoder; images as in `forward`."""
@@ -156,8 +157,9 @@ class Detector(nn.Module):
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Pad the images with zeros to one size, before the backbone -> maps and masks."""
         sizes = [height_and_width(image) for image in images]
-        height = padded_side(max(height for height, _ in sizes))
-        width = padded_side(max(width for _, width in sizes))
+        multiple = self.pad_to_multiple_of
+        height = padded_side(max(height for height, _ in sizes), multiple)
+        width = padded_side(max(width for _, width in sizes), multiple)
         padded = images[0].new_zeros(len(images), 3, height, width)
         for index, image in enumerate(images):
             padded[index, :, : image.shape[-2], : image.shape[-1]] = image
@@ -290,13 +292,13 @@ def same_size_chunks(
 # ---- padding -------------------------------------------------------------------------------------
 
 
-def padded_side(side: int) -> int:
-    """The next multiple of 32 pixels.
+def padded_side(side: int, multiple: int) -> int:
+    """The next multiple of so many pixels.
 
     cuDNN prepares every convolution anew for each new shape of a batch, so there should be few
     shapes (benchmarks/batch_shapes.py).
     """
-    return -(-side // 32) * 32
+    return -(-side // multiple) * multiple
 
 
 def padding_mask(

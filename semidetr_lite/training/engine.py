@@ -3,9 +3,11 @@
 None of this changes what is learned: in any number of micro-batches and processes the losses are
 those of the whole step, up to rounding (normalizers.py). Where the losses of a micro-batch depend
 on what is matched or mined in the others, the student runs ahead on all of them, without gradient
-(`SemiDETR.run_ahead`). Two things are those of a micro-batch: what is mined in a step without
+(`SemiDETR.run_ahead`). Three things are those of a micro-batch: what is mined in a step without
 consistency loss, where it is only logged, and the baselines: Faster R-CNN and FCOS divide their
 losses in each micro-batch and process, and what Faster R-CNN samples depends on the images beside.
+The third is the padding of mixed sizes, to multiples of `pad_to_multiple_of`: it is masked, but a
+ResNet has seen it (docs/detectors.md).
 
 In bfloat16 are the backbone and the insides of encoder and decoder layers, but not the sampling
 locations of attention; heads, boxes, matching and losses are float32.
@@ -75,6 +77,7 @@ def apply_runtime_options(
 ) -> None:
     """Make a detector run as the options say; its weights and their names stay as they are."""
     backbone = detector.backbone
+    detector.pad_to_multiple_of = runtime.pad_to_multiple_of
     if runtime.channels_last:
         backbone.to(memory_format=torch.channels_last)
     stages = getattr(backbone, "stages", getattr(backbone, "layers", ()))

@@ -37,7 +37,8 @@ def largest_size(settings: Settings, splits: Splits, detector: Detector) -> tupl
     if views.short_sides:
         height, width = max(views.short_sides), views.long_side
     if getattr(detector.backbone, "pad_before_backbone", False):  # as among images of other sizes
-        height, width = padded_side(height), padded_side(width)
+        multiple = detector.pad_to_multiple_of
+        height, width = padded_side(height, multiple), padded_side(width, multiple)
     return height, width
 
 

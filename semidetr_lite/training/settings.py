@@ -63,6 +63,8 @@ COMPATIBLE_DETECTORS = {
 # A detector of more channels, layers or queries is refused: files of strangers ask for detectors.
 MAX_DETECTOR_ARG = 10_000
 Size = Annotated[int, Field(ge=1, le=MAX_DETECTOR_ARG)]
+# the coarsest stride of a ResNet divides it; beyond the larger side of COCO's recipe it only wastes
+PaddingMultiple = Annotated[int, Field(ge=32, le=1024, multiple_of=32)]
 OPTIONS = "the options"  # where settings come from that stand in no file
 OPTION_NAMES = {"num_queries": "queries"}  # of fields that are options under another name
 QUERIES_OPTION = tyro.conf.arg(name=OPTION_NAMES["num_queries"], prefix_name=False)
@@ -145,6 +147,8 @@ class Runtime:
     checkpointing: Annotated[bool, Role.RUNTIME] = False
     channels_last: Annotated[bool, Role.RUNTIME] = False  # the memory layout of the backbone
     compile: Annotated[bool, Role.RUNTIME] = False  # torch.compile for backbone and layers
+    # sides of a padded batch are multiples of it, in pixels: more gives a GPU fewer shapes
+    pad_to_multiple_of: Annotated[PaddingMultiple, Role.RUNTIME] = 32
     # CPU threads of each process; without it torch's choice, which is stored and kept on resume
     threads: Count | None = None
 
