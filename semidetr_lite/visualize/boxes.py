@@ -633,9 +633,8 @@ def show_mined(
         words = ["wrong" if styles[index].endswith("wrong") else "right" for index in indices]
         captions.append("; ".join(map(": ".join, zip(costs, words))))
     of_all = [style for _, styles in chosen for style in styles]
-    finding = (
-        f"{of_all.count('mined')} of {count_of(len(of_all), 'box', 'boxes')} mined only: right"
-    )
+    counts = f"{of_all.count('mined')} of {count_of(len(of_all), 'box', 'boxes')}"
+    finding = f"Mined and not confident: {counts} right"
     legend = ("truth", "mined", "mined_wrong")
     header = finding if title is None else title
     figure, axes = image_grid(images, columns, captions, header, legend)
