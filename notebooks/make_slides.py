@@ -60,7 +60,7 @@ pre { margin: 0; font: 19px/1.32 "DejaVu Sans Mono", Consolas, monospace; }
 .code { background: #f4f6f8; }
 .output { border-left: 5px solid #9cc3e0; padding: 4px 16px; white-space: pre-wrap; }
 .plain .shown { flex: none; }
-.plain pre { font-size: 22px; }
+.plain .output { font-size: 22px; }
 .text { font-size: 27px; line-height: 1.35; }
 .text ul, .text ol, .text p { margin: 0; padding-left: 0; }
 .text li { margin: 0 0 6px 28px; }
