@@ -37,6 +37,7 @@ REVEAL = "https://unpkg.com/reveal.js@4.6.1"
 DIRECTIVE = re.compile(r'(picture|code|output): ([\w./-]+) "(.+)"(?: (\d+))?')
 USE = re.compile(r'use: (\w+) "(.+)"')
 MAX_CODE, MAX_OUTPUT = 12, 14  # lines on a slide
+WIDE = 80  # characters in a line of output that is set smaller
 WIDTH, HEIGHT = 1280, 720  # CSS pixels of a slide
 TALL = 1.25  # a picture that is less wide than this times its height has the text beside it
 DECK = """<!doctype html>
@@ -60,7 +61,7 @@ pre { margin: 0; font: 19px/1.32 "DejaVu Sans Mono", Consolas, monospace; }
 .code { background: #f4f6f8; }
 .output { border-left: 5px solid #9cc3e0; padding: 4px 16px; white-space: pre-wrap; }
 .plain .shown { flex: none; }
-.plain .output { font-size: 22px; }
+.plain .output:not(.wide) { font-size: 22px; }
 .text { font-size: 27px; line-height: 1.35; }
 .text ul, .text ol, .text p { margin: 0; padding-left: 0; }
 .text li { margin: 0 0 6px 28px; }
@@ -152,7 +153,9 @@ def show(kind: str, name: str, text: str, lines: str | None, folder: Path) -> tu
         colored = highlight(code, PythonLexer(), HtmlFormatter(nowrap=True, noclasses=True))
         return f'<pre class="code">{colored}</pre>', False
     if kind == "output":
-        return f'<pre class="output">{escape(find_output(path, text, count))}</pre>', False
+        printed = find_output(path, text, count)
+        wide = " wide" if max(map(len, printed.splitlines())) > WIDE else ""
+        return f'<pre class="output{wide}">{escape(printed)}</pre>', False
     tall = False
     if Path(name).suffix:
         address = make_pages.data_address(folder / name)
