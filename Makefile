@@ -52,13 +52,13 @@ notebooks: $(INSTALLED)  ## run every notebook from a clean kernel and save it i
 	  --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec $(NOTEBOOKS)
 
 site: $(INSTALLED)  ## the notebooks as pages that need no kernel and no network, in build/site; runs nothing
-	$(PY) notebooks/make_pages.py site build/site --owner '$(OWNER)'
+	$(PY) notebooks/make_pages.py build/site --owner '$(OWNER)'
 
 colab: $(INSTALLED)  ## badges and install cells for Google Colab, OWNER=your name on GitHub; commit them in your fork
 	$(PY) notebooks/colab.py '$(OWNER)'
 
-slides: $(INSTALLED)  ## the same as reveal.js slides, in build/slides
-	$(PY) notebooks/make_pages.py slides build/slides $(if $(REVEAL),--reveal-prefix '$(REVEAL)')
+slides: $(INSTALLED)  ## a deck of reveal.js slides for each session of the course, in build/slides
+	$(PY) notebooks/make_slides.py build/slides $(if $(REVEAL),--reveal-prefix '$(REVEAL)')
 
 checkpoints: $(INSTALLED)  ## train the notebooks' weights again (seed 0, about an hour)
 	$(PY) benchmarks/record_checkpoints.py

@@ -1,8 +1,6 @@
-"""`make site` and `make slides`: the notebooks as pages that need no kernel. Nothing is run; saved
-outputs are shown.
+"""`make site`: the notebooks as pages that need no kernel. Nothing is run; saved outputs are shown.
 
-Formulas become MathML and pictures are inside, so a page of the site loads nothing from anywhere.
-Slides load reveal.js when they are shown, from a public address or from a copy of yours.
+Formulas become MathML and pictures are inside, so a page loads nothing from anywhere.
 """
 
 import argparse
@@ -10,21 +8,19 @@ import base64
 import mimetypes
 import os
 import re
-import shutil
 import sys
 from pathlib import Path
 from urllib.parse import unquote
 
 import nbformat
 from latex2mathml.converter import convert
-from nbconvert.exporters import HTMLExporter, SlidesExporter
+from nbconvert.exporters import HTMLExporter
 from traitlets.config import Config
 
 sys.path.insert(0, str(Path(__file__).parent))
 import colab
 
 HERE = Path(__file__).parent
-REVEAL = "https://unpkg.com/reveal.js@4.6.1"
 PRIORITY = ["text/html", "text/markdown", "image/png", "text/plain"]
 SAVED = Config({"NbConvertBase": {"display_data_priority": PRIORITY}})  # no widgets
 MATHS = re.compile(
@@ -32,9 +28,6 @@ MATHS = re.compile(
 )
 LINK = re.compile(r"(?P<picture>!?)\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<target>[^)\s]+)\)")
 WITHHELD = "instructor"  # the folder of solutions, which no page shows
-LINES = 28  # that fit on a slide
-SLIDE_IMAGE = (1180, 600)  # CSS pixels, the largest width and height of a picture on a slide
-HIDDEN = "hide-input"  # the tag of cells whose code is folded on the site and left out on slides
 IGNORE = re.compile(r"^# NBVAL_IGNORE_OUTPUT\n", re.MULTILINE)
 # nbconvert's own block has no alt text
 PICTURE = """
@@ -104,27 +97,6 @@ nav.contents ul { columns: 2 20em; margin: 0.4em 0; padding-left: 1.2em; }
 <nav>{% for text, href in nb.metadata.links %}<a href="{{ href }}">{{ text | e }}</a>{% endfor %}</nav>
 {%- endblock -%}
 """
-SLIDES = """
-{%- extends 'reveal/index.html.j2' -%}
-{%- block html_head_js -%}{%- endblock -%}
-{%- block html_head_js_mathjax -%}{%- endblock -%}
-{%- block html_head_css -%}
-<style>
-.reveal .slides section section { max-height: 100%; overflow-y: auto; padding: 0 24px; }
-.reveal .jp-OutputArea img { width: auto; margin: 8px 0; max-width: WIDTHpx; max-height: HEIGHTpx; }
-</style>
-{%- endblock -%}
-{%- block footer_js -%}
-<script src="{{ resources.reveal.url_prefix }}/dist/reveal.js"></script>
-<script src="{{ resources.reveal.url_prefix }}/plugin/notes/notes.js"></script>
-<script>
-Reveal.initialize({width: 1280, height: 760, margin: 0.02, center: false, hash: true, slideNumber: "c/t",
-                   transition: "none", plugins: [RevealNotes]});
-</script>
-{%- endblock -%}
-"""
-for name, pixels in zip(("WIDTH", "HEIGHT"), SLIDE_IMAGE, strict=True):
-    SLIDES = SLIDES.replace(f"{name}px", f"{pixels}px")
 
 
 def read(path: Path) -> nbformat.NotebookNode:
@@ -143,13 +115,11 @@ def read(path: Path) -> nbformat.NotebookNode:
     headings = re.findall(r"^# (.+)$", "\n".join(cell.source for cell in texts), re.MULTILINE)
     notebook.metadata.title = headings[0] if headings else path.stem
     for cell in texts:
-        cell.source = re.sub(
-            r"\]\(([\w./-]+)\.ipynb(#[^)]*)?\)", r"](\1.html\2)", MATHS.sub(_mathml, cell.source)
-        )
+        cell.source = MATHS.sub(to_mathml, cell.source)
     return notebook
 
 
-def _mathml(found: re.Match) -> str:
+def to_mathml(found: re.Match) -> str:
     if found["code"]:
         return found[0]
     maths = convert(
@@ -158,6 +128,10 @@ def _mathml(found: re.Match) -> str:
     return re.sub(
         r"(?<=>)[*_](?=<)", lambda sign: f"&#{ord(sign[0])};", maths
     )  # markdown would take them as its own
+
+
+def site_exporter() -> HTMLExporter:
+    return HTMLExporter(config=SAVED, raw_template=SITE + PICTURE)
 
 
 def write(exporter: HTMLExporter, notebook: nbformat.NotebookNode, path: Path) -> None:
@@ -180,7 +154,7 @@ def make_site(folder: Path, out: Path, repository: str | None = None) -> None:
     These are the markdown files of the folder, of its folder of records and of docs beside it, but
     for what instructors withhold. Where the repository is known, notebooks have links to Colab.
     """
-    exporter = HTMLExporter(config=SAVED, raw_template=SITE + PICTURE)
+    exporter = site_exporter()
     notebooks = sorted(folder.glob("*.ipynb"))
     names = {folder / "README.md": "index.html"}
     names |= {path: f"{path.stem}.html" for path in notebooks}
@@ -228,16 +202,14 @@ def point_links(source: str, path: Path, names: dict[Path, str], repository: str
 
     def point(found: re.Match) -> str:
         target, _, anchor = found["target"].partition("#")
-        if not target or re.match(r"[a-z]+:", target) or target in names.values():
+        if not target or re.match(r"[a-z]+:", target):
             return found[0]
         file = Path(os.path.normpath(path.parent / unquote(target)))
         anchor = f"#{anchor}" if anchor else ""
         if found["picture"] and not file.is_file():
             return found["text"]
         if found["picture"]:
-            kind = mimetypes.guess_type(file.name)[0]
-            data = base64.b64encode(file.read_bytes()).decode()
-            return f"![{found['text']}](data:{kind};base64,{data})"
+            return f"![{found['text']}]({data_address(file)})"
         if file in names:
             return f"[{found['text']}]({names[file]}{anchor})"
         root = HERE.parent
@@ -250,101 +222,21 @@ def point_links(source: str, path: Path, names: dict[Path, str], repository: str
     return LINK.sub(point, source)
 
 
-def make_slides(folder: Path, out: Path, reveal: str = REVEAL) -> None:
-    """reveal.js slides of each notebook, and index.html with their titles; a copy of reveal.js is
-    taken along.
-    """
-    if Path(reveal, "dist").is_dir():
-        for part in ("dist", "plugin"):
-            shutil.copytree(Path(reveal, part), out / "reveal.js" / part, dirs_exist_ok=True)
-        reveal = "reveal.js"
-    exporter = SlidesExporter(config=SAVED, raw_template=SLIDES + PICTURE, reveal_url_prefix=reveal)
-    exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
-    rows = ["# Slides", ""]
-    for path in sorted(folder.glob("*.ipynb")):
-        notebook = read(path)
-        leave_out_hidden_code(notebook)
-        add_slide_types(notebook)
-        write(exporter, notebook, out / f"{path.stem}.html")
-        rows.append(f"* {path.stem[:2]} [{notebook.metadata.title}]({path.stem}.html)")
-    index = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("\n".join(rows))])
-    index.metadata.update(title="Slides", links=[])
-    write(HTMLExporter(raw_template=SITE + PICTURE), index, out / "index.html")
-
-
-def leave_out_hidden_code(notebook: nbformat.NotebookNode) -> None:
-    """Leave the code of cells with the tag HIDDEN out, and cells of which nothing is left."""
-    for cell in notebook.cells:
-        if HIDDEN in cell.metadata.get("tags", []):
-            cell.source = ""
-            cell.metadata.transient = {"remove_source": True}
-    notebook.cells = [cell for cell in notebook.cells if cell.source or cell.get("outputs")]
-
-
-def add_slide_types(notebook: nbformat.NotebookNode) -> None:
-    """For cells without one: a heading begins a slide; below it begins what would not fit, and what
-    answers a guess.
-
-    A cell with a heading further down is cut there.
-    """
-    cells, filled, guess = notebook.cells, 0.0, False
-    notebook.cells = [part for cell in cells for part in _parts(cell)]
-    for cell in notebook.cells:
-        lines = _lines(cell)
-        if cell.cell_type == "markdown" and re.match("##? ", cell.source):
-            kind = "slide"
-        else:
-            kind = (
-                "subslide"
-                if guess or filled + lines > LINES or cell.source.startswith("###")
-                else "-"
-            )
-        kind = cell.metadata.setdefault("slideshow", {}).setdefault("slide_type", kind)
-        if kind not in ("skip", "notes"):
-            filled = lines if kind in ("slide", "subslide") else filled + lines
-            guess = "**Your guess" in cell.source
-
-
-def _parts(cell) -> list:
-    if cell.cell_type != "markdown" or "slideshow" in cell.metadata:
-        return [cell]
-    texts = filter(str.strip, re.split(r"^(?=##? )", cell.source, flags=re.MULTILINE))
-    return [nbformat.v4.new_markdown_cell(text, metadata=cell.metadata.copy()) for text in texts]
-
-
-def _lines(cell) -> float:
-    """About how many lines a cell takes on a slide."""
-    lines = 1 + _wrapped(cell.source)
-    for output in cell.get("outputs", []):
-        data = output.get("data", {})
-        if "image/png" in data:
-            header = base64.b64decode(data["image/png"][:64])
-            width, height = (int.from_bytes(header[start : start + 4], "big") for start in (16, 20))
-            lines += min(SLIDE_IMAGE[1], SLIDE_IMAGE[0] * height / width) / 21
-        else:
-            lines += _wrapped(output.get("text") or data.get("text/plain", ""))
-    return lines
-
-
-def _wrapped(text: str) -> int:
-    return sum(1 + len(line) // 110 for line in text.splitlines())
+def data_address(file: Path) -> str:
+    """A file as an address that a page needs no network for."""
+    kind = mimetypes.guess_type(file.name)[0]
+    return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["site", "slides"])
     parser.add_argument("out", type=Path, help="folder for the pages")
-    copy = "address of reveal.js 4, or the folder of a copy of yours (%(default)s)"
-    parser.add_argument("--reveal-prefix", default=REVEAL, help=copy)
     parser.add_argument(
         "--owner", default="", help="who hosts the repository on GitHub, for links to Colab"
     )
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
-    if chosen.what == "site":
-        make_site(HERE, chosen.out, colab.find_repository(chosen.owner))
-    else:
-        make_slides(HERE, chosen.out, chosen.reveal_prefix)
+    make_site(HERE, chosen.out, colab.find_repository(chosen.owner))
     print(f"wrote {chosen.out / 'index.html'}")
 
 

@@ -136,47 +136,6 @@ def test_links_to_code_lead_to_github_where_it_is_known():
     assert known == "[a](https://github.com/me/kit/blob/HEAD/README.md) b c"
 
 
-def test_slides_begin_at_headings_and_after_guesses(folder):
-    notebook = make_pages.read(folder / "02_two.ipynb")
-    notebook.cells[-1].metadata.slideshow = {"slide_type": "fragment"}
-    make_pages.add_slide_types(notebook)
-    kinds = [
-        (cell.source.split("\n")[0][:9], cell.metadata["slideshow"]["slide_type"])
-        for cell in notebook.cells
-    ]
-    assert kinds == [
-        ("# Why *tw", "slide"),
-        ("**Your gu", "-"),
-        ("print(1)", "subslide"),
-        ("Done.", "-"),
-        ("## Play", "slide"),
-        ("explore()", "-"),  # a picture of 20 lines fits
-        ("def plot(", "-"),
-        ("x = 1", "fragment"),  # a tag stays
-    ]
-    del notebook.cells[-1].metadata["slideshow"]
-    make_pages.add_slide_types(notebook)
-    assert notebook.cells[-1].metadata["slideshow"]["slide_type"] == "subslide"
-
-
-def test_slides_load_reveal_from_an_address_or_from_a_copy(folder):
-    make_pages.make_slides(folder, folder / "out")
-    page = (folder / "out" / "02_two.html").read_text(encoding="utf-8")
-    assert f'<script src="{make_pages.REVEAL}/dist/reveal.js">' in page and ALT in page
-    assert "def plot" not in page and "NBVAL" not in page
-    assert (
-        page.count("<section") == page.count("</section") == 6
-    )  # two slides, and the parts stacked in them
-    (folder / "mine" / "dist").mkdir(parents=True)
-    (folder / "mine" / "plugin").mkdir()
-    (folder / "mine" / "dist" / "reveal.js").write_text("", encoding="utf-8")
-    make_pages.make_slides(folder, folder / "out", str(folder / "mine"))
-    page = (folder / "out" / "02_two.html").read_text(encoding="utf-8")
-    scripts = re.findall(r'<script[^>]* src="([^"]+)"', page)
-    assert scripts == ["reveal.js/dist/reveal.js", "reveal.js/plugin/notes/notes.js"]
-    assert (folder / "out" / scripts[0]).is_file() and broken_links(folder / "out") == []
-
-
 def test_addresses_of_colab_come_and_go(folder):
     readme = folder / "README.md"
     readme.write_text(f"# The course\n\n{colab.BEGIN}\n{colab.END}\n", encoding="utf-8")

@@ -85,6 +85,21 @@ def modules() -> list[tuple[Path, ast.Module]]:
 # Dependencies
 
 
+def test_the_container_installs_what_make_installs():
+    """Its line is that of the Makefile, with the index of the CPU-only torch that the course names."""
+    lines = (ROOT / "Containerfile").read_text(encoding="utf-8").splitlines()
+    steps = [line.removeprefix("RUN ") for line in lines if line.startswith("RUN python -m pip")]
+    course = (ROOT / "notebooks/README.md").read_text(encoding="utf-8")
+    (cpu_torch,) = set(re.findall(r'PIP_ARGS="(--extra-index-url [^"]+)"', course))
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (recipe,) = re.findall(r"^\t\$\(PY\) (-m pip install .+)$", makefile, re.MULTILINE)
+    assert steps == ["python " + recipe.replace("$(PIP_ARGS)", cpu_torch)]
+    users = [line for line in lines if line.startswith(("USER", "CMD", "COPY"))]
+    assert users[0] == "USER student" and lines[-1].startswith("CMD")
+    python = re.search(r"FROM python:(\S+)-slim", "\n".join(lines))[1]
+    assert f"python={python}" in (ROOT / "environment.yml").read_text(encoding="utf-8")
+
+
 def test_environment_yml_is_in_step_with_pyproject():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     python, pip, *packages, from_pip = environment["dependencies"]

@@ -531,3 +531,42 @@ def test_several_figures_become_one_described_picture():
     assert size(base64.b64decode(data["image/png"])) == (1800, sum(heights))
     assert "The total goes" in metadata["image/png"]["alt"]
     assert "costs" in metadata["image/png"]["alt"]
+
+
+# ---- what mining adds, how alike embeddings are --------------------------------------------------
+
+
+def test_only_boxes_that_are_mined_and_not_kept_are_shown_as_rescued():
+    line = {**LINE, "kept": [True, False, False, False], "mined": [True, True, False, True]}
+    line["cost"] = [-2.0, -1.5, 3.0, -1.25]
+    figure = visualize.show_mined([HIGH], [line], [TRUTH], CATEGORIES)
+    shown = [style for style in styles(figure.axes[0]) if style != "truth"]
+    expected = [style for style in visualize.pseudo_styles(line, TRUTH) if "mined" in style]
+    assert shown == expected and len(shown) == 2
+    caption = figure.axes[0].get_title(loc="left")
+    assert "-1.50" in caption and "-1.25" in caption and "-2.00" not in caption
+    right = expected.count("mined")
+    assert numbers(figure.get_suptitle()) == [right, 2]
+    assert caption.count("right") == right and caption.count("wrong") == 2 - right
+
+
+def test_the_corner_of_mined_and_not_confident_boxes_is_counted():
+    scores = np.array([0.9, 0.3, 0.2, 0.1, 0.3])
+    costs = np.array([-2.0, -2.0, -1.0, 2.0, -0.5])
+    right = np.array([True, True, False, False, True])
+    pools = {"early": (scores, costs, right, -1.0)}
+    figure = visualize.plot_scores_and_costs(pools, 0.4)
+    assert numbers(figure.get_suptitle()) == [1, 2]
+    (corner,) = drawn(figure.axes[0])
+    assert corner.get_x() + corner.get_width() == 0.4
+    assert corner.get_y() + corner.get_height() == pytest.approx(-1.0)
+    points = {line.get_label(): len(line.get_xdata()) for line in figure.axes[0].lines}
+    assert (points["right"], points["wrong"]) == (3, 2)
+
+
+def test_similarity_is_summed_up_by_the_pairs_of_different_objects():
+    apart = torch.tensor([[1.0, 0.2], [0.4, 0.9]])
+    figure = visualize.plot_similarity({"a": apart, "b": torch.ones(2, 2)}, ["a 3", "a 5"])
+    assert numbers(figure.get_suptitle()) == [0.30, 1.00]
+    assert words(figure)[:4] == ["1.00", "0.20", "0.40", "0.90"]
+    assert [label.get_text() for label in figure.axes[1].get_yticklabels()] == ["a 3", "a 5"]

@@ -19,6 +19,7 @@ from semidetr_lite.visualize.boxes import (
     pseudo_styles,
     show_comparison,
     show_hits,
+    show_mined,
     show_pseudo_boxes,
     show_targets,
     show_views,
@@ -32,6 +33,8 @@ from semidetr_lite.visualize.curves import (
     plot_curves,
     plot_losses,
     plot_pseudo_quality,
+    plot_scores_and_costs,
+    plot_similarity,
     show_data_summary,
 )
 from semidetr_lite.visualize.schematics import STAGES, show_overlaps, show_stages
@@ -100,6 +103,8 @@ __all__ = [
     "plot_losses",
     "plot_matching",
     "plot_pseudo_quality",
+    "plot_scores_and_costs",
+    "plot_similarity",
     "png",
     "png_bundle",
     "pseudo_sentence",
@@ -108,6 +113,7 @@ __all__ = [
     "show_comparison",
     "show_data_summary",
     "show_hits",
+    "show_mined",
     "show_overlaps",
     "show_pseudo_boxes",
     "show_stages",

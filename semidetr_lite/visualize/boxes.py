@@ -606,6 +606,43 @@ def show_pseudo_boxes(
     return figure
 
 
+def show_mined(
+    images: Sequence[torch.Tensor],
+    lines: Sequence[dict],
+    truths: Sequence[Target],
+    categories: list[dict] | None = None,
+    columns: int = 3,
+    title: str | None = None,
+) -> Picture:
+    """What mining adds: the boxes that are mined and not kept, right and wrong, and the truth.
+
+    Args:
+        images: B tensors (3, H, W).
+        lines: B lines of `pseudo_boxes.jsonl`, of these images.
+        truths: B targets.
+        categories: [{"name"}] in the order of the labels, or None.
+        columns: images in a row, at most.
+        title: of the figure; None: how many of these boxes are right.
+    """
+    captions, chosen = [], []
+    for line, truth in zip(lines, truths):
+        styles = pseudo_styles(line, truth)
+        indices = [index for index, style in enumerate(styles) if style.startswith("mined")]
+        chosen.append((_select(line, indices), [styles[index] for index in indices]))
+        costs = [f"cost {line['cost'][index]:.2f}" for index in indices]
+        words = ["wrong" if styles[index].endswith("wrong") else "right" for index in indices]
+        captions.append("; ".join(map(": ".join, zip(costs, words))))
+    of_all = [style for _, styles in chosen for style in styles]
+    counts = f"{of_all.count('mined')} of {count_of(len(of_all), 'box', 'boxes')}"
+    finding = f"Mined and not confident: {counts} right"
+    legend = ("truth", "mined", "mined_wrong")
+    header = finding if title is None else title
+    figure, axes = image_grid(images, columns, captions, header, legend)
+    for ax, image, (target, styles), truth in zip(axes, images, chosen, truths):
+        draw_boxes(ax, image, target, truth, categories, styles)
+    return figure
+
+
 def hidden_dropped(scores: Sequence[float], styles: Sequence[str]) -> set[int]:
     """The indices of dropped boxes that are not drawn: all but the BEST_DROPPED by score."""
     dropped = [index for index, style in enumerate(styles) if style == "dropped"]

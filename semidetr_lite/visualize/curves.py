@@ -275,6 +275,44 @@ def plot_cost_mixture(
     return set_title(figure, title, finding)
 
 
+def plot_scores_and_costs(
+    pools: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, float]],
+    score_threshold: float,
+    title: str | None = None,
+) -> Picture:
+    """Pseudo-boxes by score and cost, right and wrong, and which of them two thresholds take.
+
+    The shaded corner holds the boxes that are mined and not confident.
+
+    Args:
+        pools: {name: (scores (N,), costs (N,), right (N,) bool, cost threshold)}, a panel each.
+        score_threshold: from which a box is confident.
+        title: of the figure; None: the count of each shaded corner.
+    """
+    figure, axes = new_plot(WIDTH, 3.6, len(pools))
+    findings = []
+    highest = max(costs.max() for _, costs, _, _ in pools.values())
+    lowest = min(costs.min() for _, costs, _, _ in pools.values())
+    for ax, (name, (scores, costs, right, threshold)) in zip(np.atleast_1d(axes), pools.items()):
+        bottom = lowest - 0.3
+        corner = Rectangle((0, bottom), score_threshold, threshold - bottom, color="#FFF3C4")
+        ax.add_patch(corner)
+        ax.axhline(threshold, color=RED, linewidth=1.6)
+        ax.axvline(score_threshold, color="#555555", linestyle=":")
+        for chosen, mark, color, label in (
+            (right, "o", BLUE, "right"),
+            (~right, "x", ORANGE, "wrong"),
+        ):
+            ax.plot(scores[chosen], costs[chosen], mark, color=color, markersize=5, label=label)
+        rescued = (scores < score_threshold) & (costs <= threshold)
+        ax.set(xlim=(0, 1), ylim=(bottom, highest + 0.3), xlabel="score of the teacher")
+        ax.set_title(name, fontsize=10, loc="left", color=INK)
+        findings.append(f"{name} {int((rescued & right).sum())} of {int(rescued.sum())} right")
+    np.atleast_1d(axes)[0].set_ylabel("matching cost with the student")
+    ax.legend(loc="upper right", fontsize=9)
+    return set_title(figure, title, f"Mined and not confident: {', '.join(findings)}")
+
+
 def plot_costs(
     costs: torch.Tensor,
     queries: Sequence[int] | torch.Tensor = (),
@@ -310,6 +348,32 @@ def plot_costs(
     return set_title(
         figure, title, f"{count_of(len(queries), 'pair')} of {table.size} possible ones"
     )
+
+
+def plot_similarity(
+    tables: dict[str, torch.Tensor], names: Sequence[str], title: str | None = None
+) -> Picture:
+    """Cosines between the objects of one view (rows) and of the other (columns), side by side.
+
+    Args:
+        tables: {name: (T, T)}; entry (i, i) compares an object with itself.
+        names: of the T objects.
+        title: of the figure; None: how similar different objects are in the mean, in each table.
+    """
+    figure, axes = new_plot(WIDTH, 3.3, len(tables))
+    means = []
+    for ax, (name, table) in zip(np.atleast_1d(axes), tables.items()):
+        values = table.detach().cpu().numpy()
+        ax.imshow(values, cmap="cividis", vmin=0, vmax=1)
+        for (row, column), value in np.ndenumerate(values):
+            color = "black" if value > 0.5 else "white"
+            ax.text(column, row, f"{value:.2f}", color=color, fontsize=9, ha="center", va="center")
+        ax.set_xticks(range(len(names)), names)
+        ax.set_yticks(range(len(names)), names)
+        ax.set_title(name, fontsize=10, loc="left", color=INK)
+        ax.grid(False)
+        means.append(f"{values[~np.eye(len(values), dtype=bool)].mean():.2f}")
+    return set_title(figure, title, f"Different objects agree by {', '.join(means)} in the mean")
 
 
 def plot_attention_mask(
