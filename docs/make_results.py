@@ -477,7 +477,7 @@ def divisor(record: Record) -> Table:
                 if run.items() <= line.items() and line["step"] == line["steps"]
             ]
             cells.append(percentage(statistics.mean(last) if last else None))
-        rows.append(cells)
+        rows.append(cells if draws else [name, DASH])
     recalls = [
         f"objects with a correct pseudo-box at the end, {percent:g} % of the labels, %"
         for percent in sorted({percent for percent, _ in draws})
@@ -496,7 +496,8 @@ def divisor(record: Record) -> Table:
         "--projector-norm batch --projector-lr-factor 0.05 --candidate-scores pairs"
     )
     files = ["divisor.jsonl", "divisor_curves.jsonl"]
-    return Table(["", *names, *recalls], rows, files, command, note)
+    header = ["", *names, *recalls] if draws else ["", "AP"]
+    return Table(header, rows, files, command, note)
 
 
 CELLS = {  # rows of bccd.jsonl

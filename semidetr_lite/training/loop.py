@@ -181,8 +181,7 @@ class Run:
         self.best: dict | None = None
         self.measured_since_best = 0
         self.stopped_early = False
-        # IoU of suppression where student or teacher measured better with it: measuring.try_nms
-        self.better_with_nms: dict[str, float] = {}
+        self.better_with_nms: dict[str, float] = {}  # {"student" or "teacher": IoU}, see try_nms
         # the log line of a step that is saved and not measured yet, and the method's figures then
         self.unmeasured: dict | None = None
         self.logged_step, self.clock = 0, time.perf_counter()

@@ -283,8 +283,7 @@ class Measuring:
     evaluate_images: Count = 5000  # of the tune split that the AP is measured on
     # the run ends after so many measurements in a row without a better AP; 0: never
     patience: WholeNumber = 0
-    # IoU of non-maximum suppression that a detector which should not need it is measured with as
-    # well; its weights keep what has the higher AP
+    # IoU of non-maximum suppression to measure with as well; the better AP counts
     try_nms: Fraction | None = None
 
 
