@@ -83,7 +83,10 @@ def test_a_stop_is_passed_on_and_both_save(changes, tmp_path, number):
         words, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": os.getcwd()}
     )
     logs = [tmp_path / name / "log.jsonl" for name in NAMES]
-    wait_until(lambda: all(log.exists() and log.stat().st_size for log in logs))
+    saved = [
+        tmp_path / name / "last.pt" for name in NAMES
+    ]  # a line is logged before its step is saved
+    wait_until(lambda: all(file.exists() and file.stat().st_size for file in [*logs, *saved]))
     program.send_signal(number)
     assert program.wait(120) == (128 + number if number != signal.SIGKILL else -number)
     steps = [load_state(tmp_path / name / "last.pt")["step"] for name in NAMES]
